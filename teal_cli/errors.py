@@ -1,0 +1,40 @@
+"""The errors that a user can cause; everything else is a bug and may raise what it likes.
+
+A `TealError` says what failed and why; `hint` names the next step. The command line prints
+both and exits with `exit_code`; no other part of the program prints or exits.
+"""
+
+
+class TealError(Exception):
+    """Something that the user can reach went wrong (exit code 1)."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(TealError):
+    """An argument is out of range or contradicts another (exit code 2)."""
+
+    exit_code = 2
+
+
+class MissingError(TealError):
+    """A model, file or artifact is not there; `hint` names the command that makes it (3)."""
+
+    exit_code = 3
+
+
+class AccessError(TealError):
+    """The Hub refused access: a gated repository or a bad token (exit code 4)."""
+
+    exit_code = 4
+
+
+class UnsupportedError(TealError):
+    """The device or the model's architecture is not supported (exit code 5)."""
+
+    exit_code = 5

@@ -1,0 +1,1 @@
+"""The model: its config, its checkpoint, the decoder and its cache."""

@@ -1,0 +1,227 @@
+"""A model's architecture, read from its config.json alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teal_cli.errors import MissingError, TealError, UnsupportedError
+
+# What each family adds to the Llama decoder.
+_FAMILIES = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding: base `theta` and, for models stretched past their training, the scaling."""
+
+    theta: float
+    type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The numbers that define a decoder, under their Hugging Face names."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    sliding_windows: tuple[int | None, ...]  # one a layer; None attends to everything
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise TealError(f"config.json: {name} must be at least 1, got {getattr(self, name)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise TealError(
+                f"config.json: {self.num_attention_heads} attention heads cannot share "
+                f"{self.num_key_value_heads} key-value heads"
+            )
+        if self.head_dim % 2:
+            raise TealError(f"config.json: head_dim must be even, got {self.head_dim}")
+
+    @property
+    def q_size(self) -> int:
+        """Width of the query projection, and of the attention output."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the key projection, and of the value projection."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def projection_shapes(self) -> dict[str, tuple[int, int]]:
+        """(in_features, out_features) of each of the seven projections, in their fixed order."""
+        h, i = self.hidden_size, self.intermediate_size
+        return {
+            "q": (h, self.q_size),
+            "k": (h, self.kv_size),
+            "v": (h, self.kv_size),
+            "o": (self.q_size, h),
+            "gate": (h, i),
+            "up": (h, i),
+            "down": (i, h),
+        }
+
+    @property
+    def site_sizes(self) -> dict[str, int]:
+        """Channels at each of the four input sites, in their fixed order."""
+        return {
+            "attn_in": self.hidden_size,
+            "attn_out": self.q_size,
+            "mlp_in": self.hidden_size,
+            "mlp_act": self.intermediate_size,
+        }
+
+    @classmethod
+    def from_file(cls, path: Path) -> ModelConfig:
+        """Read a config.json.
+
+        Raises:
+            MissingError: there is no such file.
+            TealError: it is not JSON, or a field is missing or out of range.
+            UnsupportedError: the architecture is not one that the decoder covers.
+        """
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise MissingError(
+                f"no config.json in {path.parent}",
+                hint="Name a folder that holds a Hugging Face model.",
+            ) from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise TealError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise TealError(f"{path} does not hold a JSON object")
+        return cls.from_dict(raw)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Build the config from the content of a config.json (either way of writing rope)."""
+        family = _family(raw)
+        try:
+            return cls._parse(raw, family)
+        except KeyError as error:
+            raise TealError(f"config.json lacks {error.args[0]!r}") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TealError(f"config.json: {error}") from None
+
+    @classmethod
+    def _parse(cls, raw: Mapping[str, Any], family: Mapping[str, bool]) -> ModelConfig:
+        heads = int(raw["num_attention_heads"])
+        hidden_size = int(raw["hidden_size"])
+        layers = int(raw["num_hidden_layers"])
+        bias = bool(raw.get("attention_bias", False))
+        return cls(
+            model_type=raw["model_type"],
+            vocab_size=int(raw["vocab_size"]),
+            hidden_size=hidden_size,
+            intermediate_size=int(raw["intermediate_size"]),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=int(_given(raw, "num_key_value_heads", heads)),
+            head_dim=int(_given(raw, "head_dim", hidden_size // max(heads, 1))),
+            max_position_embeddings=int(raw["max_position_embeddings"]),
+            rms_norm_eps=float(raw["rms_norm_eps"]),
+            rope=_rope(raw),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=bool(family.get("qkv_bias", False)) or bias,
+            o_bias=bias,
+            qk_norm=bool(family.get("qk_norm", False)),
+            sliding_windows=_sliding_windows(raw, layers),
+        )
+
+
+def _given(raw: Mapping[str, Any], name: str, default: int) -> int:
+    value = raw.get(name)
+    return default if value is None else value
+
+
+def _family(raw: Mapping[str, Any]) -> Mapping[str, bool]:
+    model_type = raw.get("model_type")
+    if model_type not in _FAMILIES:
+        raise UnsupportedError(
+            f"model type {model_type!r} is not supported",
+            hint=f"Supported: {', '.join(_FAMILIES)} (SmolLM2 is a llama).",
+        )
+    if (act := raw.get("hidden_act", "silu")) != "silu":
+        raise UnsupportedError(f"activation {act!r} is not supported; teal knows 'silu'")
+    if raw.get("mlp_bias"):
+        raise UnsupportedError("biases in the MLP (mlp_bias) are not supported")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedError(
+            f"this checkpoint is quantized already ({method})",
+            hint="Use the original float16 or bfloat16 checkpoint.",
+        )
+    return _FAMILIES[model_type]
+
+
+def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+    """Rope as transformers 5 writes it (`rope_parameters`) or as older versions did."""
+    parameters = raw.get("rope_parameters") or {
+        "rope_theta": raw.get("rope_theta", 10000.0),
+        **(raw.get("rope_scaling") or {}),
+    }
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if rope_type not in _ROPE_TYPES:
+        raise UnsupportedError(
+            f"rope scaling {rope_type!r} is not supported; teal knows {', '.join(_ROPE_TYPES)}"
+        )
+    names = set(RopeConfig.__dataclass_fields__) - {"theta", "type"}
+    scaling = {k: v for k, v in parameters.items() if k in names and v is not None}
+    if rope_type == "yarn":
+        scaling.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
+    theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
+    return RopeConfig(theta=float(theta), type=rope_type, **scaling)
+
+
+def _sliding_windows(raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window")
+    if raw["model_type"] == "llama" or not window or raw.get("use_sliding_window") is False:
+        return (None,) * layers
+    types = raw.get("layer_types")
+    if types is None and raw["model_type"] in ("qwen2", "qwen3"):
+        first = int(raw.get("max_window_layers", layers))
+        types = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
+    if types is None:
+        return (int(window),) * layers
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in types[:layers])
