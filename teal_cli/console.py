@@ -1,0 +1,241 @@
+"""What the user sees: results on stdout; progress, notes and errors on stderr.
+
+Only this module draws. `rich` is imported when a progress bar is first shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from teal_cli.progress import Task
+
+_BOLD, _DIM, _RED = "1", "2", "31"
+
+
+@dataclasses.dataclass(slots=True)
+class _Settings:
+    quiet: bool = False
+    verbose: bool = False
+
+
+_settings = _Settings()  # one process has one terminal
+
+
+def configure(*, quiet: bool = False, verbose: bool = False) -> None:
+    """Set how much is shown; flags given in several places add up."""
+    _settings.quiet |= quiet
+    _settings.verbose |= verbose
+
+
+def is_quiet() -> bool:
+    """Whether only results and errors are shown."""
+    return _settings.quiet
+
+
+def reporter() -> ConsoleReporter:
+    """The reporter that a command hands to the core."""
+    return ConsoleReporter(quiet=_settings.quiet)
+
+
+def print_json(document: Any) -> None:
+    """Print exactly one JSON document on stdout; NaN and infinity become null."""
+    print(json.dumps(_plain(document), indent=2, ensure_ascii=False), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None
+) -> None:
+    """Print a table on stdout: the first column to the left, figures to the right.
+
+    Never cropped to the terminal's width, so that a pipe gets every figure.
+    """
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (columns, *rows)
+    ]
+    if title:
+        print(styled(title, _BOLD, sys.stdout))
+    print(styled(lines[0], _DIM, sys.stdout))
+    print("\n".join(lines[1:]), flush=True)
+
+
+def print_error(message: str, hint: str | None = None) -> None:
+    """Print `error: message` and the next step on stderr."""
+    print(f"{styled('error:', _RED, sys.stderr)} {message}", file=sys.stderr)
+    if hint:
+        print(hint, file=sys.stderr)
+
+
+def print_dim(message: str) -> None:
+    """Print a line of statistics on stderr, dim on a terminal; nothing when quiet."""
+    if not _settings.quiet:
+        print(styled(message, _DIM, sys.stderr), file=sys.stderr, flush=True)
+
+
+def styled(text: str, code: str, stream: TextIO) -> str:
+    """`text` in an ANSI style, where `stream` is a terminal that wants colour."""
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+def format_amount(amount: float, unit: str) -> str:
+    """An amount with its unit: bytes in powers of 1000, anything else as a number."""
+    if unit != "B":
+        digits = 0 if amount >= 10 or amount == int(amount) else 1
+        return f"{amount:.{digits}f} {unit}"
+    if amount < 1000:
+        return f"{amount:.0f} B"
+    power = min(int(math.log10(amount) // 3), 4)
+    return f"{amount / 1000**power:.1f} {' kMGT'[power]}B"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as people read it: 0.3 s, 42 s, 3 min 20 s, 1 h 5 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+class _LineTask:
+    """Counts what is done, so that the closing line can say how much it was."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def advance(self, amount: int = 1) -> None:
+        self.done += amount
+
+
+class _BarTask(_LineTask):
+    def __init__(self, progress: Progress, label: str, total: int | None, unit: str) -> None:
+        super().__init__()
+        self._progress = progress
+        self._id = progress.add_task(label, total=total, unit=unit)
+
+    def advance(self, amount: int = 1) -> None:
+        super().advance(amount)
+        self._progress.advance(self._id, amount)
+
+    def remove(self) -> None:
+        self._progress.remove_task(self._id)
+
+
+class ConsoleReporter:
+    """Draws the core's progress on stderr.
+
+    On a terminal a task is a bar with its rate and the time left, replaced by one line when it
+    ends. Elsewhere it is a line when it starts and one when it ends. When quiet, nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._animated = (
+            not quiet and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "")
+        )
+        self._progress: Progress | None = None  # while any task is drawn
+
+    def note(self, message: str) -> None:
+        """Print one line, above the bars if there are any."""
+        if self._quiet:
+            return
+        if self._progress is not None:
+            self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def task(self, label: str, total: int | None = None, unit: str = "it") -> Iterator[Task]:
+        """Show a piece of work until the block ends; an error leaves no closing line."""
+        started = time.monotonic()
+        if self._animated:
+            with self._bar(label, total, unit) as bar:
+                yield bar
+            done = bar.done
+        else:
+            size = f" ({format_amount(total, unit)})" if total is not None else ""
+            self.note(f"{label}{size} ...")
+            line = _LineTask()
+            yield line
+            done = line.done
+        elapsed = max(time.monotonic() - started, 1e-9)
+        amount = f"{format_amount(done, unit)} in " if done else ""
+        rate = f", {format_amount(done / elapsed, unit)}/s" if done and elapsed > 0.1 else ""
+        self.note(f"{label}: {amount}{format_seconds(elapsed)}{rate}")
+
+    @contextmanager
+    def _bar(self, label: str, total: int | None, unit: str) -> Iterator[_BarTask]:
+        outermost = self._progress is None
+        if self._progress is None:
+            self._progress = _new_progress()
+            self._progress.start()
+        bar = _BarTask(self._progress, label, total, unit)
+        try:
+            yield bar
+        finally:
+            bar.remove()
+            if outermost:
+                self._progress.stop()
+                self._progress = None
+
+
+def _new_progress() -> Progress:
+    """A rich progress display on stderr: label, bar, amount, rate, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Task as RichTask
+    from rich.text import Text
+
+    class Amount(ProgressColumn):
+        def render(self, task: RichTask) -> Text:
+            unit = task.fields["unit"]
+            text = format_amount(task.completed, unit)
+            if task.total is not None:
+                text = f"{text.removesuffix(unit).rstrip()} of {format_amount(task.total, unit)}"
+            if task.speed:
+                text = f"{text}, {format_amount(task.speed, unit)}/s"
+            return Text(text, no_wrap=True)
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        Amount(),
+        TimeRemainingColumn(compact=True),
+        console=Console(stderr=True, highlight=False),
+        transient=True,
+    )
