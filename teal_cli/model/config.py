@@ -10,14 +10,33 @@ from typing import Any
 
 from teal_cli.errors import MissingError, TealError, UnsupportedError
 
-# What each family adds to the Llama decoder.
-_FAMILIES = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-}
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What a family adds to the Llama decoder, and what transformers assumes of a short config."""
+
+    qkv_bias: bool = False
+    attention_bias: bool = False  # obeys `attention_bias`: biases on q, k, v and o
+    qk_norm: bool = False
+    head_dim: int | None = None
+    num_key_value_heads: int | None = None
+    sliding_window: int | None = None
+
+
+_FAMILIES = {
+    "llama": _Family(attention_bias=True),
+    "mistral": _Family(num_key_value_heads=8, sliding_window=4096),
+    "qwen2": _Family(qkv_bias=True, num_key_value_heads=32, sliding_window=4096),
+    "qwen3": _Family(
+        attention_bias=True,
+        qk_norm=True,
+        head_dim=128,
+        num_key_value_heads=32,
+        sliding_window=4096,
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +87,9 @@ class ModelConfig:
             "max_position_embeddings",
         ):
             if getattr(self, name) < 1:
-                raise TealError(f"config.json: {name} must be at least 1, got {getattr(self, name)}")
+                raise TealError(
+                    f"config.json: {name} must be at least 1, got {getattr(self, name)}"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise TealError(
                 f"config.json: {self.num_attention_heads} attention heads cannot share "
@@ -145,11 +166,11 @@ class ModelConfig:
             raise TealError(f"config.json: {error}") from None
 
     @classmethod
-    def _parse(cls, raw: Mapping[str, Any], family: Mapping[str, bool]) -> ModelConfig:
+    def _parse(cls, raw: Mapping[str, Any], family: _Family) -> ModelConfig:
         heads = int(raw["num_attention_heads"])
         hidden_size = int(raw["hidden_size"])
         layers = int(raw["num_hidden_layers"])
-        bias = bool(raw.get("attention_bias", False))
+        bias = family.attention_bias and bool(raw.get("attention_bias", False))
         return cls(
             model_type=raw["model_type"],
             vocab_size=int(raw["vocab_size"]),
@@ -157,25 +178,26 @@ class ModelConfig:
             intermediate_size=int(raw["intermediate_size"]),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=int(_given(raw, "num_key_value_heads", heads)),
-            head_dim=int(_given(raw, "head_dim", hidden_size // max(heads, 1))),
+            num_key_value_heads=_key_value_heads(raw, family, heads),
+            head_dim=int(raw.get("head_dim") or family.head_dim or hidden_size // max(heads, 1)),
             max_position_embeddings=int(raw["max_position_embeddings"]),
-            rms_norm_eps=float(raw["rms_norm_eps"]),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope=_rope(raw),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=bool(family.get("qkv_bias", False)) or bias,
+            qkv_bias=family.qkv_bias or bias,
             o_bias=bias,
-            qk_norm=bool(family.get("qk_norm", False)),
-            sliding_windows=_sliding_windows(raw, layers),
+            qk_norm=family.qk_norm,
+            sliding_windows=_sliding_windows(raw, family, layers),
         )
 
 
-def _given(raw: Mapping[str, Any], name: str, default: int) -> int:
-    value = raw.get(name)
-    return default if value is None else value
+def _key_value_heads(raw: Mapping[str, Any], family: _Family, heads: int) -> int:
+    """Absent means the family's default; null means one for each attention head."""
+    count = raw.get("num_key_value_heads", family.num_key_value_heads)
+    return heads if count is None else int(count)
 
 
-def _family(raw: Mapping[str, Any]) -> Mapping[str, bool]:
+def _family(raw: Mapping[str, Any]) -> _Family:
     model_type = raw.get("model_type")
     if model_type not in _FAMILIES:
         raise UnsupportedError(
@@ -186,10 +208,10 @@ def _family(raw: Mapping[str, Any]) -> Mapping[str, bool]:
         raise UnsupportedError(f"activation {act!r} is not supported; teal knows 'silu'")
     if raw.get("mlp_bias"):
         raise UnsupportedError("biases in the MLP (mlp_bias) are not supported")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UnsupportedError(
-            f"this checkpoint is quantized already ({method})",
+            f"this checkpoint is quantized already ({method or 'unknown method'})",
             hint="Use the original float16 or bfloat16 checkpoint.",
         )
     return _FAMILIES[model_type]
@@ -197,31 +219,44 @@ def _family(raw: Mapping[str, Any]) -> Mapping[str, bool]:
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
     """Rope as transformers 5 writes it (`rope_parameters`) or as older versions did."""
-    parameters = raw.get("rope_parameters") or {
-        "rope_theta": raw.get("rope_theta", 10000.0),
-        **(raw.get("rope_scaling") or {}),
-    }
+    parameters = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type not in _ROPE_TYPES:
         raise UnsupportedError(
             f"rope scaling {rope_type!r} is not supported; teal knows {', '.join(_ROPE_TYPES)}"
         )
+    for name, usual in (("partial_rotary_factor", 1.0), ("truncate", True), ("mscale", None)):
+        if parameters.get(name, raw.get(name, usual)) not in (usual, None):
+            raise UnsupportedError(f"rope with {name}={parameters.get(name)} is not supported")
+    theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if rope_type == "default":
+        return RopeConfig(theta=float(theta))
     names = set(RopeConfig.__dataclass_fields__) - {"theta", "type"}
     scaling = {k: v for k, v in parameters.items() if k in names and v is not None}
-    if rope_type == "yarn":
+    if rope_type in ("llama3", "yarn"):
+        original = raw.get("original_max_position_embeddings")
+        if original is not None:
+            scaling["original_max_position_embeddings"] = original
         scaling.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
-    theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if "factor" not in scaling:
+        raise KeyError("rope_parameters.factor")
     return RopeConfig(theta=float(theta), type=rope_type, **scaling)
 
 
-def _sliding_windows(raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window")
-    if raw["model_type"] == "llama" or not window or raw.get("use_sliding_window") is False:
+def _sliding_windows(
+    raw: Mapping[str, Any], family: _Family, layers: int
+) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window", family.sliding_window)
+    if family.sliding_window is None or not window:
+        return (None,) * layers
+    if raw["model_type"] == "mistral":  # transformers ignores layer_types here
+        return (int(window),) * layers
+    if not raw.get("use_sliding_window", False):
         return (None,) * layers
     types = raw.get("layer_types")
-    if types is None and raw["model_type"] in ("qwen2", "qwen3"):
-        first = int(raw.get("max_window_layers", layers))
-        types = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
     if types is None:
-        return (int(window),) * layers
+        first = int(raw.get("max_window_layers", 28))
+        types = ["full_attention"] * first + ["sliding_attention"] * max(layers - first, 0)
+    if len(types) < layers:
+        raise ValueError(f"layer_types names {len(types)} layers of {layers}")
     return tuple(int(window) if kind == "sliding_attention" else None for kind in types[:layers])

@@ -1,0 +1,67 @@
+"""The key-value cache: allocated once, written in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from teal_cli.errors import UsageError
+from teal_cli.model.config import ModelConfig
+
+
+class KVCache:
+    """Keys (after rotary embedding) and values of one sequence, for every layer.
+
+    `keys` and `values` are [num_hidden_layers, num_key_value_heads, length, head_dim].
+    """
+
+    def __init__(
+        self, config: ModelConfig, length: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Allocate room for `length` positions.
+
+        Raises:
+            UsageError: `length` is below 1 or beyond the model's max_position_embeddings.
+        """
+        if not 1 <= length <= config.max_position_embeddings:
+            raise UsageError(
+                f"a context of {length} tokens is out of range: this model's is "
+                f"1 to {config.max_position_embeddings}"
+            )
+        shape = (config.num_hidden_layers, config.num_key_value_heads, length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def length(self) -> int:
+        """Positions that there is room for."""
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def write(
+        self, layer: int, position: int, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store T positions of a layer and return all that the layer has up to them.
+
+        Args:
+            layer: index of the layer.
+            position: absolute position of the first row.
+            keys: [num_key_value_heads, T, head_dim].
+            values: the same shape.
+
+        Returns:
+            Keys and values, [num_key_value_heads, position + T, head_dim], in the cache's dtype.
+
+        Raises:
+            UsageError: the context is full.
+        """
+        end = position + keys.shape[1]
+        if end > self.length:
+            raise UsageError(f"the context is full: it holds {self.length} tokens")
+        self.keys[layer, :, position:end] = keys
+        self.values[layer, :, position:end] = values
+        return self.keys[layer, :, :end], self.values[layer, :, :end]

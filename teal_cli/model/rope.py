@@ -1,0 +1,88 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864) and its stretched forms.
+
+The frequencies are computed in float32 as the models were trained, not in float64: at position
+8000 the two differ by more than the rounding of the logits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from teal_cli.model.config import RopeConfig
+
+
+class RotaryEmbedding:
+    """Rotates queries and keys by their position; the tables grow with the longest position."""
+
+    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
+        self.inv_freq = inverse_frequencies(config, head_dim).to(device)
+        self.scaling = attention_scaling(config)
+        self._cos = self._sin = torch.empty(0, head_dim // 2, device=device)
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions 0 to length - 1, each [length, head_dim / 2] float32."""
+        if length > self._cos.shape[0]:
+            rows = 1 << (length - 1).bit_length()
+            positions = torch.arange(rows, dtype=torch.float32, device=self.inv_freq.device)
+            angles = positions[:, None] * self.inv_freq
+            self._cos = angles.cos() * self.scaling
+            self._sin = angles.sin() * self.scaling
+        return self._cos[:length], self._sin[:length]
+
+    def rotate(self, x: Tensor, position: int) -> Tensor:
+        """Rotate x [T, heads, head_dim], whose first row stands at `position`."""
+        cos, sin = self.tables(position + x.shape[0])
+        cos, sin = cos[position:, None], sin[position:, None]
+        first, second = x.chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return rotated.to(x.dtype)
+
+
+def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """Angle per position of each pair of channels, [head_dim / 2] float32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    inv_freq = 1.0 / config.theta**exponents
+    if config.type == "linear":
+        return inv_freq / config.factor
+    if config.type == "llama3":
+        return _llama3(config, inv_freq)
+    if config.type == "yarn":
+        return _yarn(config, inv_freq, head_dim)
+    return inv_freq
+
+
+def attention_scaling(config: RopeConfig) -> float:
+    """Factor on cosines and sines; YaRN's temperature (arXiv 2309.00071, eq. 22), else 1."""
+    if config.type != "yarn":
+        return 1.0
+    if config.attention_factor is not None:
+        return config.attention_factor
+    return 0.1 * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0
+
+
+def _llama3(config: RopeConfig, inv_freq: Tensor) -> Tensor:
+    """Llama 3.1: divide low frequencies by the factor, keep high ones, blend in between."""
+    assert config.original_max_position_embeddings is not None
+    turns = config.original_max_position_embeddings * inv_freq / (2 * math.pi)
+    blend = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return (1 - blend) * inv_freq / config.factor + blend * inv_freq
+
+
+def _yarn(config: RopeConfig, inv_freq: Tensor, head_dim: int) -> Tensor:
+    """YaRN's "NTK-by-parts" (arXiv 2309.00071, section 3.2)."""
+    original = config.original_max_position_embeddings
+    assert original is not None
+
+    def channel(turns: float) -> float:
+        """The pair of channels that turns this often within the original context."""
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+
+    low = max(math.floor(channel(config.beta_fast)), 0)
+    high = min(math.ceil(channel(config.beta_slow)), head_dim - 1)
+    steps = torch.arange(head_dim // 2, dtype=torch.float32)
+    interpolated = ((steps - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+    return inv_freq / config.factor * interpolated + inv_freq * (1 - interpolated)

@@ -1,0 +1,114 @@
+"""The decoder's tensors: names, shapes and the layout that sparse decoding reads.
+
+A projection is stored [in_features, out_features], so that one input channel is one contiguous
+row that can be skipped; q/k/v and gate/up lie side by side. The same layout serves dense, sparse
+and prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teal_cli.model.config import ModelConfig
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """One decoder layer; H hidden size, I intermediate size, D head_dim."""
+
+    input_layernorm: Tensor  # [H]
+    qkv: Tensor  # [H, q_size + 2 * kv_size]
+    qkv_bias: Tensor | None  # [q_size + 2 * kv_size]
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
+    o: Tensor  # [q_size, H]
+    o_bias: Tensor | None  # [H]
+    post_attention_layernorm: Tensor  # [H]
+    gate_up: Tensor  # [H, 2 * I]
+    down: Tensor  # [I, H]
+
+
+@dataclass(slots=True)
+class DecoderWeights:
+    """All tensors of a decoder; `lm_head` is `embed_tokens` itself when they are tied."""
+
+    embed_tokens: Tensor  # [V, H]
+    layers: list[LayerWeights]
+    norm: Tensor  # [H]
+    lm_head: Tensor  # [V, H]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, a tied one counted once."""
+        return sum(tensor.nbytes for _, tensor in self.named_tensors())
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor under its name in a checkpoint, a tied one once."""
+        yield "embed_tokens", self.embed_tokens
+        for index, layer in enumerate(self.layers):
+            for field in fields(LayerWeights):
+                if (tensor := getattr(layer, field.name)) is not None:
+                    yield f"layers.{index}.{field.name}", tensor
+        yield "norm", self.norm
+        if self.lm_head is not self.embed_tokens:
+            yield "lm_head", self.lm_head
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor that a layer of this model has, in the order of `LayerWeights`."""
+    h, i, d = config.hidden_size, config.intermediate_size, config.head_dim
+    qkv = config.q_size + 2 * config.kv_size
+    shapes: dict[str, tuple[int, ...]] = {"input_layernorm": (h,), "qkv": (h, qkv)}
+    if config.qkv_bias:
+        shapes["qkv_bias"] = (qkv,)
+    if config.qk_norm:
+        shapes |= {"q_norm": (d,), "k_norm": (d,)}
+    shapes["o"] = (config.q_size, h)
+    if config.o_bias:
+        shapes["o_bias"] = (h,)
+    return shapes | {"post_attention_layernorm": (h,), "gate_up": (h, 2 * i), "down": (i, h)}
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of this model's checkpoint, in the order in which it is stored."""
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (config.vocab_size, config.hidden_size)}
+    for index in range(config.num_hidden_layers):
+        for name, shape in layer_shapes(config).items():
+            shapes[f"layers.{index}.{name}"] = shape
+    shapes["norm"] = (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head"] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def build_weights(config: ModelConfig, tensor: Callable[[str], Tensor]) -> DecoderWeights:
+    """Assemble a decoder's weights from a function that gives the tensor of each name."""
+    present = layer_shapes(config)
+
+    def layer(index: int) -> LayerWeights:
+        names = (field.name for field in fields(LayerWeights))
+        tensors: dict[str, Any] = {
+            name: tensor(f"layers.{index}.{name}") if name in present else None for name in names
+        }
+        return LayerWeights(**tensors)
+
+    embed_tokens = tensor("embed_tokens")
+    return DecoderWeights(
+        embed_tokens=embed_tokens,
+        layers=[layer(index) for index in range(config.num_hidden_layers)],
+        norm=tensor("norm"),
+        lm_head=embed_tokens if config.tie_word_embeddings else tensor("lm_head"),
+    )
