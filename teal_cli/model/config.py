@@ -11,6 +11,8 @@ from typing import Any
 from teal_cli.errors import MissingError, TealError, UnsupportedError
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Where null says something other than leaving the field out.
+_NULLABLE = ("num_key_value_heads", "sliding_window")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +160,9 @@ class ModelConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Build the config from the content of a config.json (either way of writing rope)."""
         family = _family(raw)
+        given = {k: v for k, v in raw.items() if v is not None or k in _NULLABLE}
         try:
-            return cls._parse(raw, family)
+            return cls._parse(given, family)
         except KeyError as error:
             raise TealError(f"config.json lacks {error.args[0]!r}") from None
         except (TypeError, ValueError, OverflowError) as error:
@@ -199,7 +202,7 @@ def _key_value_heads(raw: Mapping[str, Any], family: _Family, heads: int) -> int
 
 def _family(raw: Mapping[str, Any]) -> _Family:
     model_type = raw.get("model_type")
-    if model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise UnsupportedError(
             f"model type {model_type!r} is not supported",
             hint=f"Supported: {', '.join(_FAMILIES)} (SmolLM2 is a llama).",
@@ -220,6 +223,8 @@ def _family(raw: Mapping[str, Any]) -> _Family:
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
     """Rope as transformers 5 writes it (`rope_parameters`) or as older versions did."""
     parameters = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"rope parameters must be an object, got {parameters!r}")
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type not in _ROPE_TYPES:
         raise UnsupportedError(

@@ -1,0 +1,69 @@
+"""How Hugging Face names and lays out a decoder's tensors, and how ours are made from them.
+
+There a projection is [out_features, in_features] and stands alone; here it is transposed and
+fused with those that read the same input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.weights import tensor_shapes
+
+_TOP = {
+    "embed_tokens": ("model.embed_tokens.weight",),
+    "norm": ("model.norm.weight",),
+    "lm_head": ("lm_head.weight",),
+}
+_LAYER = {
+    "input_layernorm": ("input_layernorm.weight",),
+    "qkv": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "qkv_bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "q_norm": ("self_attn.q_norm.weight",),
+    "k_norm": ("self_attn.k_norm.weight",),
+    "o": ("self_attn.o_proj.weight",),
+    "o_bias": ("self_attn.o_proj.bias",),
+    "post_attention_layernorm": ("post_attention_layernorm.weight",),
+    "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "down": ("mlp.down_proj.weight",),
+}
+_TRANSPOSED = ("qkv", "o", "gate_up", "down")
+
+
+def parts(name: str) -> tuple[str, ...]:
+    """Hugging Face's names of the tensors that make up ours of this name."""
+    if name in _TOP:
+        return _TOP[name]
+    _, index, kind = name.split(".")
+    return tuple(f"model.layers.{index}.{part}" for part in _LAYER[kind])
+
+
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a Hugging Face checkpoint of this model must hold."""
+    outputs = {f"{name}_proj": shape for name, shape in config.projection_shapes.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in tensor_shapes(config).items():
+        for part in parts(name):
+            words = part.split(".")
+            if words[-2] not in outputs:
+                shapes[part] = shape
+            elif words[-1] == "bias":
+                shapes[part] = (outputs[words[-2]][1],)
+            else:
+                shapes[part] = outputs[words[-2]][::-1]
+    return shapes
+
+
+def assemble(name: str, tensors: list[Tensor]) -> Tensor:
+    """Our tensor of this name out of Hugging Face's `parts(name)`, in their dtype."""
+    if name.rpartition(".")[2] not in _TRANSPOSED:
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    columns = sum(len(tensor) for tensor in tensors)
+    out = tensors[0].new_empty(tensors[0].shape[1], columns)
+    start = 0
+    for tensor in tensors:
+        out[:, start : start + len(tensor)] = tensor.T
+        start += len(tensor)
+    return out

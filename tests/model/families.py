@@ -1,0 +1,94 @@
+"""Tiny random models of each family in transformers, and the same weights in our decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.decoder import Decoder
+from teal_cli.model.hf_layout import assemble, parts
+from teal_cli.model.weights import build_weights
+
+_BASE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-bias": {"model_type": "llama", "attention_bias": True},
+    "llama-mha": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama-head-dim": {"model_type": "llama", "head_dim": 24},
+    "llama3-rope": {"model_type": "llama", "rope_parameters": _LLAMA3_ROPE},
+    "linear-rope": {"model_type": "llama", "rope_parameters": _LINEAR_ROPE},
+    "yarn-rope": {"model_type": "llama", "rope_parameters": _YARN_ROPE},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 16},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 24},
+    "qwen3-bias": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
+}
+
+
+def hf_model(family: str, *, seed: int = 0, **more: Any) -> Any:
+    """A random transformers model in float32 whose norms and biases are random too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw = {**_BASE, **FAMILIES[family], **more}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1.0, 0.2)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.5)
+    return model
+
+
+def our_config(model: Any) -> ModelConfig:
+    """Our reading of the config.json that transformers would write for its model."""
+    return ModelConfig.from_dict(model.config.to_dict())
+
+
+def our_decoder(model: Any, dtype: torch.dtype = torch.float32) -> Decoder:
+    """Our decoder over the weights of a transformers model."""
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    config = our_config(model)
+    weights = build_weights(
+        config, lambda name: assemble(name, [state[part] for part in parts(name)])
+    )
+    return Decoder(config, weights)
