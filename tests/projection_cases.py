@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -61,7 +62,7 @@ def oracle(case: Case, bias: Tensor | None = None) -> Tensor:
     """The projection in float64, written out channel by channel."""
     x, weight, thresholds = case.x.cpu().double(), case.weight.cpu().double(), case.thresholds.cpu()
     y = torch.zeros(weight.shape[1], dtype=torch.float64)
-    for p, (start, end) in enumerate(zip(case.offsets[:-1], case.offsets[1:], strict=True)):
+    for p, (start, end) in enumerate(pairwise(case.offsets)):
         for i in (case.x.cpu().float().abs() > thresholds[p]).nonzero()[:, 0].tolist():
             y[start:end] += x[i] * weight[i, start:end]
     return y if bias is None else y + bias.cpu().double()

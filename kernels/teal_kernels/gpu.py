@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs
+# Triton reads annotations of a kernel's parameters as types of its own.
 """Triton kernels for CUDA devices; `reference` beside this module is their specification."""
 
 from __future__ import annotations

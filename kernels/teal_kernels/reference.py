@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def sparse_project(
     check_projection(x, weight, offsets, thresholds, bias)
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     y = torch.empty(weight.shape[1], dtype=wide, device=x.device)
-    for p, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for p, (start, end) in enumerate(pairwise(offsets)):
         kept = torch.where(x.float().abs() > thresholds[p], x, 0)
         y[start:end] = kept.to(wide) @ weight[:, start:end].to(wide)
     if bias is not None:
