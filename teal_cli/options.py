@@ -13,7 +13,8 @@ import typer
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 
-def _check_sparsity(value: float | None) -> float | None:
+def check_sparsity(value: float | None) -> float | None:
+    """Option callback: the value itself, if it is in [0, 1)."""
     if value is not None and not 0.0 <= value < 1.0:
         raise typer.BadParameter(f"{value:g} is not in [0, 1).")
     return value
@@ -31,7 +32,7 @@ def parse_sparsities(text: str) -> tuple[float, ...]:
             value = float(entry)
         except ValueError:
             raise typer.BadParameter(f"{entry.strip()!r} is not a number.") from None
-        _check_sparsity(value)
+        check_sparsity(value)
         values[value] = None
     return tuple(values)
 
@@ -44,22 +45,20 @@ def _check_sparsities(text: str) -> str:
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="A Hub id (org/name), a local folder, a .gguf file or 'demo'. "
         "Left out: the last model used, at first the demo model.",
-        show_default=False,
     ),
 ]
 RevisionOption = Annotated[
     str | None,
-    typer.Option("--revision", help="Branch, tag or commit on the Hub.", show_default="main"),
+    typer.Option("--revision", help="Branch, tag or commit on the Hub. [default: main]"),
 ]
 TokenOption = Annotated[
     str | None,
     typer.Option(
         "--token",
-        help="Access token for the Hub.",
-        show_default="HF_TOKEN or the one stored by 'hf auth login'",
+        help="Access token for the Hub. [default: HF_TOKEN or the one stored by 'hf auth login']",
     ),
 ]
 OfflineOption = Annotated[
@@ -67,7 +66,7 @@ OfflineOption = Annotated[
 ]
 DtypeOption = Annotated[
     Dtype | None,
-    typer.Option("--dtype", help="Data type of the weights.", show_default="the checkpoint's own"),
+    typer.Option("--dtype", help="Data type of the weights. [default: the checkpoint's own]"),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="'auto', 'cpu', 'cuda' or 'cuda:N'.")]
 SparsityOption = Annotated[
@@ -76,7 +75,7 @@ SparsityOption = Annotated[
         "--sparsity",
         "-s",
         help="Share of the projections' inputs to skip, from 0 (exact) to below 1.",
-        callback=_check_sparsity,
+        callback=check_sparsity,
     ),
 ]
 # The value is the text as typed, checked; `parse_sparsities` turns it into numbers.
@@ -94,8 +93,8 @@ MethodOption = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="How the profile shares the sparsity out over layers and projections.",
-        show_default="the profile's best",
+        help="How the profile shares the sparsity out over layers and projections."
+        " [default: the profile's best]",
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
@@ -106,13 +105,13 @@ DatasetOption = Annotated[
     str | None,
     typer.Option(
         "--dataset",
-        help="'wikitext-2', 'pydoc', a Hub data set, or a .txt, .jsonl or .parquet file.",
-        show_default="wikitext-2, or pydoc when the Hub cannot be reached",
+        help="'wikitext-2', 'pydoc', a Hub data set, or a .txt, .jsonl or .parquet file."
+        " [default: wikitext-2, or pydoc when the Hub cannot be reached]",
     ),
 ]
 ColumnOption = Annotated[
     str | None,
-    typer.Option("--column", help="The data's text column.", show_default="text"),
+    typer.Option("--column", help="The data's text column. [default: text]"),
 ]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show results and errors, nothing else.")

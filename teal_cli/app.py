@@ -1,0 +1,161 @@
+"""The `teal` program: its commands, its global options and its error boundary."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib
+import inspect
+import io
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from teal_cli import __version__, console
+from teal_cli.errors import TealError
+from teal_cli.options import QuietOption, VerboseOption
+
+_COMMANDS = {  # module in teal_cli.commands → its function
+    "chat": "chat",
+    "bench": "bench",
+    "eval": "evaluate",
+    "calibrate": "calibrate",
+    "convert": "convert",
+    "download": "download",
+}
+
+_SYSTEM_ERRORS = {
+    errno.ENOSPC: ("the disk is full", "Free some space, then run the same command again."),
+    errno.EDQUOT: (
+        "the disk quota is used up",
+        "Free some space, then run the same command again.",
+    ),
+    errno.EACCES: ("permission denied", "Choose another place with TEAL_HOME, or fix its rights."),
+    errno.EPERM: ("permission denied", "Choose another place with TEAL_HOME, or fix its rights."),
+    errno.EROFS: ("the file system is read-only", "Choose another place with TEAL_HOME."),
+}
+
+
+def main() -> None:
+    """Run `teal` and exit with its code; every failure ends in one sentence."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a character shows "?"
+            stream.reconfigure(errors="replace")
+    try:
+        try:
+            build()(prog_name="teal")
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader has gone; what Python still holds for it has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("TEAL_DEBUG") == "1":
+            traceback.print_exc()
+        message, hint, exit_code = _explain(error)
+        console.print_error(message, hint)
+        sys.exit(exit_code)
+
+
+def build() -> typer.Typer:
+    """The Typer app with its commands."""
+    app = typer.Typer(
+        name="teal",
+        help=_root.__doc__,
+        no_args_is_help=True,
+        # Rich's help alone would take most of the 0.4 s that `teal --help` may last.
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name, function in _COMMANDS.items():
+        try:
+            module = importlib.import_module(f"teal_cli.commands.{name}")
+        except ModuleNotFoundError as error:
+            if error.name == f"teal_cli.commands.{name}":
+                continue
+            raise
+        app.command(name)(_with_output_options(getattr(module, function)))
+    return app
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"teal {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Run local large language models faster, by skipping what their activations leave unused.
+
+    Try: teal chat
+    """
+    _configure(quiet, verbose)
+
+
+def _with_output_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with `-q` and `-v` of its own, so that they work on either side of its name."""
+
+    @functools.wraps(command)
+    def wrapped(*, quiet: bool, verbose: bool, **arguments: Any) -> None:
+        _configure(quiet, verbose)
+        command(**arguments)
+
+    flags = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
+        for name, option in (("quiet", QuietOption), ("verbose", VerboseOption))
+    ]
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [*signature.parameters.values(), *flags]
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+def _configure(quiet: bool, verbose: bool) -> None:
+    console.configure(quiet=quiet, verbose=verbose)
+    if verbose:
+        return
+    # The libraries draw bars and warn about things that a user of teal cannot change.
+    warnings.simplefilter("ignore")
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "DATASETS_VERBOSITY": "error",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _explain(error: Exception) -> tuple[str, str | None, int]:
+    """The sentence, the next step and the exit code for an error."""
+    if isinstance(error, TealError):
+        return error.message, error.hint, error.exit_code
+    if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
+        reason, hint = _SYSTEM_ERRORS[error.errno]
+        return (f"{reason}: {error.filename}" if error.filename else reason), hint, 1
+    # torch's own class, by name: torch may never have been imported.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "there is not enough memory", "Use a smaller model or a shorter context.", 1
+    detail = str(error).strip().splitlines()
+    sentence = f"internal error ({type(error).__name__}{': ' + detail[0] if detail else ''})"
+    if os.environ.get("TEAL_DEBUG") == "1":
+        return sentence, None, 1
+    return f"{sentence}, run with TEAL_DEBUG=1 for the traceback", None, 1

@@ -1,0 +1,1 @@
+"""Decoding: a session that holds one sequence, sampling, the generation loop, chat."""

@@ -1,0 +1,65 @@
+"""From token ids to text that a terminal may show, piece by piece."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+_REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no character, or not yet
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, and so byte tokens
+# A terminal obeys these: CSI, OSC and two-character escapes, then all control characters but
+# newline and tab (C0, DEL and C1).
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[^\[\]])", re.S)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_LONGEST_ESCAPE = 256
+
+
+class Detokenizer:
+    """Turns a stream of tokens into text: only whole characters, only printable ones."""
+
+    def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
+        """Start after the tokens of `context`, which decide whether a word begins with a space.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+            context: the last few tokens before the stream; their text is not repeated.
+        """
+        self._tokenizer = tokenizer
+        self._tokens = list(context)
+        self._shown = self._decode()  # text of all of _tokens that has been given out
+        self._held = ""  # the start of an escape sequence that may go on
+
+    def add(self, token: int) -> str:
+        """The text that `token` completes, perhaps none."""
+        self._tokens.append(token)
+        text = self._decode()
+        pending = text[len(self._shown) :]
+        if pending.endswith(_REPLACEMENT) and pending.count(_REPLACEMENT) < _LONGEST_CHARACTER:
+            return ""
+        # Only the latest tokens are kept: decoding the whole answer anew for each would take
+        # time that grows with its square.
+        self._tokens = self._tokens[-_LONGEST_CHARACTER:]
+        self._shown = self._decode()
+        return self._printable(pending)
+
+    def finish(self) -> str:
+        """The rest; a character whose bytes did not all come is dropped."""
+        pending = self._decode()[len(self._shown) :].rstrip(_REPLACEMENT)
+        text = self._printable(pending) + _CONTROL.sub("", self._held)
+        self._held = ""
+        return text
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(
+            self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _printable(self, text: str) -> str:
+        text = _ESCAPE.sub("", self._held + text)
+        start = text.rfind("\x1b")
+        if start >= 0 and len(text) - start < _LONGEST_ESCAPE:
+            text, self._held = text[:start], text[start:]
+        else:
+            self._held = ""
+        return _CONTROL.sub("", text)

@@ -1,0 +1,124 @@
+"""The decode loop: one stream of typed steps that chat and bench consume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from teal_cli.errors import UsageError
+from teal_cli.inference.sampling import Sampler
+from teal_cli.inference.session import Session
+
+FinishReason = Literal["stop", "length", "context", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of the answer."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What an answer cost."""
+
+    prompt_tokens: int
+    reused_tokens: int  # of the prompt, found in the cache
+    new_tokens: int
+    time_to_first_token_s: float
+    decode_s: float  # from the first token to the last
+    realised_sparsity: float | None  # None when dense, or when a single token was made
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decoded tokens a second, the first token left out: it is prefill's."""
+        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of an answer, always the last step."""
+
+    reason: FinishReason
+    stats: Stats
+
+
+def generate(
+    session: Session,
+    prompt_tokens: Sequence[int],
+    sampler: Sampler,
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Collection[int] = (),
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Iterator[Token | Finish]:
+    """Answer a prompt, token by token.
+
+    The part of the prompt that the session has seen already is not computed again.
+
+    Args:
+        session: what decodes; afterwards it holds the prompt and the answer.
+        prompt_tokens: the whole sequence so far, at least one token.
+        sampler: chooses each token.
+        max_new_tokens: at least 1.
+        stop_token_ids: end the answer, and are not part of it.
+        interrupted: asked between tokens; the answer ends where it is once it says True.
+
+    Yields:
+        A `Token` for each token of the answer, then one `Finish`.
+
+    Raises:
+        UsageError: the prompt leaves no room in the context.
+    """
+    if len(prompt_tokens) >= session.max_length:
+        raise UsageError(
+            f"{len(prompt_tokens)} tokens of text leave no room for an answer in a context of "
+            f"{session.max_length}",
+            hint="Shorten the text, or choose a longer context.",
+        )
+    started = time.perf_counter()
+    reused = _common_prefix(session.tokens, prompt_tokens[:-1])
+    session.rewind(reused)
+    session.clear_counts()
+    logits = session.prefill(prompt_tokens[reused:])
+    token = sampler.sample(logits)
+    first = last = time.perf_counter()
+    count = 0
+    while True:
+        if token in stop_token_ids:
+            reason: FinishReason = "stop"
+            break
+        count += 1
+        last = time.perf_counter()
+        yield Token(token)
+        if interrupted():
+            reason = "interrupted"
+            break
+        if count >= max_new_tokens:
+            reason = "length"
+            break
+        if session.position >= session.max_length:
+            reason = "context"
+            break
+        token = sampler.sample(session.step(token))
+    stats = Stats(
+        prompt_tokens=len(prompt_tokens),
+        reused_tokens=reused,
+        new_tokens=count,
+        time_to_first_token_s=first - started,
+        decode_s=last - first,
+        realised_sparsity=session.realised_sparsity(),
+    )
+    yield Finish(reason, stats)
+
+
+def _common_prefix(seen: Sequence[int], wanted: Sequence[int]) -> int:
+    length = 0
+    for a, b in zip(seen, wanted, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
