@@ -6,6 +6,8 @@ fused with those that read the same input.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -56,14 +58,20 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def assemble(name: str, tensors: list[Tensor]) -> Tensor:
-    """Our tensor of this name out of Hugging Face's `parts(name)`, in their dtype."""
+def assemble(name: str, shape: tuple[int, ...], tensors: Iterable[Tensor]) -> Tensor:
+    """Our tensor of this name and shape out of Hugging Face's `parts(name)`, in their dtype.
+
+    The parts are taken one by one, so that a generator keeps one of them in memory at a time.
+    """
     if name.rpartition(".")[2] not in _TRANSPOSED:
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    columns = sum(len(tensor) for tensor in tensors)
-    out = tensors[0].new_empty(tensors[0].shape[1], columns)
-    start = 0
+        whole = list(tensors)
+        return whole[0] if len(whole) == 1 else torch.cat(whole)
+    out, start = None, 0
     for tensor in tensors:
+        if out is None:
+            out = tensor.new_empty(shape)
         out[:, start : start + len(tensor)] = tensor.T
         start += len(tensor)
+    assert out is not None
+    assert start == shape[1], name
     return out

@@ -9,7 +9,7 @@ import torch
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.hf_layout import assemble, parts
-from teal_cli.model.weights import build_weights
+from teal_cli.model.weights import build_weights, tensor_shapes
 
 _BASE = {
     "vocab_size": 97,
@@ -88,7 +88,8 @@ def our_decoder(model: Any, dtype: torch.dtype = torch.float32) -> Decoder:
     """Our decoder over the weights of a transformers model."""
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     config = our_config(model)
+    shapes = tensor_shapes(config)
     weights = build_weights(
-        config, lambda name: assemble(name, [state[part] for part in parts(name)])
+        config, lambda name: assemble(name, shapes[name], (state[part] for part in parts(name)))
     )
     return Decoder(config, weights)

@@ -1,0 +1,127 @@
+"""A converted checkpoint on disk: what `convert` writes and every other command reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teal_cli.errors import TealError
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.decoder import Decoder
+from teal_cli.model.weights import build_weights, tensor_shapes
+from teal_cli.store.artifacts import read_manifest
+
+MANIFEST = "manifest.json"
+KIND = "checkpoint"
+_MEND = "Make it again: `teal convert {name} --force`."
+
+
+class Checkpoint:
+    """One model in one dtype, in the decoder's layout.
+
+    Raises:
+        MissingError: the folder holds no checkpoint.
+        TealError: it was written by an incompatible version, or a shard is missing or cut short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._manifest = read_manifest(folder / MANIFEST, KIND)
+        self.config = ModelConfig.from_file(folder / "config.json")
+        for shard, size in self._manifest["shards"].items():
+            path = folder / shard
+            if not path.is_file() or path.stat().st_size != size:
+                raise TealError(
+                    f"{path} is missing or cut short", hint=_MEND.format(name=self.name)
+                )
+
+    @property
+    def name(self) -> str:
+        """The model's name, as the user gives it."""
+        return str(self._manifest["model"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in."""
+        dtype = getattr(torch, self._manifest["dtype"])
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and every tensor; profiles carry it."""
+        return str(self._manifest["fingerprint"])
+
+    @property
+    def source_fingerprint(self) -> str:
+        """Names the exact files that it was converted from."""
+        return str(self._manifest["source"])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(self._manifest["shards"].values())
+
+    def load(self, device: str | torch.device = "cpu") -> Decoder:
+        """The decoder; on a CPU its weights are memory-mapped, so this is quick.
+
+        Raises:
+            TealError: a shard is damaged or does not hold what the config asks for.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        tensors: dict[str, Tensor] = {}
+        try:
+            for shard in self._manifest["shards"]:
+                with safe_open(self.folder / shard, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (not a dict)
+                        tensors[name] = file.get_tensor(name).to(device)
+        except (SafetensorError, OSError) as error:
+            raise TealError(
+                f"{self.folder / shard} is damaged: {error}", hint=_MEND.format(name=self.name)
+            ) from None
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != tensor_shapes(self.config):
+            raise TealError(
+                f"the tensors in {self.folder} are not those of its config.json",
+                hint=_MEND.format(name=self.name),
+            )
+        return Decoder(self.config, build_weights(self.config, tensors.__getitem__))
+
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer.
+
+        Raises:
+            TealError: the checkpoint came without a usable one.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise TealError(f"{self.name} has no usable tokenizer: {error}") from None
+
+    def generation_defaults(self) -> dict[str, Any]:
+        """What the model's authors put in generation_config.json; empty if nothing."""
+        path = self.folder / "generation_config.json"
+        if not path.is_file():
+            return {}
+        defaults = json.loads(path.read_text(encoding="utf-8"))
+        return defaults if isinstance(defaults, dict) else {}
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: the generation config's, else the config's."""
+        ids = self.generation_defaults().get("eos_token_id")
+        if ids is None:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            ids = config.get("eos_token_id")
+        if ids is None:
+            return ()
+        return tuple(ids) if isinstance(ids, list) else (int(ids),)
