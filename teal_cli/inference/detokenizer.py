@@ -10,7 +10,9 @@ _REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no characte
 _LONGEST_CHARACTER = 4  # bytes of UTF-8, and so byte tokens
 # A terminal obeys these: CSI, OSC and two-character escapes, then all control characters but
 # newline and tab (C0, DEL and C1).
-_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[^\[\]])", re.S)
+_ESCAPE = re.compile(
+    r"\x1b(?:\[[ -?]*[^ -?]|\][^\x07\x1b\n]*(?:\x07|\x1b\\|(?=\n))|[^\[\]])", re.DOTALL
+)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _LONGEST_ESCAPE = 256
 
@@ -57,7 +59,7 @@ class Detokenizer:
 
     def _printable(self, text: str) -> str:
         text = _ESCAPE.sub("", self._held + text)
-        start = text.rfind("\x1b")
+        start = text.find("\x1b")
         if start >= 0 and len(text) - start < _LONGEST_ESCAPE:
             text, self._held = text[:start], text[start:]
         else:

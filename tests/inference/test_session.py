@@ -1,0 +1,180 @@
+"""A session against the decoder's full forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from teal_cli.errors import UsageError
+from teal_cli.inference.generate import Finish, Token, generate
+from teal_cli.inference.sampling import Sampler, Sampling
+from teal_cli.inference.session import Session
+from teal_cli.model.decoder import Decoder
+from teal_cli.model.sites import PROJECTIONS, SITE_OF
+
+PROMPT = torch.randint(0, 259, (21,), generator=torch.Generator().manual_seed(5)).tolist()
+BACKENDS = ["reference", "auto"]
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Equal but for the order of float32 sums, a few thousandths of a percent of the spread."""
+    assert actual.dtype == torch.float32
+    assert (actual - expected).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_steps_equal_a_full_forward(
+    decoder: Decoder, thresholds: Tensor, backend: str, sparse: bool
+) -> None:
+    levels = thresholds if sparse else None
+    session = Session(decoder, max_length=40, thresholds=levels, backend=backend)  # type: ignore[arg-type]
+    actual = [session.prefill(PROMPT[:12]), *(session.step(token) for token in PROMPT[12:])]
+    with torch.inference_mode():
+        hidden = decoder.forward(torch.tensor(PROMPT), thresholds=levels, sparse_from=12)
+        expected = decoder.logits(hidden)[11:]
+    assert session.position == len(PROMPT)
+    for a, b in zip(actual, expected, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_realised_sparsity_counts_what_the_decoder_sees(
+    decoder: Decoder, thresholds: Tensor, backend: str
+) -> None:
+    session = Session(decoder, max_length=40, thresholds=thresholds, backend=backend)  # type: ignore[arg-type]
+    session.prefill(PROMPT[:12])
+    assert session.realised_sparsity() is None
+    for token in PROMPT[12:]:
+        session.step(token)
+
+    kept = torch.zeros(thresholds.shape, dtype=torch.float64)
+
+    def observe(layer: int, site: str, x: Tensor) -> None:
+        for index, name in enumerate(PROJECTIONS):
+            if SITE_OF[name] == site:
+                kept[layer, index] = (x[12:].abs() > thresholds[layer, index]).double().mean()
+
+    with torch.inference_mode():
+        decoder.forward(
+            torch.tensor(PROMPT), thresholds=thresholds, sparse_from=12, observe=observe
+        )
+    shares = session.kept_shares()
+    assert shares is not None
+    assert (shares - kept).abs().max() < 1e-6
+    weights = torch.tensor([a * b for a, b in decoder.config.projection_shapes.values()]).double()
+    expected = 1 - float((kept.mean(0) * weights).sum() / weights.sum())
+    assert session.realised_sparsity() == pytest.approx(expected)
+    assert 0.1 < expected < 0.9
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_thresholds_apply_at_once_and_zero_is_exact(
+    decoder: Decoder, thresholds: Tensor, backend: str
+) -> None:
+    def last(session: Session, levels: Tensor | None) -> Tensor:
+        session.reset()
+        session.prefill(PROMPT[:12])
+        session.set_thresholds(levels)
+        return session.step(7).clone()
+
+    session = Session(decoder, max_length=40, backend=backend)  # type: ignore[arg-type]
+    dense = last(session, None)
+    assert session.realised_sparsity() is None
+    close(last(session, torch.zeros_like(thresholds)), dense)
+    assert session.realised_sparsity() == pytest.approx(0.0, abs=1e-6)
+    sparse = last(session, thresholds)
+    assert (sparse - dense).abs().max() > 0.01 * dense.std()
+    assert torch.equal(last(session, None), dense)
+    assert bool(last(session, torch.full_like(thresholds, 1e30)).isfinite().all())
+    assert session.realised_sparsity() == 1.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rewinding_forgets(decoder: Decoder, thresholds: Tensor, backend: str) -> None:
+    session = Session(decoder, max_length=40, thresholds=thresholds, backend=backend)  # type: ignore[arg-type]
+    session.prefill(PROMPT[:12])
+    first = session.step(3).clone()
+    session.prefill(PROMPT[12:])
+    session.rewind(12)
+    assert torch.equal(session.step(3), first)
+
+
+def test_both_backends_give_the_same_greedy_tokens(decoder: Decoder, thresholds: Tensor) -> None:
+    def answer(backend: str) -> list[int]:
+        session = Session(decoder, max_length=64, thresholds=thresholds, backend=backend)  # type: ignore[arg-type]
+        steps = generate(session, PROMPT, Sampler(Sampling()), max_new_tokens=30)
+        return [step.id for step in steps if isinstance(step, Token)]
+
+    assert answer("reference") == answer("auto")
+
+
+def test_a_long_prompt_is_prefilled_in_chunks(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Session(decoder, max_length=40).prefill(PROMPT)
+    monkeypatch.setattr("teal_cli.inference.session._PREFILL_CHUNK", 8)
+    close(Session(decoder, max_length=40).prefill(PROMPT), whole)
+
+
+def test_the_context_is_a_limit(decoder: Decoder) -> None:
+    session = Session(decoder, max_length=12)
+    with pytest.raises(UsageError, match="do not fit"):
+        session.prefill(PROMPT)
+    assert session.position == 0
+    session.prefill(PROMPT[:12])
+    with pytest.raises(UsageError, match="full"):
+        session.step(1)
+    with pytest.raises(UsageError, match="out of range"):
+        Session(decoder, max_length=decoder.config.max_position_embeddings + 1)
+
+
+def run(session: Session, prompt: list[int], **options: object) -> tuple[list[int], Finish]:
+    *tokens, finish = generate(session, prompt, Sampler(Sampling()), **options)  # type: ignore[arg-type]
+    assert isinstance(finish, Finish)
+    return [token.id for token in tokens if isinstance(token, Token)], finish
+
+
+def test_generation_ends_for_each_reason(decoder: Decoder) -> None:
+    session = Session(decoder, max_length=40)
+    tokens, finish = run(session, PROMPT, max_new_tokens=6)
+    assert (len(tokens), finish.reason) == (6, "length")
+    assert finish.stats.new_tokens == 6
+    assert finish.stats.tokens_per_s is not None
+
+    stopped, finish = run(session, PROMPT, max_new_tokens=6, stop_token_ids={tokens[3]})
+    assert finish.reason == "stop"
+    assert stopped == tokens[: tokens.index(tokens[3])]
+
+    _, finish = run(session, PROMPT, max_new_tokens=99)
+    assert finish.reason == "context"
+    assert finish.stats.new_tokens == 40 - len(PROMPT) + 1
+
+    answers = iter([False, False, True])
+    heard, finish = run(session, PROMPT, max_new_tokens=6, interrupted=lambda: next(answers))
+    assert (heard, finish.reason) == (tokens[:3], "interrupted")
+
+    with pytest.raises(UsageError, match="no room"):
+        run(session, PROMPT * 2, max_new_tokens=1)
+
+
+def test_an_answer_of_nothing_has_no_speed(decoder: Decoder) -> None:
+    session = Session(decoder, max_length=40)
+    first, _ = run(session, PROMPT, max_new_tokens=1)
+    tokens, finish = run(session, PROMPT, max_new_tokens=9, stop_token_ids=first)
+    assert (tokens, finish.stats.new_tokens, finish.stats.tokens_per_s) == ([], 0, None)
+
+
+def test_a_following_turn_computes_only_what_is_new(decoder: Decoder) -> None:
+    session = Session(decoder, max_length=80)
+    said, _ = run(session, PROMPT, max_new_tokens=5)
+    turn = [*PROMPT, *said, 1, 2, 3]
+    tokens, finish = run(session, turn, max_new_tokens=5)
+    assert finish.stats.reused_tokens == len(PROMPT) + 4  # the last one said was never fed
+    fresh, finish = run(Session(decoder, max_length=80), turn, max_new_tokens=5)
+    assert finish.stats.reused_tokens == 0
+    assert tokens == fresh
+    again, finish = run(session, turn, max_new_tokens=5)
+    assert finish.stats.reused_tokens == len(turn) - 1
+    assert again == fresh
