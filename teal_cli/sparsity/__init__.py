@@ -1,0 +1,1 @@
+"""From activations to thresholds: histograms, profiles, allocations, presets."""

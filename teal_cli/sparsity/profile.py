@@ -1,0 +1,221 @@
+"""A profile: what calibration learnt about one model, and the thresholds that follow from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teal_cli import __version__
+from teal_cli.errors import MissingError, TealError, UsageError
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.sites import PROJECTIONS, SITES
+from teal_cli.sparsity.histogram import BINS
+from teal_cli.sparsity.quantiles import Quantiles
+
+_KIND, _SCHEMA = "profile", 1
+_ALLOCATION = "allocation."  # prefix of the tensors that hold allocations
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a model must share with a profile for the profile to fit it."""
+
+    num_hidden_layers: int
+    projections: tuple[tuple[int, int], ...]  # (in_features, out_features), in PROJECTIONS order
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> ModelShape:
+        """The shape of a model."""
+        return cls(config.num_hidden_layers, tuple(config.projection_shapes.values()))
+
+    @property
+    def weight_shares(self) -> Tensor:
+        """Each projection's share of a layer's weights, float64 [7]."""
+        sizes = torch.tensor([i * o for i, o in self.projections], dtype=torch.float64)
+        return sizes / sizes.sum()
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Distributions of abs(x) at every layer and site, and ways to share sparsity out.
+
+    `allocations` maps a method to the sparsities [A, num_hidden_layers, 7] that it gives the
+    projections, in A steps from nothing to the most that it reaches. The method `uniform`
+    (TEAL, arXiv 2408.14690, section 4.3) needs none: every projection gets the same.
+    """
+
+    model: str
+    fingerprint: str | None  # of the checkpoint; None fits any checkpoint of this shape
+    shape: ModelShape
+    quantiles: Quantiles
+    counts: Tensor | None = None  # int64 [num_hidden_layers, 4, BINS], where calibrated here
+    allocations: Mapping[str, Tensor] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The allocation methods that this profile has, the best one first."""
+        return (*self.allocations, "uniform")
+
+    @property
+    def default_method(self) -> str:
+        """The best allocation method that this profile has."""
+        return self.methods[0]
+
+    def thresholds(self, sparsity: float, method: str | None = None) -> Tensor:
+        """Thresholds for a model-wide target sparsity, weighted by the weights each input feeds.
+
+        Args:
+            sparsity: target in [0, 1); 0 skips exact zeros only.
+            method: one of `methods`, by default the best.
+
+        Returns:
+            float32 [num_hidden_layers, 7], projections in PROJECTIONS order.
+
+        Raises:
+            UsageError: the sparsity is out of range, or there is no such method.
+            TealError: the method does not reach the sparsity.
+        """
+        if not 0.0 <= sparsity < 1.0:
+            raise UsageError(f"sparsity must be at least 0 and below 1, got {sparsity:g}")
+        allocation = self._allocation(sparsity, method or self.default_method)
+        return self.quantiles.thresholds(allocation).float()
+
+    def sparsity_at(self, thresholds: Tensor) -> Tensor:
+        """The share of inputs that thresholds [num_hidden_layers, 7] skip, same shape, float64.
+
+        On the calibration's dense activations: a sparse model's own can differ.
+        """
+        return self.quantiles.sparsity(thresholds)
+
+    def model_sparsity(self, sparsity: Tensor) -> float:
+        """The model-wide sparsity of a [num_hidden_layers, 7] table, weighted by weights."""
+        return float((sparsity.double().mean(0) * self.shape.weight_shares).sum())
+
+    def check(self, config: ModelConfig, fingerprint: str | None = None) -> None:
+        """Make sure that this profile belongs to a model.
+
+        Raises:
+            TealError: it is another model's.
+        """
+        hint = f"Make one for this model with: teal calibrate {self.model}"
+        if self.shape != ModelShape.of(config):
+            raise TealError(f"the profile of {self.model} is for a model of another shape")
+        if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
+            raise TealError(
+                f"the profile of {self.model} was made with other weights than these", hint=hint
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the profile, atomically."""
+        from safetensors.torch import save
+
+        from teal_cli.store import artifacts
+
+        tensors = {_ALLOCATION + name: table.float() for name, table in self.allocations.items()}
+        if self.counts is not None:
+            tensors["counts"] = self.counts
+        else:
+            tensors["shares"] = self.quantiles.shares
+            tensors["values"] = self.quantiles.values
+        header = {
+            "kind": _KIND,
+            "schema": _SCHEMA,
+            "teal": __version__,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "num_hidden_layers": self.shape.num_hidden_layers,
+            "projections": self.shape.projections,
+            "methods": list(self.allocations),
+            "provenance": dict(self.provenance),
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        artifacts.atomic_write(path, save(tensors, metadata={"teal": json.dumps(header)}))
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Read a profile.
+
+        Raises:
+            MissingError: there is none.
+            TealError: the file is damaged, or from another version of teal.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        remake = "Make it again with: teal calibrate --force"
+        if not path.is_file():
+            raise MissingError(f"no profile at {path}", hint="Make one with: teal calibrate")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["teal"])
+                if header["kind"] != _KIND or header["schema"] != _SCHEMA:
+                    raise TealError(
+                        f"{path} was written by another version of teal ({header['teal']})",
+                        hint=remake,
+                    )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return _from_parts(header, tensors)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise TealError(f"the profile {path} is damaged: {error}", hint=remake) from None
+
+    def _allocation(self, sparsity: float, method: str) -> Tensor:
+        """The sparsity of each projection, [num_hidden_layers, 7], whose mean is the target."""
+        rows = torch.stack([torch.zeros_like(self.quantiles.limit), self.quantiles.limit])
+        if method != "uniform":
+            if method not in self.allocations:
+                raise UsageError(
+                    f"the profile of {self.model} has no allocation {method!r}",
+                    hint=f"It has: {', '.join(self.methods)}.",
+                )
+            # A published search may ask for more than the published histograms can tell.
+            rows = torch.minimum(self.allocations[method].double(), rows[-1])
+        totals = (rows.mean(1) * self.shape.weight_shares).sum(-1)
+        if sparsity > totals[-1]:
+            raise TealError(
+                f"the {method} allocation of {self.model} ends at sparsity {totals[-1]:.2f}",
+                hint="Ask for less, or for --method uniform." if method != "uniform" else None,
+            )
+        after = int(torch.searchsorted(totals, torch.tensor(sparsity, dtype=torch.float64)))
+        if after == 0:
+            return rows[0]
+        part = (sparsity - totals[after - 1]) / (totals[after] - totals[after - 1])
+        return torch.lerp(rows[after - 1], rows[after], part)
+
+
+def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Profile:
+    shape = ModelShape(
+        int(header["num_hidden_layers"]), tuple((int(i), int(o)) for i, o in header["projections"])
+    )
+    layers = shape.num_hidden_layers
+    counts = tensors.get("counts")
+    if counts is not None:
+        _check_size("counts", counts, (layers, len(SITES), BINS))
+        quantiles = Quantiles.from_counts(counts)
+    else:
+        points = tensors["shares"].shape[-1]
+        for name in ("shares", "values"):
+            _check_size(name, tensors[name], (layers, len(SITES), points))
+        quantiles = Quantiles(tensors["shares"], tensors["values"])
+    allocations = {name: tensors[_ALLOCATION + name] for name in header["methods"]}
+    for name, table in allocations.items():
+        _check_size(name, table, (table.shape[0], layers, len(PROJECTIONS)))
+    return Profile(
+        model=str(header["model"]),
+        fingerprint=header["fingerprint"],
+        shape=shape,
+        quantiles=quantiles,
+        counts=counts,
+        allocations=allocations,
+        provenance=header["provenance"],
+    )
+
+
+def _check_size(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, not {expected}")
