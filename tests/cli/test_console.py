@@ -1,0 +1,162 @@
+"""Output: streams, quiet, terminals, and figures as people read them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from teal_cli import console
+from teal_cli.console import ConsoleReporter, format_amount, format_seconds
+from teal_cli.options import parse_sparsities
+
+SCRIPT = """
+import sys
+from teal_cli import console
+reporter = console.reporter()
+with reporter.task("Reading", 3_000_000, "B") as task:
+    for _ in range(3):
+        task.advance(1_000_000)
+    reporter.note("a [note] that is longer than a terminal is wide: " + "x" * 80)
+with reporter.task("Layers", 2, "layers") as outer:
+    with reporter.task("Rows") as inner:
+        inner.advance()
+    outer.advance(2)
+console.print_dim("statistics")
+"""
+
+
+def terminal(*, term: str = "xterm", **environment: str) -> str:
+    """What the script writes to a terminal."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        stdout=follower,
+        stderr=follower,
+        env={**os.environ, "TERM": term, "COLUMNS": "80", **environment},
+    )
+    os.close(follower)
+    out = b""
+    while True:
+        try:
+            chunk = os.read(leader, 65536)
+        except OSError:  # how Linux says that the other end has closed
+            break
+        if not chunk:
+            break
+        out += chunk
+    os.close(leader)
+    assert process.wait(60) == 0
+    return out.decode()
+
+
+def test_a_terminal_shows_bars_and_keeps_one_line_a_task() -> None:
+    out = terminal(NO_COLOR="")
+    assert "━" in out
+    assert "\x1b[2mstatistics" in out
+    # rich erases a line by moving up; what is left is what was printed last.
+    assert re.search(r"Reading: 3\.0 MB in \d+\.\d s", out)
+    assert re.search(r"Layers: 2 layers in", out)
+    assert "x" * 80 in out.replace("\r\n", "")
+    assert out.rstrip().endswith("statistics\x1b[0m")
+
+
+def test_no_color_and_dumb_terminals() -> None:
+    colours = re.compile(r"\x1b\[[0-9;]*m")
+    assert not colours.search(terminal(NO_COLOR="1").replace("\x1b[0m", ""))
+    assert "\x1b" not in terminal(term="dumb")
+
+
+def test_elsewhere_a_task_is_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = ConsoleReporter()
+    reporter.note("starting")
+    with reporter.task("Reading", 2_000_000, "B") as task:
+        task.advance(2_000_000)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[:2] == ["starting", "Reading (2.0 MB) ..."]
+    assert re.fullmatch(r"Reading: 2\.0 MB in 0\.0 s", lines[2])
+
+
+def test_a_task_that_fails_does_not_say_that_it_is_done(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(ValueError, match="broken"), ConsoleReporter().task("Reading"):
+        raise ValueError("broken")
+    assert capsys.readouterr().err == "Reading ...\n"
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = ConsoleReporter(quiet=True)
+    reporter.note("starting")
+    with reporter.task("Reading", 2) as task:
+        task.advance(2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_json_is_one_valid_document(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass
+    class Row:
+        name: str
+        value: float
+
+    console.print_json(
+        {"rows": [Row("ü", 1.5), Row("b", float("inf"))], "at": Path("x"), 3: (1, float("nan"))}
+    )
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert json.loads(out) == {
+        "rows": [{"name": "ü", "value": 1.5}, {"name": "b", "value": None}],
+        "at": "x",
+        "3": [1, None],
+    }
+
+
+def test_a_table_is_aligned_and_plain_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_table(["name", "tokens/s"], [["dense", "9.5"], ["50 %", "110.2"]], title="Speed")
+    assert capsys.readouterr().out == ("Speed\nname   tokens/s\ndense       9.5\n50 %      110.2\n")
+
+
+@pytest.mark.parametrize(
+    ("amount", "unit", "text"),
+    [
+        (0, "B", "0 B"),
+        (999, "B", "999 B"),
+        (1000, "B", "1.0 kB"),
+        (98_362_432, "B", "98.4 MB"),
+        (13.2e9, "B", "13.2 GB"),
+        (2.5e12, "B", "2.5 TB"),
+        (3, "layers", "3 layers"),
+        (3.25, "it", "3.2 it"),
+        (1234.5, "it", "1234 it"),
+    ],
+)
+def test_amounts(amount: float, unit: str, text: str) -> None:
+    assert format_amount(amount, unit) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.9, "9.9 s"), (42, "42 s"), (200, "3 min 20 s"), (3900, "1 h 5 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_sparsities_are_a_list_without_repeats() -> None:
+    assert parse_sparsities("0.25, 0.4,0.40,0") == (0.25, 0.4, 0.0)
+
+
+@pytest.mark.parametrize("text", ["", "0.5,", "a", "1", "0.5,1.2", "nan", "-0.1"])
+def test_bad_sparsities_are_usage_errors(text: str) -> None:
+    with pytest.raises(Exception, match=r"is not") as error:
+        parse_sparsities(text)
+    assert getattr(error.value, "exit_code", None) == 2
