@@ -7,6 +7,7 @@ artifact, under the artifact's lock.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from teal_cli.errors import MissingError, TealError
 from teal_cli.progress import Reporter
 
 SCHEMA = 1
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = ".partial-"
 
 
