@@ -84,7 +84,9 @@ def build() -> typer.Typer:
             if error.name == f"teal_cli.commands.{name}":
                 continue
             raise
-        app.command(name)(_with_output_options(getattr(module, function)))
+        command = getattr(module, function)
+        summary = inspect.cleandoc(command.__doc__ or "").split("\n\n")[0]
+        app.command(name, short_help=summary)(_with_output_options(command))
     return app
 
 

@@ -150,12 +150,15 @@ def chat(
         thresholds=thresholds,
         reporter=reporter,
     )
+    tokenizer = checkpoint.tokenizer()
+    # Some configs leave out the token that ends a turn, and their tokenizer knows it.
+    stops = {*checkpoint.eos_token_ids, tokenizer.eos_token_id} - {None}
     chosen = sampling_defaults(checkpoint.generation_defaults(), defaults) | given
     conversation = Conversation(
         session,
-        checkpoint.tokenizer(),
+        tokenizer,
         Sampler(Sampling(**chosen, seed=seed)),
-        stop_token_ids=checkpoint.eos_token_ids,
+        stop_token_ids=stops,
         system=system,
     )
 

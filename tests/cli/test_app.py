@@ -93,7 +93,7 @@ def test_version() -> None:
         (["chat", "--sparsity", "1"], "1 is not in [0, 1)"),
         (["chat", "--sparsity", "-0.1"], "is not in [0, 1)"),
         (["chat", "--sparsity", "nan"], "is not in [0, 1)"),
-        (["chat", "--sparsity", "half"], "half"),
+        (["chat", "--sparsity", "half"], "Invalid value for"),
         (["chat", "--dtype", "int3"], "float16"),
         (["chat", "--max-tokens", "0"], "--max-tokens"),
         (["chat", "--prompt", " "], "the prompt is empty"),
