@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -127,8 +127,8 @@ def chat(
     from teal_cli.inference.session import Session
     from teal_cli.store import models
 
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     Sampling(**given)  # refuse a bad value before anything is downloaded
     target_device = pick_device(device)
     checkpoint = pipeline.ensure_checkpoint(
