@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
 import typer
@@ -38,9 +37,7 @@ def convert(
     from teal_cli.store import hub, models
 
     reporter = console.reporter()
-    ref = models.resolve(model)
-    if revision is not None:
-        ref = dataclasses.replace(ref, revision=revision)
+    ref = models.resolve(model, revision)
     source = hub.fetch(ref, token=token, offline=offline, reporter=reporter)
     folder = convert_model(source, dtype=dtype, reporter=reporter, force=force)
     models.remember(ref)
