@@ -32,13 +32,15 @@ def convert(
 
     Prints the folder that holds the result. Does nothing when that is up to date.
     """
-    from teal_cli.model.checkpoint import Checkpoint
-    from teal_cli.model.convert import convert as convert_model
     from teal_cli.store import hub, models
 
     reporter = console.reporter()
     ref = models.resolve(model, revision)
     source = hub.fetch(ref, token=token, offline=offline, reporter=reporter)
+
+    from teal_cli.model.checkpoint import Checkpoint  # imports torch: not before a typo is found
+    from teal_cli.model.convert import convert as convert_model
+
     folder = convert_model(source, dtype=dtype, reporter=reporter, force=force)
     models.remember(ref)
     checkpoint = Checkpoint(folder)
