@@ -67,6 +67,7 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     accepted_tokens: set[str] = field(default_factory=lambda: {"hf_good"})
     known_tokens: set[str] = field(default_factory=lambda: {"hf_good", "hf_other"})
+    claimed_sizes: dict[str, int] = field(default_factory=dict)  # instead of the true ones
     faults: Faults = field(default_factory=Faults)
     requests: list[Request] = field(default_factory=list)
     stalled: threading.Event = field(default_factory=threading.Event)
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self) -> None:
-        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        path = urllib.parse.urlsplit(self.path).path
         self.hub.requests.append(
             Request(
                 self.command, path, self.headers.get("Range"), self.headers.get("Authorization")
@@ -139,9 +140,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/cdn/"):
             self._bytes(path.removeprefix("/cdn/"))
         elif match := _MODEL.match(path):
-            self._listing(match[1], match[2], match[3] or "main")
+            revision = urllib.parse.unquote(match[3] or "main")  # "refs/pr/1" comes as one part
+            self._listing(match[1], match[2], revision)
         elif match := _RESOLVE.match(path):
-            self._resolve(match[1], match[2], match[3])
+            self._resolve(match[1], *map(urllib.parse.unquote, match.group(2, 3)))
         else:
             self._refuse(404, "", "not found")
 
@@ -168,7 +170,11 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "tree":
             self._json([_tree_entry(*file) for file in repository.files.items()])
         else:
-            siblings = [_sibling(*file) for file in repository.files.items()]
+            claimed = self.hub.claimed_sizes
+            siblings = [
+                _sibling(path, content) | ({"size": claimed[path]} if path in claimed else {})
+                for path, content in repository.files.items()
+            ]
             self._json({"id": name, "sha": repository.commit, "siblings": siblings})
 
     def _resolve(self, name: str, revision: str, path: str) -> None:

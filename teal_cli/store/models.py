@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +48,11 @@ def resolve(text: str | None, revision: str | None = None) -> ModelRef:
         ref = last_used() or ModelRef("hub", DEMO)
         text = str(ref.path) if ref.path is not None else ref.name
         revision = revision or ref.revision
-    path = Path(text).expanduser()
-    if path.is_dir() or path.is_file():
+    path = Path(os.path.expanduser(text))
+    if text and os.path.exists(path):  # pathlib's own would raise on a name that is too long
         if revision is not None:
             raise UsageError(f"--revision goes with a model on the Hub, {text} is local")
-        if path.is_file() and path.suffix != ".gguf":
+        if not path.is_dir() and path.suffix != ".gguf":
             raise UsageError(f"{text} is a file, but not a .gguf", hint="Name the model's folder.")
         path = path.resolve()
         return ModelRef("folder" if path.is_dir() else "gguf", str(path), path)
