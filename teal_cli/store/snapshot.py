@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import hashlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ NEEDED = [
     "vocab.json",
     "merges.txt",
 ]
+_SHA256 = re.compile("[0-9a-f]{64}")
 _TIMEOUT_S = 6  # for the listing; the client itself would wait without end
 _AGAIN = "Run the same command again: it continues where it stopped."
 
@@ -92,36 +94,40 @@ def download(name: str, revision: str | None, token: str | None, reporter: Repor
     if here is not None and here.name == info.sha and all((here / n).is_file() for n in names):
         return here
     assert info.sha is not None
-    missing = _Missing(Path(constants.HF_HUB_CACHE), name, info.sha, files)
-    artifacts.check_free_space(missing.cache, missing.nbytes)
-    reporter.note(
-        f"downloading {name}, {missing.nbytes / 1e6:,.1f} MB"
-        + (f" (the other {missing.resumed_bytes / 1e6:,.1f} MB are here)" * bool(missing.resumed))
-        + f" → {missing.cache}"
-    )
     try:
+        missing = _Missing(Path(constants.HF_HUB_CACHE), name, info.sha, files)
+        artifacts.check_free_space(missing.cache, missing.nbytes)
+        kept = f" (the other {missing.kept_bytes / 1e6:,.1f} MB are here)"
+        reporter.note(
+            f"downloading {name}, {missing.nbytes / 1e6:,.1f} MB"
+            f"{kept if missing.kept_bytes else ''} → {missing.cache}"
+        )
         with reporter.task("Downloading", missing.nbytes, "B") as task:
             for file in missing.large:
                 missing.fetch(file, token, task, reporter)
-            return Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    token=token,
-                    allow_patterns=NEEDED,
-                    tqdm_class=_bar(task),
-                )
+            folder = snapshot_download(
+                name,
+                revision=revision,
+                token=token,
+                allow_patterns=NEEDED,
+                tqdm_class=_bar(task),
             )
     except TealError:
         raise
     except Exception as error:
         raise _explained(error, name, revision, token, listing=False) from error
+    return Path(folder)
 
 
 class _Missing:
-    """The files of a commit that the cache lacks: how much that is, and the large ones' places."""
+    """The files of a commit that the cache lacks.
+
+    `nbytes` are to come; `kept_bytes` were left by an interrupted run. `large` are the files that
+    `fetch` serves, before the client looks after the rest.
+    """
 
     def __init__(self, cache: Path, name: str, commit: str, files: list[RepoSibling]) -> None:
+        from huggingface_hub import constants
         from huggingface_hub.file_download import are_symlinks_supported, repo_folder_name
 
         self.cache, self._name, self._commit = cache, name, commit
@@ -131,15 +137,18 @@ class _Missing:
         absent = [file for file in files if not (snapshot / file.rfilename).exists()]
         absent = [file for file in absent if not (self._blobs / _digest(file)).exists()]
         # Without symlinks the client would copy the blob; there, it fetches the files itself.
-        own = are_symlinks_supported(cache)
-        self.large = [file for file in absent if own and file.lfs is not None]
-        self.resumed_bytes = sum(_size(self._partial(file)) for file in self.large)
-        self.nbytes = sum(file.size or 0 for file in absent) - self.resumed_bytes
-
-    @property
-    def resumed(self) -> bool:
-        """Whether an earlier run left partial files."""
-        return self.resumed_bytes > 0
+        # So it does what plain HTTP does not serve.
+        linked = are_symlinks_supported(cache)
+        self.large = [
+            file
+            for file in absent
+            if linked
+            and file.lfs is not None
+            and _SHA256.fullmatch(file.lfs.sha256)  # it becomes a file's name
+            and (file.size or 0) <= constants.MAX_HTTP_DOWNLOAD_SIZE
+        ]
+        self.kept_bytes = sum(_size(self._partial(file)) for file in self.large)
+        self.nbytes = sum(file.size or 0 for file in absent) - self.kept_bytes
 
     def _partial(self, file: RepoSibling) -> Path:
         return self._blobs / f"{_digest(file)}.teal.incomplete"
