@@ -142,7 +142,9 @@ def chat(
     target = defaults.sparsity if sparsity is None else sparsity
     thresholds = None
     if target > 0:
-        profile = pipeline.ensure_profile(checkpoint, offline=offline, reporter=reporter)
+        profile = pipeline.ensure_profile(
+            checkpoint, device=device, offline=offline, reporter=reporter
+        )
         thresholds = profile.thresholds(target, method)
     session = Session(
         checkpoint.load(target_device),

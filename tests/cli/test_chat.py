@@ -91,7 +91,7 @@ def test_dense_needs_no_profile_and_says_so(chat: Chat, base_model: Path) -> Non
         ([], b"\xff\xfe", 2, "not UTF-8"),
         (["-p", "x", "--method", "astrology"], b"", 2, "astrology"),
         (["-p", "x", "--top-k", "-1"], b"", 2, "top-k"),
-        (["-p", "x", "--device", "cuda:99"], b"", 5, "cuda"),
+        (["-p", "x", "--device", "cuda:99"], b"", 5, "CUDA"),
     ],
     ids=["long", "context", "short-context", "empty", "bytes", "method", "top-k", "device"],
 )
