@@ -170,13 +170,14 @@ def sparse_project(
     barrier = torch.zeros(16, dtype=torch.int64)
     threads = team.default_threads()
 
-    def work(thread: int) -> None:
-        compiled.project(
+    def arguments(thread: int) -> tuple[Any, ...]:
+        return (
             _team(thread, threads, barrier), _DTYPES[weight.dtype], weight.data_ptr(), values,
             bounds, levels, y, _survivors(len(values)), kept,
         )  # fmt: skip
 
-    team.run(work, threads, barrier)
+    project = _compile(compiled.project, arguments(0))
+    team.run(lambda thread: project(*arguments(thread)), threads, barrier)
     return torch.from_numpy(y).to(x.dtype)
 
 
