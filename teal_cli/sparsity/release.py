@@ -146,7 +146,10 @@ def _read_search(path: Path) -> Array:
     """A layer's search, float64 [steps, 7], from nothing upwards."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [[float(row[name]) for name in PROJECTIONS] for row in csv.DictReader(file)]
+            rows = [
+                [float(row[name]) for name in PROJECTIONS]
+                for row in csv.DictReader(file, skipinitialspace=True)
+            ]
     except FileNotFoundError:
         raise MissingError(f"{path} is missing", hint="Copy the release again.") from None
     except (KeyError, TypeError, ValueError) as error:

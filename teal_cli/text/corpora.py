@@ -84,7 +84,7 @@ def load_corpus(
     separate = False
     if spec == "pydoc":
         rows: Iterable[str] = _python_reference()
-    elif _is_file(spec):
+    elif is_file(spec):
         rows = read_file(Path(spec).expanduser(), column)
     else:
         name = WIKITEXT_2 if spec == "wikitext-2" else spec
@@ -114,7 +114,8 @@ def _part(corpus: Corpus, part: str) -> Corpus:
     return Corpus(corpus.name, pieces, corpus.fingerprint, part)
 
 
-def _is_file(spec: str) -> bool:
+def is_file(spec: str) -> bool:
+    """Whether a corpus is named as a file, there or not, rather than as a data set."""
     path = Path(spec).expanduser()
     named_like_one = spec.startswith((".", "/", "~")) or path.suffix.lower() in _SUFFIXES
     return named_like_one or path.exists()
