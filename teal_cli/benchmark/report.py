@@ -54,7 +54,7 @@ def result_table(rows: Sequence[Row]) -> Table:
     table = []
     for row in rows:
         line = [
-            row.label,
+            f"{row.label} ({row.dtype})" if row.kind == "baseline" else row.label,
             "" if row.realised_sparsity is None else f"{row.realised_sparsity:.3f}",
             _spread(row.tokens_per_s, 1),
             _spread(row.time_per_token_ms, 2),

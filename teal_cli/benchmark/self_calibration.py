@@ -14,7 +14,7 @@ from teal_cli.progress import Reporter
 from teal_cli.sparsity.calibrate import calibrate
 from teal_cli.sparsity.profile import Profile
 
-_WINDOWS, _WINDOW = 2, 64  # 120 positions of thousands of channels: quantiles to three digits
+_WINDOW = 128  # positions, each with thousands of channels: quantiles to three digits
 _ROUNDS, _STEPS = 4, 24
 _TOLERANCE = 0.003
 
@@ -22,7 +22,7 @@ _TOLERANCE = 0.003
 def self_calibrated(decoder: Decoder, *, seed: int, reporter: Reporter) -> Profile:
     """A profile from what a prompt of random tokens makes the model do."""
     generator = torch.Generator().manual_seed(seed)
-    size = (_WINDOWS, min(_WINDOW, decoder.config.max_position_embeddings))
+    size = (1, min(_WINDOW, decoder.config.max_position_embeddings))
     tokens = torch.randint(decoder.config.vocab_size, size, generator=generator)
     return calibrate(decoder, tokens, model="random weights", reporter=reporter)
 

@@ -19,7 +19,7 @@ from teal_cli.model.hf_layout import parts
 from teal_cli.model.sites import FUSED
 from teal_cli.progress import Reporter
 
-_PROBE_TOKENS = 8
+_PROBE_TOKENS, _PROBE_RUNS = 6, 2
 _CACHES = ("dynamic", "static")
 
 
@@ -82,7 +82,7 @@ def fastest_transformers(
     """
     dtypes = [decoder.dtype]
     if decoder.device.type == "cpu":
-        dtypes = [torch.float32, torch.bfloat16, torch.float16]
+        dtypes = [torch.bfloat16, torch.float16, torch.float32]
     smallest = min(dtype.itemsize for dtype in dtypes)
     require_memory(
         weight_bytes(decoder.config, smallest),
@@ -114,10 +114,10 @@ def fastest_transformers(
 
 
 def _probe(model: Any, cache: str, prompt: Sequence[int]) -> float | None:
-    """Seconds a token, after a run that compiles what it likes; None if it fails."""
+    """Seconds a token, the best of few; None if it fails."""
     decoding = TransformersDecoding(model, cache, prompt, _PROBE_TOKENS)
     try:
-        return min(decoding.run().time_per_token_s for _ in range(3))
+        return min(decoding.run().time_per_token_s for _ in range(_PROBE_RUNS))
     except (RuntimeError, NotImplementedError, ValueError):
         return None
 
