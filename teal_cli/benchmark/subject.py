@@ -69,6 +69,7 @@ def model_subject(
     description = {
         "name": checkpoint.name,
         "weights": "its own",
+        "revision": checkpoint.revision,
         "fingerprint": checkpoint.fingerprint,
         "dtype": _name(checkpoint.dtype),
         "method": method or profile.default_method,

@@ -145,7 +145,7 @@ def bench(
         decoder, tested.prompt, settings, tested.thresholds_for, measured, reporter
     )
     found = result.BenchResult(
-        model=tested.description | {"revision": revision, "shape": asdict(decoder.config)},
+        model=tested.description | {"shape": asdict(decoder.config)},
         environment=environment(target_device),
         settings=asdict(settings),
         bandwidth=measured,

@@ -112,7 +112,7 @@ def evaluate(
     inputs = {
         "model": {
             "name": checkpoint.name,
-            "revision": revision,
+            "revision": checkpoint.revision,
             "fingerprint": checkpoint.fingerprint,
             "dtype": str(checkpoint.dtype).removeprefix("torch."),
         },

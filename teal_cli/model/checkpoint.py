@@ -62,6 +62,12 @@ class Checkpoint:
         return str(self._manifest["source"])
 
     @property
+    def revision(self) -> str | None:
+        """The Hub's commit that it came from; None where that is not known."""
+        revision = self._manifest.get("revision")
+        return None if revision is None else str(revision)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all shards."""
         return sum(self._manifest["shards"].values())
