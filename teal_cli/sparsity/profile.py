@@ -168,15 +168,17 @@ class Profile:
 
     def _allocation(self, sparsity: float, method: str) -> Tensor:
         """The sparsity of each projection, [num_hidden_layers, 7], whose mean is the target."""
-        rows = torch.stack([torch.zeros_like(self.quantiles.limit), self.quantiles.limit])
-        if method != "uniform":
+        limit = self.quantiles.limit
+        if method == "uniform":
+            rows = torch.stack([torch.zeros_like(limit), limit.min().expand_as(limit)])
+        else:
             if method not in self.allocations:
                 raise UsageError(
                     f"the profile of {self.model} has no allocation {method!r}",
                     hint=f"It has: {', '.join(self.methods)}.",
                 )
             # A published search may ask for more than the published histograms can tell.
-            rows = torch.minimum(self.allocations[method].double(), rows[-1])
+            rows = torch.minimum(self.allocations[method].double(), limit)
         totals = (rows.mean(1) * self.shape.weight_shares).sum(-1)
         if sparsity > totals[-1] + 1e-9:  # a mean of equal numbers rounds
             raise TealError(

@@ -102,21 +102,19 @@ def _curve(folder: Path, layer: int, site: str, config: ModelConfig) -> tuple[Te
 
 def _load(path: Path, name: str) -> tuple[Array, Array]:
     """Counts and bin centers of one histogram, float64 [bins]."""
+    keys = (name, f"{name}_centers")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        counts, centers = (content[key].double().numpy() for key in (name, f"{name}_centers"))
     except FileNotFoundError:
         raise MissingError(f"{path} is missing", hint="Copy the release again.") from None
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        TypeError,
-    ) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise TealError(f"{path} is damaged: {detail}", hint="Copy the release again.") from None
+    found = content if isinstance(content, dict) else {}
+    tensors = [found[key] for key in keys if isinstance(found.get(key), Tensor)]
+    if len(tensors) < len(keys):
+        raise TealError(f"{path} is damaged: it does not hold {' and '.join(keys)}")
+    counts, centers = (tensor.double().numpy() for tensor in tensors)
     whole = counts.ndim == 1 and counts.shape == centers.shape and len(counts) > 2
     if not whole or not (counts >= 0).all() or not (numpy.diff(centers) > 0).all():
         raise TealError(f"{path} is damaged: {name} is not a histogram")
@@ -155,11 +153,7 @@ def _read_search(path: Path) -> Array:
     except (KeyError, TypeError, ValueError) as error:
         raise TealError(f"{path} is damaged: {error}", hint="Copy the release again.") from None
     search = numpy.array([[0.0] * len(PROJECTIONS), *rows])
-    if (
-        not rows
-        or (search < 0).any()
-        or (search > 1).any()
-        or (numpy.diff(search, axis=0) < 0).any()
-    ):
+    rising = (numpy.diff(search, axis=0) >= 0).all()
+    if not rows or not rising or not (search <= 1).all():
         raise TealError(f"{path} is damaged: its sparsities do not rise from 0 to at most 1")
     return search

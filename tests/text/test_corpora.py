@@ -97,7 +97,7 @@ def test_without_a_network_python_steps_in_and_says_so() -> None:
 
 @pytest.mark.parametrize("spec", ["wikitext-2", "someone/some-data:some-config"])
 def test_named_data_without_a_network_is_one_error(spec: str) -> None:
-    with pytest.raises(MissingError, match="cannot be reached|not installed"):
+    with pytest.raises(MissingError, match=r"cannot be reached|not installed"):
         load_corpus(spec, split_role="evaluation", offline=True, reporter=QUIET)
 
 

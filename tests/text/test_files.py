@@ -15,9 +15,8 @@ from teal_cli.text.files import read_file
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     if path.suffix == ".parquet":
         pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -59,7 +58,7 @@ def test_plain_text_is_one_row_without_byte_order_mark(tmp_path: Path) -> None:
 def test_binary_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(TealError, match="not UTF-8 text|not a readable Parquet file"):
+    with pytest.raises(TealError, match=r"not UTF-8 text|not a readable Parquet file"):
         list(read_file(path))
 
 
