@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +11,6 @@ import torch
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.random_weights import random_decoder
-
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 112,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -32,8 +22,22 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_config() -> ModelConfig:
-    return ModelConfig.from_dict(TINY)
+def tiny_settings() -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 112,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_settings: dict[str, Any]) -> ModelConfig:
+    return ModelConfig.from_dict(tiny_settings)
 
 
 @pytest.fixture
