@@ -58,7 +58,12 @@ def teal(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"]], ids=["root", "chat"])
+COMMANDS = ("chat", "bench", "eval", "calibrate", "convert", "download")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom teal_cli import app\n"

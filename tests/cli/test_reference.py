@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -63,7 +64,7 @@ def row(parameter: Any, annotation: Any) -> str:
         name = ", ".join(f"`{option}`" for option in sorted(parameter.opts, key=len))
         name += f" {parameter.metavar or value}" if value else ""
     text = parameter.help
-    if parameter.default not in (None, False):
+    if parameter.default is not None and parameter.default is not False:
         text += f" [default: {parameter.default}]"
     cells = (cell.replace("|", "\\|") for cell in (name, text))
     return f"| {' | '.join(cells)} |"
@@ -78,6 +79,8 @@ def value_name(annotation: Any) -> str:
     alternatives = [kind for kind in get_args(annotation) if kind is not type(None)]
     if alternatives:
         return value_name(alternatives[0])
+    if issubclass(annotation, Enum):
+        return "|".join(member.value for member in annotation)
     names = {bool: "", str: "TEXT", int: "N", float: "X", Path: "PATH"}
     return names[annotation]
 
