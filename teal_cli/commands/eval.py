@@ -54,7 +54,7 @@ def evaluate(
     protocol: ProtocolOption = "standard",
     dataset: DatasetOption = None,
     column: ColumnOption = None,
-    samples: SamplesOption = 16,
+    samples: SamplesOption = 8,
     context: ContextOption = None,
     method: MethodOption = None,
     dtype: DtypeOption = None,
