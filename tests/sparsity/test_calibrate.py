@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from teal_cli.errors import TealError, UsageError
+from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
+from teal_cli.model.random_weights import random_decoder
 from teal_cli.model.sites import PROJECTIONS, SITE_OF, SITES
 from teal_cli.progress import Silent, Task
 from teal_cli.sparsity import histogram
@@ -214,6 +216,20 @@ def test_provenance_and_allocations(decoder: Decoder, tokens: torch.Tensor) -> N
     made_of = ("dataset", "seed", "samples", "seq_len", "tokens")
     assert [profile.provenance[name] for name in made_of] == ["random", 0, 6, 40, 6 * 36]
     assert {"date", "teal"} <= set(profile.provenance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu(
+    tiny_config: ModelConfig, tokens: torch.Tensor, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    on_gpu = random_decoder(tiny_config, device="cuda", dtype=dtype, seed=0)
+    profile = run(on_gpu, tokens, tmp_path, QUIET)
+    assert profile.counts is not None
+    for (layer, site), x in activations(on_gpu, tokens).items():
+        expected = histogram.count(x.cpu())
+        assert torch.equal(profile.counts[layer, SITES.index(site)], expected)
 
 
 def run(decoder: Decoder, tokens: torch.Tensor, folder: Path, reporter: Silent) -> Profile:
