@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,20 @@ class _PlainModel:
         cos, sin = decoder.rotary.tables(length)
         self.cos, self.sin = cos.to(device), sin.to(device)
         self.positions = torch.arange(length, device=device)
+        self._mark_static()
+
+    def _mark_static(self) -> None:
+        """Promise that nothing moves, as parameters and buffers of a module do.
+
+        Without it CUDA graphs copy every weight at each call, and refuse a cache that changes.
+        """
+        tensors = [self.embed_tokens, self.lm_head, self.norm, self.cos, self.sin, self.positions]
+        tensors += self.keys + self.values
+        for layer in self.layers:
+            values = (getattr(layer, item.name) for item in fields(layer))
+            tensors += [tensor for tensor in values if tensor is not None]
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
 
     def step(self, token: Tensor, position: Tensor) -> Tensor:
         """token [1] and position [1], int64 → logits [1, vocab_size]."""
