@@ -1,0 +1,416 @@
+"""One token through the whole decoder: a chain of kernels, captured in one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import triton
+from torch import Tensor
+
+from teal_kernels.gpu import attention, decode, sample
+from teal_kernels.gpu.launch import Launch, StepLaunches
+from teal_kernels.gpu.projection import INTERPRETED
+
+PROJECTIONS = 7  # q k v o gate up down: columns of the thresholds and of the counters
+_COLUMNS = {"qkv": (0, 3), "o": (3, 4), "gate_up": (4, 6), "down": (6, 7)}
+_BEST_BLOCK = 4096
+
+
+class LayerTensors(Protocol):
+    """The tensors of a layer, named and laid out as in the decoder's checkpoint."""
+
+    input_layernorm: Tensor  # [H]
+    qkv: Tensor  # [H, (Hq + 2 * Hkv) * D]
+    qkv_bias: Tensor | None  # [(Hq + 2 * Hkv) * D]
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
+    o: Tensor  # [Hq * D, H]
+    o_bias: Tensor | None  # [H]
+    post_attention_layernorm: Tensor  # [H]
+    gate_up: Tensor  # [H, 2 * I]
+    down: Tensor  # [I, H]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the kernels need to know of a model beside its tensors."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    sliding_windows: Sequence[int | None]
+
+
+class DecodeStep:
+    """Runs one token a call; the weights and the cache stay where they are.
+
+    Args:
+        geometry: heads and windows.
+        embed_tokens: [V, H].
+        layers: tensors of each layer, all of one dtype, on one CUDA device.
+        norm: [H].
+        lm_head: [V, H].
+        cos: [length, head_dim / 2] float32, cosines of positions 0, 1, ...
+        sin: the same of sines.
+        keys: [layers, key-value heads, length, head_dim] in the weights' dtype; written in place.
+        values: the same shape.
+        launches: tiles and warps; None takes them from the table.
+        dependent_launch: None uses it from compute capability 9.0 on.
+        capture: False launches kernel by kernel, without a graph.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        embed_tokens: Tensor,
+        layers: Sequence[LayerTensors],
+        norm: Tensor,
+        lm_head: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        launches: StepLaunches | None = None,
+        dependent_launch: bool | None = None,
+        capture: bool = True,
+    ) -> None:
+        self.geometry, self.layers = geometry, layers
+        self.embed_tokens, self.norm, self.lm_head = embed_tokens, norm, lm_head
+        self.cos, self.sin, self.keys, self.values = cos, sin, keys, values
+        device = embed_tokens.device
+        self.device = device
+        self.hidden, self.vocab = embed_tokens.shape[1], embed_tokens.shape[0]
+        self.context = keys.shape[2]
+        first = layers[0]
+        shapes = {
+            "qkv": tuple(first.qkv.shape),
+            "o": tuple(first.o.shape),
+            "gate_up": tuple(first.gate_up.shape),
+            "down": tuple(first.down.shape),
+            "logits": (self.hidden, self.vocab),
+        }
+        self.launches = launches or StepLaunches.choose(
+            shapes, embed_tokens.element_size(), self.context
+        )
+        self.pdl = dependent_launch
+        if dependent_launch is None:
+            self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.capture = capture and device.type == "cuda"
+        self._allocate()
+        self.set_thresholds(None)
+        self._graphs: dict[bool, torch.cuda.CUDAGraph | None] = {}
+
+    def _allocate(self) -> None:
+        g = self.geometry
+        heads, dim = g.num_attention_heads, g.head_dim
+        splits = triton.cdiv(self.context, self.launches.attention_chunk)
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        self.h = buffer(self.hidden)
+        self.qkv = buffer(self.layers[0].qkv.shape[1])
+        self.gate_up = buffer(self.layers[0].gate_up.shape[1])
+        self.parts = buffer(splits, heads * dim)
+        self.maxima, self.sums = buffer(splits, heads), buffer(splits, heads)
+        self.logits = buffer(self.vocab)
+        best = triton.cdiv(self.vocab, _BEST_BLOCK)
+        self.best, self.index = buffer(best), buffer(best, dtype=torch.int32)
+        self.token, self.position = buffer(1, dtype=torch.int32), buffer(1, dtype=torch.int32)
+        self.history = buffer(self.context, dtype=torch.int32)
+        self.temperature = buffer(1)
+        self.seed = buffer(1, dtype=torch.int32)
+        # Device buffers, so that another sparsity needs no new capture.
+        self.thresholds = buffer(len(self.layers), PROJECTIONS)
+        self.rows = buffer(len(self.layers), PROJECTIONS, dtype=torch.int32)
+        self.kept = buffer(len(self.layers), PROJECTIONS, dtype=torch.int32)
+
+    def set_thresholds(self, thresholds: Tensor | None, sparsity: Tensor | None = None) -> None:
+        """Change the sparsity of the tokens to come, and start counting anew.
+
+        Args:
+            thresholds: [layers, 7] float32; None is dense.
+            sparsity: [layers, 7], the share of channels that they are expected to drop: a hint
+                for the division of the work. None expects none.
+        """
+        if thresholds is None:
+            self.thresholds.fill_(-torch.inf)
+        else:
+            self.thresholds.copy_(thresholds)
+        expected = torch.zeros(self.rows.shape) if sparsity is None else sparsity.float().cpu()
+        for name, (first, last) in _COLUMNS.items():
+            launch: Launch = getattr(self.launches, name)
+            rows = [[launch.rows(1 - s) for s in row] for row in expected[:, first:last].tolist()]
+            self.rows[:, first:last] = torch.tensor(rows, dtype=torch.int32)
+        self.kept.zero_()
+
+    def step(self, token: int, position: int) -> Tensor:
+        """Run one token and return its logits [V] float32: a view, valid until the next step."""
+        self._place(token, position)
+        self._run(choose=False)
+        return self.logits
+
+    def start(self, token: int, position: int, *, temperature: float = 0.0, seed: int = 0) -> None:
+        """Set the token that `advance` runs first, and how it chooses those after it."""
+        self._place(token, position)
+        self.temperature.fill_(temperature)
+        self.seed.fill_(seed)
+
+    def advance(self) -> None:
+        """Run the current token, choose the next, step on; history[position] is the choice.
+
+        Nothing waits for the host: the caller reads `history` when it wants, and does not go past
+        the cache's length.
+        """
+        self._run(choose=True)
+
+    def _place(self, token: int, position: int) -> None:
+        if not 0 <= position < self.context:
+            raise ValueError(f"position {position} is outside the cache of {self.context}")
+        if not 0 <= token < self.vocab:
+            raise ValueError(f"token {token} is outside the vocabulary of {self.vocab}")
+        self.token.fill_(token)
+        self.position.fill_(position)
+
+    def _run(self, choose: bool) -> None:
+        """The first time launches kernel by kernel, which compiles them, then captures."""
+        if graph := self._graphs.get(choose):
+            graph.replay()
+            return
+        with torch.cuda.device_of(self.h):
+            self._launch_all(choose)
+            if self.capture:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self._launch_all(choose)
+                self._graphs[choose] = graph
+
+    def _launch_all(self, choose: bool) -> None:
+        block = min(1024, triton.next_power_of_2(self.hidden))
+        self._launch(
+            decode.embed_kernel,
+            (triton.cdiv(self.hidden, block),),
+            4,
+            self.h,
+            self.token,
+            self.embed_tokens,
+            self.hidden,
+            self.embed_tokens.stride(0),
+            BLOCK=block,
+        )
+        for index in range(len(self.layers)):
+            self._layer(index)
+        logits = self.launches.logits
+        self._launch(
+            decode.logits_kernel,
+            (triton.cdiv(self.vocab, logits.block_n),),
+            logits.num_warps,
+            self.logits,
+            self.h,
+            self.norm,
+            self.lm_head,
+            self.geometry.rms_norm_eps,
+            self.hidden,
+            self.vocab,
+            self.lm_head.stride(0),
+            BLOCK_H=logits.block_k,
+            BLOCK_V=logits.block_n,
+        )
+        if choose:
+            self._choose()
+
+    def _layer(self, index: int) -> None:
+        layer = self.layers[index]
+        g = self.geometry
+        q, kv = g.num_attention_heads * g.head_dim, g.num_key_value_heads * g.head_dim
+        intermediate = self.gate_up.numel() // 2
+        self._norm_project("qkv", index, layer.input_layernorm, layer.qkv, self.qkv, (q, kv, kv))
+        self._attention(index, layer)
+        self._combine_project(index, layer)
+        self._norm_project(
+            "gate_up",
+            index,
+            layer.post_attention_layernorm,
+            layer.gate_up,
+            self.gate_up,
+            (intermediate, intermediate, 0),
+            zero=self.qkv,
+        )
+        launch = self.launches.down
+        self._launch(
+            decode.activate_project_kernel,
+            launch.grid(intermediate, self.hidden),
+            launch.num_warps,
+            self.h,
+            self.gate_up,
+            layer.down,
+            *self._buffers("down", index),
+            intermediate,
+            self.hidden,
+            layer.down.stride(0),
+            SLOTS=launch.slots,
+            BLOCK_K=launch.block_k,
+            BLOCK_N=launch.block_n,
+        )
+
+    def _norm_project(
+        self,
+        name: str,
+        index: int,
+        norm: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        widths: tuple[int, int, int],
+        zero: Tensor | None = None,
+    ) -> None:
+        launch: Launch = getattr(self.launches, name)
+        grid = launch.grid(self.hidden, *widths)
+        self._launch(
+            decode.norm_project_kernel,
+            grid,
+            launch.num_warps,
+            out,
+            self.h,
+            norm,
+            weight,
+            *self._buffers(name, index),
+            zero,
+            0 if zero is None else zero.numel(),
+            self.geometry.rms_norm_eps,
+            self.hidden,
+            weight.stride(0),
+            N0=widths[0],
+            N1=widths[1],
+            N2=widths[2],
+            ZERO=_share(zero, grid),
+            BLOCK_H=triton.next_power_of_2(self.hidden),
+            SLOTS=launch.slots,
+            BLOCK_K=launch.block_k,
+            BLOCK_N=launch.block_n,
+        )
+
+    def _attention(self, index: int, layer: LayerTensors) -> None:
+        g = self.geometry
+        launches = self.launches
+        group = g.num_attention_heads // g.num_key_value_heads
+        self._launch(
+            attention.attention_kernel,
+            (g.num_key_value_heads, triton.cdiv(self.context, launches.attention_chunk)),
+            launches.attention_warps,
+            self.parts,
+            self.maxima,
+            self.sums,
+            self.qkv,
+            layer.qkv_bias,
+            layer.q_norm,
+            layer.k_norm,
+            self.cos,
+            self.sin,
+            self.keys[index],
+            self.values[index],
+            self.position,
+            g.head_dim**-0.5,
+            g.rms_norm_eps,
+            self.keys.stride(1),
+            HEADS=g.num_attention_heads,
+            KV_HEADS=g.num_key_value_heads,
+            HEAD_DIM=g.head_dim,
+            BIAS=layer.qkv_bias is not None,
+            QK_NORM=layer.q_norm is not None,
+            WINDOW=g.sliding_windows[index] or 0,
+            CHUNK=launches.attention_chunk,
+            BLOCK_T=launches.attention_tile,
+            BLOCK_G=max(16, triton.next_power_of_2(group)),
+            BLOCK_HALF=max(16, triton.next_power_of_2(g.head_dim // 2)),
+            # The interpreter's dot is wrong in bfloat16.
+            DOT=_DOT[torch.float32 if INTERPRETED else self.keys.dtype],
+        )
+
+    def _combine_project(self, index: int, layer: LayerTensors) -> None:
+        g = self.geometry
+        launch, chunk = self.launches.o, self.launches.attention_chunk
+        grid = launch.grid(layer.o.shape[0], self.hidden)
+        self._launch(
+            decode.combine_project_kernel,
+            grid,
+            launch.num_warps,
+            self.h,
+            self.parts,
+            self.maxima,
+            self.sums,
+            self.position,
+            layer.o,
+            layer.o_bias,
+            *self._buffers("o", index),
+            self.gate_up,
+            self.gate_up.numel(),
+            self.hidden,
+            layer.o.stride(0),
+            HEADS=g.num_attention_heads,
+            HEAD_DIM=g.head_dim,
+            BIAS=layer.o_bias is not None,
+            WINDOW=g.sliding_windows[index] or 0,
+            CHUNK=chunk,
+            SPLITS=triton.next_power_of_2(triton.cdiv(self.context, chunk)),
+            ZERO=_share(self.gate_up, grid),
+            SLOTS=launch.slots,
+            BLOCK_K=launch.block_k,
+            BLOCK_N=launch.block_n,
+        )
+
+    def _choose(self) -> None:
+        count = self.best.numel()
+        self._launch(
+            sample.best_kernel,
+            (count,),
+            8,
+            self.best,
+            self.index,
+            self.logits,
+            self.temperature,
+            self.seed,
+            self.position,
+            self.vocab,
+            BLOCK=min(_BEST_BLOCK, triton.next_power_of_2(self.vocab)),
+        )
+        self._launch(
+            sample.advance_kernel,
+            (1,),
+            1,
+            self.token,
+            self.position,
+            self.history,
+            self.best,
+            self.index,
+            count,
+            BLOCK=triton.next_power_of_2(count),
+        )
+
+    def _buffers(self, name: str, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        first = _COLUMNS[name][0]
+        return self.thresholds[index, first:], self.rows[index, first:], self.kept[index, first:]
+
+    def _launch(
+        self, kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any
+    ) -> None:
+        options = {"launch_pdl": True} if self.pdl else {}
+        kernel[grid](*args, **constants, PDL=bool(self.pdl), num_warps=num_warps, **options)
+
+
+_DOT = {
+    torch.float16: triton.language.float16,
+    torch.bfloat16: triton.language.bfloat16,
+    torch.float32: triton.language.float32,
+}
+
+
+def _share(buffer: Tensor | None, grid: tuple[int, int]) -> int:
+    """Elements that each program of a grid clears, a power of two."""
+    if buffer is None:
+        return 0
+    return max(32, triton.next_power_of_2(triton.cdiv(buffer.numel(), grid[0] * grid[1])))
