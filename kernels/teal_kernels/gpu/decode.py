@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Rows of small tables, aligned or not by layer: one compilation serves all layers.
-_ROWS_OF_TABLES = ["thresholds_ptr", "rows_ptr", "kept_ptr"]
+_ROWS_OF_TABLES = ["thresholds_ptr", "kept_ptr"]
 
 
 @triton.jit
@@ -28,30 +28,30 @@ def _wait(PDL: tl.constexpr):
 
 
 @triton.jit
-def _column_tile(pid, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which of three matrices side by side a program works on, and its columns [start, end)."""
-    TILES_0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
-    TILES_1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
-    block = (pid >= TILES_0).to(tl.int32)
-    start = tl.where(pid >= TILES_0, N0 + (pid - TILES_0) * BLOCK_N, pid * BLOCK_N)
-    end = tl.where(pid >= TILES_0, N0 + N1, N0)
+def _columns(pid, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, SPAN: tl.constexpr):
+    """Which of three matrices side by side a program works on, its first column, and their end."""
+    SPANS_0: tl.constexpr = (N0 + SPAN - 1) // SPAN
+    SPANS_1: tl.constexpr = (N1 + SPAN - 1) // SPAN
+    second = pid - SPANS_0
+    third = second - SPANS_1
+    block = (second >= 0).to(tl.int32)
+    start = tl.where(second >= 0, N0 + second * SPAN, pid * SPAN)
+    end = tl.where(second >= 0, N0 + N1, N0)
     if N2 > 0:
-        third = pid - TILES_0 - TILES_1
         block = tl.where(third >= 0, 2, block)
-        start = tl.where(third >= 0, N0 + N1 + third * BLOCK_N, start)
+        start = tl.where(third >= 0, N0 + N1 + third * SPAN, start)
         end = tl.where(third >= 0, N0 + N1 + N2, end)
-    if N0 % 16 == 0 and N1 % 16 == 0:
+    if N0 % 16 == 0 and N1 % 16 == 0 and N2 % 16 == 0 and SPAN % 16 == 0:
         start = tl.multiple_of(start, 16)
-        if N2 % 16 == 0:
-            end = tl.multiple_of(end, 16)
+        end = tl.multiple_of(end, 16)
     return block, start, end
 
 
 @triton.jit
-def _tile(w_ptr, offs_k, keep, offs_n, mask_n, stride_wk):
+def _tile(w_ptr, offs_k, keep, offs_n, end, stride_wk):
     """Rows of w, each read only where `keep` says so; weights pass through the cache once."""
     rows = w_ptr + offs_k.to(tl.int64)[:, None] * stride_wk
-    mask = keep[:, None] & mask_n[None, :]
+    mask = keep[:, None] & (offs_n < end)[None, :]
     return tl.load(rows + offs_n[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
 
 
@@ -68,45 +68,40 @@ def _accumulate(
     start,
     end,
     stride_wk,
-    SLOTS: tl.constexpr,
+    TILES: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add one tile's product to y float32; channels with abs(x) <= threshold are never loaded.
+    """Add the product of TILES tiles side by side to y float32, up to column `end`.
 
-    With SLOTS the survivors are first moved together, so that a tile of SLOTS rows serves more
-    channels than that; those that do not fit take another turn.
+    Channels with abs(x) <= threshold are never loaded. The next tile is on its way while one is
+    added up.
     """
     keep = (tl.abs(x) > threshold) & mask_k
-    offs_n = start + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < end
-    kept = tl.sum(keep.to(tl.int32), axis=0)
-    if SLOTS == 0:
-        w = _tile(w_ptr, offs_k, keep, offs_n, mask_n, stride_wk).to(tl.float32)
-        y = tl.sum(tl.where(keep, x, 0.0)[:, None] * w, axis=0)
+    kept_x = tl.where(keep, x, 0.0)
+    end = tl.minimum(end, start + TILES * BLOCK_N)
+    lane = tl.arange(0, BLOCK_N)
+    if AHEAD:
+        next_w = _tile(w_ptr, offs_k, keep, start + lane, end, stride_wk)
+        for column in range(start, end, BLOCK_N):
+            w = next_w
+            next_w = _tile(w_ptr, offs_k, keep, column + BLOCK_N + lane, end, stride_wk)
+            y = tl.sum(kept_x[:, None] * w.to(tl.float32), axis=0)
+            offs_n = column + lane
+            tl.atomic_add(y_ptr + offs_n, y, mask=offs_n < end, sem="relaxed")
+    elif TILES > 1:
+        for column in range(start, end, BLOCK_N):
+            offs_n = column + lane
+            w = _tile(w_ptr, offs_k, keep, offs_n, end, stride_wk).to(tl.float32)
+            y = tl.sum(kept_x[:, None] * w, axis=0)
+            tl.atomic_add(y_ptr + offs_n, y, mask=offs_n < end, sem="relaxed")
     else:
-        rank = tl.where(keep, tl.cumsum(keep.to(tl.int32), axis=0) - 1, -1)
-        y = tl.zeros((BLOCK_N,), tl.float32)
-        for first in range(0, kept, SLOTS):
-            slots = first + tl.arange(0, SLOTS)
-            hit = rank[None, :] == slots[:, None]
-            rows = tl.sum(tl.where(hit, offs_k[None, :], 0), axis=1)
-            values = tl.sum(tl.where(hit, x[None, :], 0.0), axis=1)
-            w = _tile(w_ptr, rows, slots < kept, offs_n, mask_n, stride_wk).to(tl.float32)
-            y += tl.sum(values[:, None] * w, axis=0)
-    tl.atomic_add(y_ptr + offs_n, y, mask=mask_n, sem="relaxed")
+        offs_n = start + lane
+        w = _tile(w_ptr, offs_k, keep, offs_n, end, stride_wk).to(tl.float32)
+        y = tl.sum(kept_x[:, None] * w, axis=0)
+        tl.atomic_add(y_ptr + offs_n, y, mask=offs_n < end, sem="relaxed")
     if count:
-        tl.atomic_add(kept_ptr, kept, sem="relaxed")
-
-
-@triton.jit
-def _channels(rows_ptr, K, SLOTS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """This program's channels: BLOCK_K, or as many as are expected to leave SLOTS survivors."""
-    lane = tl.arange(0, BLOCK_K)
-    rows = BLOCK_K
-    if SLOTS > 0:
-        rows = tl.load(rows_ptr)
-    offs_k = tl.program_id(1) * rows + lane
-    return offs_k, (lane < rows) & (offs_k < K), tl.program_id(1) * rows < K
+        tl.atomic_add(kept_ptr, tl.sum(keep.to(tl.int32), axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -142,7 +137,6 @@ def norm_project_kernel(
     norm_ptr,
     w_ptr,
     thresholds_ptr,
-    rows_ptr,
     kept_ptr,
     zero_ptr,
     zero_size,
@@ -154,26 +148,27 @@ def norm_project_kernel(
     N2: tl.constexpr,
     ZERO: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    SLOTS: tl.constexpr,
+    TILES: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y += sparse projections of rms_norm(h) [H]; every program takes the norm for itself."""
-    block, start, end = _column_tile(tl.program_id(0), N0, N1, N2, BLOCK_N)
-    offs_k, mask_k, some = _channels(rows_ptr + block, H, SLOTS, BLOCK_K)
+    block, start, end = _columns(tl.program_id(0), N0, N1, N2, TILES * BLOCK_N)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < H
     gain = tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     threshold = tl.load(thresholds_ptr + block)
     _wait(PDL)
     _zero(zero_ptr, zero_size, ZERO)
-    if some:
-        h = tl.load(h_ptr + offs_k, mask=mask_k, other=0.0)
-        x = h * _inverse_rms(h_ptr, eps, H, BLOCK_H) * gain
-        first = (start == 0) | (start == N0) | (start == N0 + N1)
-        _accumulate(
-            y_ptr, x, w_ptr, threshold, kept_ptr + block, first,
-            offs_k, mask_k, start, end, stride_wk, SLOTS, BLOCK_N,
-        )  # fmt: skip
+    h = tl.load(h_ptr + offs_k, mask=mask_k, other=0.0)
+    x = h * _inverse_rms(h_ptr, eps, H, BLOCK_H) * gain
+    first = (start == 0) | (start == N0) | (start == N0 + N1)
+    _accumulate(
+        y_ptr, x, w_ptr, threshold, kept_ptr + block, first,
+        offs_k, mask_k, start, end, stride_wk, TILES, AHEAD, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES)
@@ -182,29 +177,29 @@ def activate_project_kernel(
     gate_up_ptr,
     w_ptr,
     thresholds_ptr,
-    rows_ptr,
     kept_ptr,
     I,
     N,
     stride_wk,
-    SLOTS: tl.constexpr,
+    TILES: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y += sparse projection of silu(gate) * up; gate_up [2 * I] float32."""
-    start = tl.program_id(0) * BLOCK_N
-    offs_k, mask_k, some = _channels(rows_ptr, I, SLOTS, BLOCK_K)
+    start = tl.program_id(0) * (TILES * BLOCK_N)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < I
     threshold = tl.load(thresholds_ptr)
     _wait(PDL)
-    if some:
-        gate = tl.load(gate_up_ptr + offs_k, mask=mask_k, other=0.0)
-        up = tl.load(gate_up_ptr + I + offs_k, mask=mask_k, other=0.0)
-        x = gate / (1.0 + tl.exp(-gate)) * up
-        _accumulate(
-            y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
-            offs_k, mask_k, start, N, stride_wk, SLOTS, BLOCK_N,
-        )  # fmt: skip
+    gate = tl.load(gate_up_ptr + offs_k, mask=mask_k, other=0.0)
+    up = tl.load(gate_up_ptr + I + offs_k, mask=mask_k, other=0.0)
+    x = gate / (1.0 + tl.exp(-gate)) * up
+    _accumulate(
+        y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
+        offs_k, mask_k, start, N, stride_wk, TILES, AHEAD, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES)
@@ -217,7 +212,6 @@ def combine_project_kernel(
     w_ptr,
     bias_ptr,
     thresholds_ptr,
-    rows_ptr,
     kept_ptr,
     zero_ptr,
     zero_size,
@@ -230,7 +224,8 @@ def combine_project_kernel(
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     ZERO: tl.constexpr,
-    SLOTS: tl.constexpr,
+    TILES: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
@@ -241,8 +236,9 @@ def combine_project_kernel(
     that hold visible positions are read.
     """
     K: tl.constexpr = HEADS * HEAD_DIM
-    start = tl.program_id(0) * BLOCK_N
-    offs_k, mask_k, some = _channels(rows_ptr, K, SLOTS, BLOCK_K)
+    start = tl.program_id(0) * (TILES * BLOCK_N)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
     threshold = tl.load(thresholds_ptr)
     position = tl.load(position_ptr)
     first = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
@@ -254,21 +250,21 @@ def combine_project_kernel(
     _zero(zero_ptr, zero_size, ZERO)
     if BIAS:
         if tl.program_id(1) == 0:
-            offs_n = start + tl.arange(0, BLOCK_N)
-            bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-            tl.atomic_add(y_ptr + offs_n, bias, mask=offs_n < N, sem="relaxed")
-    if some:
-        maxima = tl.load(maxima_ptr + heads, mask=mask, other=float("-inf"))
-        sums = tl.load(sums_ptr + heads, mask=mask, other=0.0)
-        parts = tl.load(parts_ptr + offs_s[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
-        top = tl.where(mask_k, tl.max(maxima, axis=0), 0.0)
-        share = tl.exp(maxima - top[None, :])
-        total = tl.where(mask_k, tl.sum(share * sums, axis=0), 1.0)
-        x = tl.sum(share * parts, axis=0) / total
-        _accumulate(
-            y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
-            offs_k, mask_k, start, N, stride_wk, SLOTS, BLOCK_N,
-        )  # fmt: skip
+            for column in range(start, tl.minimum(N, start + TILES * BLOCK_N), BLOCK_N):
+                offs_n = column + tl.arange(0, BLOCK_N)
+                bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+                tl.atomic_add(y_ptr + offs_n, bias, mask=offs_n < N, sem="relaxed")
+    maxima = tl.load(maxima_ptr + heads, mask=mask, other=float("-inf"))
+    sums = tl.load(sums_ptr + heads, mask=mask, other=0.0)
+    parts = tl.load(parts_ptr + offs_s[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+    top = tl.where(mask_k, tl.max(maxima, axis=0), 0.0)
+    share = tl.exp(maxima - top[None, :])
+    total = tl.where(mask_k, tl.sum(share * sums, axis=0), 1.0)
+    x = tl.sum(share * parts, axis=0) / total
+    _accumulate(
+        y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
+        offs_k, mask_k, start, N, stride_wk, TILES, AHEAD, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -9,37 +9,19 @@ import triton
 
 
 class Launch(NamedTuple):
-    """Tile of the weight that one program multiplies, and its warps.
-
-    With `slots` a program takes up to block_k channels and moves the survivors together, `slots`
-    rows a turn; without, it masks the loads of dropped rows.
-    """
+    """Tile of the weight that a program multiplies, how many side by side, and its warps."""
 
     block_k: int
     block_n: int
     num_warps: int
-    slots: int = 0
+    tiles: int = 1
+    ahead: bool = False
+    registers: int | None = None
 
     def grid(self, inputs: int, *outputs: int) -> tuple[int, int]:
         """Programs by columns, which never straddle two matrices, and by channels."""
-        columns = sum(triton.cdiv(width, self.block_n) for width in outputs)
-        return columns, triton.cdiv(inputs, self.slots or self.block_k)
-
-    def rows(self, density: float) -> int:
-        """Channels a program for which `slots` survivors are seldom too few.
-
-        One standard deviation above the expected count: a second turn costs a few programs a
-        microsecond, an empty slot costs every program.
-        """
-        if not self.slots:
-            return self.block_k
-        rows = self.slots
-        while rows < self.block_k:
-            expected = (rows + 1) * density
-            if expected + (expected * (1 - density)) ** 0.5 > self.slots:
-                break
-            rows += 1
-        return rows
+        span = self.block_n * self.tiles
+        return sum(triton.cdiv(n, span) for n in outputs), triton.cdiv(inputs, self.block_k)
 
 
 # Launch by bytes an element. On an H100 one tile a program with all its loads in flight beats
@@ -88,4 +70,4 @@ def fit(launch: Launch, inputs: int, outputs: int) -> Launch:
     """Shrink a tile to a small matrix."""
     block_k = min(launch.block_k, max(16, triton.next_power_of_2(inputs)))
     block_n = min(launch.block_n, max(16, triton.next_power_of_2(outputs)))
-    return launch._replace(block_k=block_k, block_n=block_n, slots=min(launch.slots, block_k))
+    return launch._replace(block_k=block_k, block_n=block_n)
