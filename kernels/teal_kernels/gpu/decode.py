@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Rows of small tables, aligned or not by layer: one compilation serves all layers.
-_ROWS_OF_TABLES = ["thresholds_ptr", "kept_ptr"]
+_ROWS_OF_TABLES = ["thresholds_ptr", "rows_ptr", "kept_ptr"]
 
 
 @triton.jit
@@ -56,6 +56,30 @@ def _tile(w_ptr, offs_k, keep, offs_n, end, stride_wk):
 
 
 @triton.jit
+def _gathered(
+    x, rank, first, kept, w_ptr, offs_k, offs_n, end, stride_wk, SLOTS: tl.constexpr
+):
+    """The product of the survivors whose rank lies in [first, first + SLOTS)."""
+    slots = first + tl.arange(0, SLOTS)
+    hit = rank[None, :] == slots[:, None]
+    rows = tl.sum(tl.where(hit, offs_k[None, :], 0), axis=1)
+    values = tl.sum(tl.where(hit, x[None, :], 0.0), axis=1)
+    w = _tile(w_ptr, rows, slots < kept, offs_n, end, stride_wk).to(tl.float32)
+    return tl.sum(values[:, None] * w, axis=0)
+
+
+@triton.jit
+def _channels(rows_ptr, K, SLOTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """This program's channels: BLOCK_K, or as many as are expected to leave SLOTS survivors."""
+    lane = tl.arange(0, BLOCK_K)
+    rows = BLOCK_K
+    if SLOTS > 0:
+        rows = tl.load(rows_ptr)
+    offs_k = tl.program_id(1) * rows + lane
+    return offs_k, (lane < rows) & (offs_k < K), tl.program_id(1) * rows < K
+
+
+@triton.jit
 def _accumulate(
     y_ptr,
     x,
@@ -68,40 +92,28 @@ def _accumulate(
     start,
     end,
     stride_wk,
-    TILES: tl.constexpr,
-    AHEAD: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add the product of TILES tiles side by side to y float32, up to column `end`.
+    """Add one tile's product to y float32; channels with abs(x) <= threshold are never loaded.
 
-    Channels with abs(x) <= threshold are never loaded. The next tile is on its way while one is
-    added up.
+    With SLOTS the survivors are first moved together, so that a tile of SLOTS rows serves more
+    channels than that; those that do not fit take another turn.
     """
     keep = (tl.abs(x) > threshold) & mask_k
-    kept_x = tl.where(keep, x, 0.0)
-    end = tl.minimum(end, start + TILES * BLOCK_N)
-    lane = tl.arange(0, BLOCK_N)
-    if AHEAD:
-        next_w = _tile(w_ptr, offs_k, keep, start + lane, end, stride_wk)
-        for column in range(start, end, BLOCK_N):
-            w = next_w
-            next_w = _tile(w_ptr, offs_k, keep, column + BLOCK_N + lane, end, stride_wk)
-            y = tl.sum(kept_x[:, None] * w.to(tl.float32), axis=0)
-            offs_n = column + lane
-            tl.atomic_add(y_ptr + offs_n, y, mask=offs_n < end, sem="relaxed")
-    elif TILES > 1:
-        for column in range(start, end, BLOCK_N):
-            offs_n = column + lane
-            w = _tile(w_ptr, offs_k, keep, offs_n, end, stride_wk).to(tl.float32)
-            y = tl.sum(kept_x[:, None] * w, axis=0)
-            tl.atomic_add(y_ptr + offs_n, y, mask=offs_n < end, sem="relaxed")
-    else:
-        offs_n = start + lane
+    kept = tl.sum(keep.to(tl.int32), axis=0)
+    offs_n = start + tl.arange(0, BLOCK_N)
+    if SLOTS == 0:
         w = _tile(w_ptr, offs_k, keep, offs_n, end, stride_wk).to(tl.float32)
-        y = tl.sum(kept_x[:, None] * w, axis=0)
-        tl.atomic_add(y_ptr + offs_n, y, mask=offs_n < end, sem="relaxed")
+        y = tl.sum(tl.where(keep, x, 0.0)[:, None] * w, axis=0)
+    else:
+        rank = tl.where(keep, tl.cumsum(keep.to(tl.int32), axis=0) - 1, -1)
+        y = _gathered(x, rank, 0, kept, w_ptr, offs_k, offs_n, end, stride_wk, SLOTS)
+        for first in range(SLOTS, kept, SLOTS):
+            y += _gathered(x, rank, first, kept, w_ptr, offs_k, offs_n, end, stride_wk, SLOTS)
+    tl.atomic_add(y_ptr + offs_n, y, mask=offs_n < end, sem="relaxed")
     if count:
-        tl.atomic_add(kept_ptr, tl.sum(keep.to(tl.int32), axis=0), sem="relaxed")
+        tl.atomic_add(kept_ptr, kept, sem="relaxed")
 
 
 @triton.jit
@@ -137,6 +149,7 @@ def norm_project_kernel(
     norm_ptr,
     w_ptr,
     thresholds_ptr,
+    rows_ptr,
     kept_ptr,
     zero_ptr,
     zero_size,
@@ -148,27 +161,26 @@ def norm_project_kernel(
     N2: tl.constexpr,
     ZERO: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    TILES: tl.constexpr,
-    AHEAD: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y += sparse projections of rms_norm(h) [H]; every program takes the norm for itself."""
-    block, start, end = _columns(tl.program_id(0), N0, N1, N2, TILES * BLOCK_N)
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < H
+    block, start, end = _columns(tl.program_id(0), N0, N1, N2, BLOCK_N)
+    offs_k, mask_k, some = _channels(rows_ptr + block, H, SLOTS, BLOCK_K)
     gain = tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     threshold = tl.load(thresholds_ptr + block)
     _wait(PDL)
     _zero(zero_ptr, zero_size, ZERO)
-    h = tl.load(h_ptr + offs_k, mask=mask_k, other=0.0)
-    x = h * _inverse_rms(h_ptr, eps, H, BLOCK_H) * gain
-    first = (start == 0) | (start == N0) | (start == N0 + N1)
-    _accumulate(
-        y_ptr, x, w_ptr, threshold, kept_ptr + block, first,
-        offs_k, mask_k, start, end, stride_wk, TILES, AHEAD, BLOCK_N,
-    )  # fmt: skip
+    if some:
+        h = tl.load(h_ptr + offs_k, mask=mask_k, other=0.0)
+        x = h * _inverse_rms(h_ptr, eps, H, BLOCK_H) * gain
+        first = (start == 0) | (start == N0) | (start == N0 + N1)
+        _accumulate(
+            y_ptr, x, w_ptr, threshold, kept_ptr + block, first,
+            offs_k, mask_k, start, end, stride_wk, SLOTS, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES)
@@ -177,29 +189,29 @@ def activate_project_kernel(
     gate_up_ptr,
     w_ptr,
     thresholds_ptr,
+    rows_ptr,
     kept_ptr,
     I,
     N,
     stride_wk,
-    TILES: tl.constexpr,
-    AHEAD: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y += sparse projection of silu(gate) * up; gate_up [2 * I] float32."""
-    start = tl.program_id(0) * (TILES * BLOCK_N)
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < I
+    start = tl.program_id(0) * BLOCK_N
+    offs_k, mask_k, some = _channels(rows_ptr, I, SLOTS, BLOCK_K)
     threshold = tl.load(thresholds_ptr)
     _wait(PDL)
-    gate = tl.load(gate_up_ptr + offs_k, mask=mask_k, other=0.0)
-    up = tl.load(gate_up_ptr + I + offs_k, mask=mask_k, other=0.0)
-    x = gate / (1.0 + tl.exp(-gate)) * up
-    _accumulate(
-        y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
-        offs_k, mask_k, start, N, stride_wk, TILES, AHEAD, BLOCK_N,
-    )  # fmt: skip
+    if some:
+        gate = tl.load(gate_up_ptr + offs_k, mask=mask_k, other=0.0)
+        up = tl.load(gate_up_ptr + I + offs_k, mask=mask_k, other=0.0)
+        x = gate / (1.0 + tl.exp(-gate)) * up
+        _accumulate(
+            y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
+            offs_k, mask_k, start, N, stride_wk, SLOTS, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES)
@@ -212,6 +224,7 @@ def combine_project_kernel(
     w_ptr,
     bias_ptr,
     thresholds_ptr,
+    rows_ptr,
     kept_ptr,
     zero_ptr,
     zero_size,
@@ -224,8 +237,7 @@ def combine_project_kernel(
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     ZERO: tl.constexpr,
-    TILES: tl.constexpr,
-    AHEAD: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
@@ -236,9 +248,8 @@ def combine_project_kernel(
     that hold visible positions are read.
     """
     K: tl.constexpr = HEADS * HEAD_DIM
-    start = tl.program_id(0) * (TILES * BLOCK_N)
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
+    start = tl.program_id(0) * BLOCK_N
+    offs_k, mask_k, some = _channels(rows_ptr, K, SLOTS, BLOCK_K)
     threshold = tl.load(thresholds_ptr)
     position = tl.load(position_ptr)
     first = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
@@ -250,21 +261,21 @@ def combine_project_kernel(
     _zero(zero_ptr, zero_size, ZERO)
     if BIAS:
         if tl.program_id(1) == 0:
-            for column in range(start, tl.minimum(N, start + TILES * BLOCK_N), BLOCK_N):
-                offs_n = column + tl.arange(0, BLOCK_N)
-                bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-                tl.atomic_add(y_ptr + offs_n, bias, mask=offs_n < N, sem="relaxed")
-    maxima = tl.load(maxima_ptr + heads, mask=mask, other=float("-inf"))
-    sums = tl.load(sums_ptr + heads, mask=mask, other=0.0)
-    parts = tl.load(parts_ptr + offs_s[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
-    top = tl.where(mask_k, tl.max(maxima, axis=0), 0.0)
-    share = tl.exp(maxima - top[None, :])
-    total = tl.where(mask_k, tl.sum(share * sums, axis=0), 1.0)
-    x = tl.sum(share * parts, axis=0) / total
-    _accumulate(
-        y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
-        offs_k, mask_k, start, N, stride_wk, TILES, AHEAD, BLOCK_N,
-    )  # fmt: skip
+            offs_n = start + tl.arange(0, BLOCK_N)
+            bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+            tl.atomic_add(y_ptr + offs_n, bias, mask=offs_n < N, sem="relaxed")
+    if some:
+        maxima = tl.load(maxima_ptr + heads, mask=mask, other=float("-inf"))
+        sums = tl.load(sums_ptr + heads, mask=mask, other=0.0)
+        parts = tl.load(parts_ptr + offs_s[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+        top = tl.where(mask_k, tl.max(maxima, axis=0), 0.0)
+        share = tl.exp(maxima - top[None, :])
+        total = tl.where(mask_k, tl.sum(share * sums, axis=0), 1.0)
+        x = tl.sum(share * parts, axis=0) / total
+        _accumulate(
+            y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
+            offs_k, mask_k, start, N, stride_wk, SLOTS, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit

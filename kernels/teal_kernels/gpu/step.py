@@ -15,7 +15,7 @@ from teal_kernels.gpu.launch import Launch, StepLaunches
 from teal_kernels.gpu.projection import INTERPRETED
 
 PROJECTIONS = 7  # q k v o gate up down: columns of the thresholds and of the counters
-_FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}
+_COLUMNS = {"qkv": (0, 3), "o": (3, 4), "gate_up": (4, 6), "down": (6, 7)}
 _BEST_BLOCK = 4096
 
 
@@ -127,14 +127,26 @@ class DecodeStep:
         self.seed = buffer(1, dtype=torch.int32)
         # Device buffers, so that another sparsity needs no new capture.
         self.thresholds = buffer(len(self.layers), PROJECTIONS)
+        self.rows = buffer(len(self.layers), PROJECTIONS, dtype=torch.int32)
         self.kept = buffer(len(self.layers), PROJECTIONS, dtype=torch.int32)
 
-    def set_thresholds(self, thresholds: Tensor | None) -> None:
-        """Change the sparsity of the tokens to come ([layers, 7] float32; None is dense)."""
+    def set_thresholds(self, thresholds: Tensor | None, sparsity: Tensor | None = None) -> None:
+        """Change the sparsity of the tokens to come, and start counting anew.
+
+        Args:
+            thresholds: [layers, 7] float32; None is dense.
+            sparsity: [layers, 7], the share of channels that they are expected to drop: a hint
+                for the division of the work. None expects none.
+        """
         if thresholds is None:
             self.thresholds.fill_(-torch.inf)
         else:
             self.thresholds.copy_(thresholds)
+        expected = torch.zeros(self.rows.shape) if sparsity is None else sparsity.float().cpu()
+        for name, (first, last) in _COLUMNS.items():
+            launch: Launch = getattr(self.launches, name)
+            rows = [[launch.rows(1 - s) for s in row] for row in expected[:, first:last].tolist()]
+            self.rows[:, first:last] = torch.tensor(rows, dtype=torch.int32)
         self.kept.zero_()
 
     def step(self, token: int, position: int) -> Tensor:
@@ -241,8 +253,7 @@ class DecodeStep:
             intermediate,
             self.hidden,
             layer.down.stride(0),
-            TILES=launch.tiles,
-            AHEAD=launch.ahead,
+            SLOTS=launch.slots,
             maxnreg=launch.registers,
             BLOCK_K=launch.block_k,
             BLOCK_N=launch.block_n,
@@ -279,8 +290,7 @@ class DecodeStep:
             N2=widths[2],
             ZERO=_share(zero, grid),
             BLOCK_H=triton.next_power_of_2(self.hidden),
-            TILES=launch.tiles,
-            AHEAD=launch.ahead,
+            SLOTS=launch.slots,
             maxnreg=launch.registers,
             BLOCK_K=launch.block_k,
             BLOCK_N=launch.block_n,
@@ -350,8 +360,7 @@ class DecodeStep:
             CHUNK=chunk,
             SPLITS=triton.next_power_of_2(triton.cdiv(self.context, chunk)),
             ZERO=_share(self.gate_up, grid),
-            TILES=launch.tiles,
-            AHEAD=launch.ahead,
+            SLOTS=launch.slots,
             maxnreg=launch.registers,
             BLOCK_K=launch.block_k,
             BLOCK_N=launch.block_n,
@@ -385,9 +394,9 @@ class DecodeStep:
             BLOCK=triton.next_power_of_2(count),
         )
 
-    def _buffers(self, name: str, index: int) -> tuple[Tensor, Tensor]:
-        first = _FIRST[name]
-        return self.thresholds[index, first:], self.kept[index, first:]
+    def _buffers(self, name: str, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        first = _COLUMNS[name][0]
+        return self.thresholds[index, first:], self.rows[index, first:], self.kept[index, first:]
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any
