@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Rows of small tables, aligned or not by layer: one compilation serves all layers.
-_ROWS_OF_TABLES = ["thresholds_ptr", "rows_ptr", "kept_ptr"]
+_ROWS_OF_TABLES = ["thresholds_ptr", "kept_ptr"]
 
 
 @triton.jit
@@ -56,27 +56,43 @@ def _tile(w_ptr, offs_k, keep, offs_n, end, stride_wk):
 
 
 @triton.jit
-def _gathered(
-    x, rank, first, kept, w_ptr, offs_k, offs_n, end, stride_wk, SLOTS: tl.constexpr
+def _fetch_ahead(
+    w_ptr,
+    start,
+    K,
+    end,
+    stride_wk,
+    ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """The product of the survivors whose rank lies in [first, first + SLOTS)."""
-    slots = first + tl.arange(0, SLOTS)
-    hit = rank[None, :] == slots[:, None]
-    rows = tl.sum(tl.where(hit, offs_k[None, :], 0), axis=1)
-    values = tl.sum(tl.where(hit, x[None, :], 0.0), axis=1)
-    w = _tile(w_ptr, rows, slots < kept, offs_n, end, stride_wk).to(tl.float32)
-    return tl.sum(values[:, None] * w, axis=0)
+    """Ask for some rows of this program's tile before it is known which of them survive.
 
-
-@triton.jit
-def _channels(rows_ptr, K, SLOTS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """This program's channels: BLOCK_K, or as many as are expected to leave SLOTS survivors."""
-    lane = tl.arange(0, BLOCK_K)
-    rows = BLOCK_K
-    if SLOTS > 0:
-        rows = tl.load(rows_ptr)
-    offs_k = tl.program_id(1) * rows + lane
-    return offs_k, (lane < rows) & (offs_k < K), tl.program_id(1) * rows < K
+    Between two kernels the memory would idle: the last programs of one drain, those of the next
+    wait and work out what to read. Only the programs that can start in that gap ask, and only
+    into the L2 cache; a row that is dropped after all has cost idle time.
+    """
+    if ROWS > 0:
+        if tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) < PROGRAMS:
+            LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, ROWS)
+            offs_n = start + tl.arange(0, BLOCK_N // LINE) * LINE
+            rows = w_ptr + offs_k.to(tl.int64)[:, None] * stride_wk
+            inside = (offs_k < K)[:, None] & (offs_n + LINE <= end)[None, :]
+            tl.inline_asm_elementwise(
+                """{
+                .reg .pred p;
+                setp.ne.s32 p, $2, 0;
+                @p cp.async.bulk.prefetch.L2.global [$1], 128;
+                mov.u32 $0, 0;
+                }""",
+                "=r,l,r",
+                [(rows + offs_n[None, :]).to(tl.int64), inside.to(tl.int32)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 @triton.jit
@@ -92,28 +108,16 @@ def _accumulate(
     start,
     end,
     stride_wk,
-    SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add one tile's product to y float32; channels with abs(x) <= threshold are never loaded.
-
-    With SLOTS the survivors are first moved together, so that a tile of SLOTS rows serves more
-    channels than that; those that do not fit take another turn.
-    """
+    """Add one tile's product to y float32; channels with abs(x) <= threshold are never loaded."""
     keep = (tl.abs(x) > threshold) & mask_k
-    kept = tl.sum(keep.to(tl.int32), axis=0)
     offs_n = start + tl.arange(0, BLOCK_N)
-    if SLOTS == 0:
-        w = _tile(w_ptr, offs_k, keep, offs_n, end, stride_wk).to(tl.float32)
-        y = tl.sum(tl.where(keep, x, 0.0)[:, None] * w, axis=0)
-    else:
-        rank = tl.where(keep, tl.cumsum(keep.to(tl.int32), axis=0) - 1, -1)
-        y = _gathered(x, rank, 0, kept, w_ptr, offs_k, offs_n, end, stride_wk, SLOTS)
-        for first in range(SLOTS, kept, SLOTS):
-            y += _gathered(x, rank, first, kept, w_ptr, offs_k, offs_n, end, stride_wk, SLOTS)
+    w = _tile(w_ptr, offs_k, keep, offs_n, end, stride_wk).to(tl.float32)
+    y = tl.sum(tl.where(keep, x, 0.0)[:, None] * w, axis=0)
     tl.atomic_add(y_ptr + offs_n, y, mask=offs_n < end, sem="relaxed")
     if count:
-        tl.atomic_add(kept_ptr, kept, sem="relaxed")
+        tl.atomic_add(kept_ptr, tl.sum(keep.to(tl.int32), axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -149,7 +153,6 @@ def norm_project_kernel(
     norm_ptr,
     w_ptr,
     thresholds_ptr,
-    rows_ptr,
     kept_ptr,
     zero_ptr,
     zero_size,
@@ -161,26 +164,28 @@ def norm_project_kernel(
     N2: tl.constexpr,
     ZERO: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    SLOTS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y += sparse projections of rms_norm(h) [H]; every program takes the norm for itself."""
     block, start, end = _columns(tl.program_id(0), N0, N1, N2, BLOCK_N)
-    offs_k, mask_k, some = _channels(rows_ptr + block, H, SLOTS, BLOCK_K)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < H
+    _fetch_ahead(w_ptr, start, H, end, stride_wk, AHEAD, PROGRAMS, BLOCK_K, BLOCK_N)
     gain = tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     threshold = tl.load(thresholds_ptr + block)
     _wait(PDL)
     _zero(zero_ptr, zero_size, ZERO)
-    if some:
-        h = tl.load(h_ptr + offs_k, mask=mask_k, other=0.0)
-        x = h * _inverse_rms(h_ptr, eps, H, BLOCK_H) * gain
-        first = (start == 0) | (start == N0) | (start == N0 + N1)
-        _accumulate(
-            y_ptr, x, w_ptr, threshold, kept_ptr + block, first,
-            offs_k, mask_k, start, end, stride_wk, SLOTS, BLOCK_N,
-        )  # fmt: skip
+    h = tl.load(h_ptr + offs_k, mask=mask_k, other=0.0)
+    x = h * _inverse_rms(h_ptr, eps, H, BLOCK_H) * gain
+    first = (start == 0) | (start == N0) | (start == N0 + N1)
+    _accumulate(
+        y_ptr, x, w_ptr, threshold, kept_ptr + block, first,
+        offs_k, mask_k, start, end, stride_wk, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES)
@@ -189,29 +194,30 @@ def activate_project_kernel(
     gate_up_ptr,
     w_ptr,
     thresholds_ptr,
-    rows_ptr,
     kept_ptr,
     I,
     N,
     stride_wk,
-    SLOTS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y += sparse projection of silu(gate) * up; gate_up [2 * I] float32."""
     start = tl.program_id(0) * BLOCK_N
-    offs_k, mask_k, some = _channels(rows_ptr, I, SLOTS, BLOCK_K)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < I
+    _fetch_ahead(w_ptr, start, I, N, stride_wk, AHEAD, PROGRAMS, BLOCK_K, BLOCK_N)
     threshold = tl.load(thresholds_ptr)
     _wait(PDL)
-    if some:
-        gate = tl.load(gate_up_ptr + offs_k, mask=mask_k, other=0.0)
-        up = tl.load(gate_up_ptr + I + offs_k, mask=mask_k, other=0.0)
-        x = gate / (1.0 + tl.exp(-gate)) * up
-        _accumulate(
-            y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
-            offs_k, mask_k, start, N, stride_wk, SLOTS, BLOCK_N,
-        )  # fmt: skip
+    gate = tl.load(gate_up_ptr + offs_k, mask=mask_k, other=0.0)
+    up = tl.load(gate_up_ptr + I + offs_k, mask=mask_k, other=0.0)
+    x = gate / (1.0 + tl.exp(-gate)) * up
+    _accumulate(
+        y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
+        offs_k, mask_k, start, N, stride_wk, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES)
@@ -224,7 +230,6 @@ def combine_project_kernel(
     w_ptr,
     bias_ptr,
     thresholds_ptr,
-    rows_ptr,
     kept_ptr,
     zero_ptr,
     zero_size,
@@ -237,7 +242,8 @@ def combine_project_kernel(
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     ZERO: tl.constexpr,
-    SLOTS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
@@ -249,7 +255,9 @@ def combine_project_kernel(
     """
     K: tl.constexpr = HEADS * HEAD_DIM
     start = tl.program_id(0) * BLOCK_N
-    offs_k, mask_k, some = _channels(rows_ptr, K, SLOTS, BLOCK_K)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    _fetch_ahead(w_ptr, start, K, N, stride_wk, AHEAD, PROGRAMS, BLOCK_K, BLOCK_N)
     threshold = tl.load(thresholds_ptr)
     position = tl.load(position_ptr)
     first = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
@@ -264,18 +272,17 @@ def combine_project_kernel(
             offs_n = start + tl.arange(0, BLOCK_N)
             bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
             tl.atomic_add(y_ptr + offs_n, bias, mask=offs_n < N, sem="relaxed")
-    if some:
-        maxima = tl.load(maxima_ptr + heads, mask=mask, other=float("-inf"))
-        sums = tl.load(sums_ptr + heads, mask=mask, other=0.0)
-        parts = tl.load(parts_ptr + offs_s[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
-        top = tl.where(mask_k, tl.max(maxima, axis=0), 0.0)
-        share = tl.exp(maxima - top[None, :])
-        total = tl.where(mask_k, tl.sum(share * sums, axis=0), 1.0)
-        x = tl.sum(share * parts, axis=0) / total
-        _accumulate(
-            y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
-            offs_k, mask_k, start, N, stride_wk, SLOTS, BLOCK_N,
-        )  # fmt: skip
+    maxima = tl.load(maxima_ptr + heads, mask=mask, other=float("-inf"))
+    sums = tl.load(sums_ptr + heads, mask=mask, other=0.0)
+    parts = tl.load(parts_ptr + offs_s[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+    top = tl.where(mask_k, tl.max(maxima, axis=0), 0.0)
+    share = tl.exp(maxima - top[None, :])
+    total = tl.where(mask_k, tl.sum(share * sums, axis=0), 1.0)
+    x = tl.sum(share * parts, axis=0) / total
+    _accumulate(
+        y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
+        offs_k, mask_k, start, N, stride_wk, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit

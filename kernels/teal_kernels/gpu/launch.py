@@ -11,36 +11,20 @@ import triton
 class Launch(NamedTuple):
     """Tile of the weight that one program multiplies, its warps, and a limit on its registers.
 
-    With `slots` a program takes up to block_k channels and moves the survivors together, `slots`
-    rows a turn; without, it masks the loads of dropped rows.
+    `ahead` rows of the tile are asked for before it is known which survive, by as many programs
+    as a device holds at a time.
     """
 
     block_k: int
     block_n: int
     num_warps: int
     registers: int | None = None
-    slots: int = 0
+    ahead: int = 0
 
     def grid(self, inputs: int, *outputs: int) -> tuple[int, int]:
         """Programs by columns, which never straddle two matrices, and by channels."""
         columns = sum(triton.cdiv(width, self.block_n) for width in outputs)
-        return columns, triton.cdiv(inputs, self.slots or self.block_k)
-
-    def rows(self, density: float) -> int:
-        """Channels a program for which `slots` survivors are seldom too few.
-
-        One standard deviation above the expected count: a second turn costs a few programs a
-        microsecond, an empty slot costs every program.
-        """
-        if not self.slots:
-            return self.block_k
-        rows = self.slots
-        while rows < self.block_k:
-            expected = (rows + 1) * density
-            if expected + (expected * (1 - density)) ** 0.5 > self.slots:
-                break
-            rows += 1
-        return rows
+        return columns, triton.cdiv(inputs, self.block_k)
 
 
 # Launch by bytes an element. On an H100 one tile a program with all its loads in flight beats

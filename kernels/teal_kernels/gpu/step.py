@@ -15,7 +15,7 @@ from teal_kernels.gpu.launch import Launch, StepLaunches
 from teal_kernels.gpu.projection import INTERPRETED
 
 PROJECTIONS = 7  # q k v o gate up down: columns of the thresholds and of the counters
-_COLUMNS = {"qkv": (0, 3), "o": (3, 4), "gate_up": (4, 6), "down": (6, 7)}
+_FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}
 _BEST_BLOCK = 4096
 
 
@@ -100,6 +100,7 @@ class DecodeStep:
         self.pdl = dependent_launch
         if dependent_launch is None:
             self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.resident = 4 * _processors(device)  # programs that the device holds at a time
         self.capture = capture and device.type == "cuda"
         self._allocate()
         self.set_thresholds(None)
@@ -127,26 +128,14 @@ class DecodeStep:
         self.seed = buffer(1, dtype=torch.int32)
         # Device buffers, so that another sparsity needs no new capture.
         self.thresholds = buffer(len(self.layers), PROJECTIONS)
-        self.rows = buffer(len(self.layers), PROJECTIONS, dtype=torch.int32)
         self.kept = buffer(len(self.layers), PROJECTIONS, dtype=torch.int32)
 
-    def set_thresholds(self, thresholds: Tensor | None, sparsity: Tensor | None = None) -> None:
-        """Change the sparsity of the tokens to come, and start counting anew.
-
-        Args:
-            thresholds: [layers, 7] float32; None is dense.
-            sparsity: [layers, 7], the share of channels that they are expected to drop: a hint
-                for the division of the work. None expects none.
-        """
+    def set_thresholds(self, thresholds: Tensor | None) -> None:
+        """Change the sparsity of the tokens to come ([layers, 7] float32; None is dense)."""
         if thresholds is None:
             self.thresholds.fill_(-torch.inf)
         else:
             self.thresholds.copy_(thresholds)
-        expected = torch.zeros(self.rows.shape) if sparsity is None else sparsity.float().cpu()
-        for name, (first, last) in _COLUMNS.items():
-            launch: Launch = getattr(self.launches, name)
-            rows = [[launch.rows(1 - s) for s in row] for row in expected[:, first:last].tolist()]
-            self.rows[:, first:last] = torch.tensor(rows, dtype=torch.int32)
         self.kept.zero_()
 
     def step(self, token: int, position: int) -> Tensor:
@@ -253,7 +242,8 @@ class DecodeStep:
             intermediate,
             self.hidden,
             layer.down.stride(0),
-            SLOTS=launch.slots,
+            AHEAD=launch.ahead if self.pdl else 0,
+            PROGRAMS=self.resident,
             maxnreg=launch.registers,
             BLOCK_K=launch.block_k,
             BLOCK_N=launch.block_n,
@@ -290,7 +280,8 @@ class DecodeStep:
             N2=widths[2],
             ZERO=_share(zero, grid),
             BLOCK_H=triton.next_power_of_2(self.hidden),
-            SLOTS=launch.slots,
+            AHEAD=launch.ahead if self.pdl else 0,
+            PROGRAMS=self.resident,
             maxnreg=launch.registers,
             BLOCK_K=launch.block_k,
             BLOCK_N=launch.block_n,
@@ -360,7 +351,8 @@ class DecodeStep:
             CHUNK=chunk,
             SPLITS=triton.next_power_of_2(triton.cdiv(self.context, chunk)),
             ZERO=_share(self.gate_up, grid),
-            SLOTS=launch.slots,
+            AHEAD=launch.ahead if self.pdl else 0,
+            PROGRAMS=self.resident,
             maxnreg=launch.registers,
             BLOCK_K=launch.block_k,
             BLOCK_N=launch.block_n,
@@ -394,9 +386,9 @@ class DecodeStep:
             BLOCK=triton.next_power_of_2(count),
         )
 
-    def _buffers(self, name: str, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        first = _COLUMNS[name][0]
-        return self.thresholds[index, first:], self.rows[index, first:], self.kept[index, first:]
+    def _buffers(self, name: str, index: int) -> tuple[Tensor, Tensor]:
+        first = _FIRST[name]
+        return self.thresholds[index, first:], self.kept[index, first:]
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any
@@ -417,3 +409,10 @@ def _share(buffer: Tensor | None, grid: tuple[int, int]) -> int:
     if buffer is None:
         return 0
     return max(32, triton.next_power_of_2(triton.cdiv(buffer.numel(), grid[0] * grid[1])))
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
