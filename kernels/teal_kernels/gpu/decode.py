@@ -8,6 +8,10 @@ was written two kernels ago or earlier is safe to read before the wait.
 
 Accumulators are float32 and added to by relaxed atomics; each is zeroed by an earlier kernel of
 the chain.
+
+The projections put their work under a condition that always holds. It keeps the compiler from
+mixing the tile's loads with what stands before them: on an H100, at sparsity 0.5, gate_up of
+Llama-2-7B takes 32.7 us with it and 34.3 us without, down 18.9 and 19.2.
 """
 
 from __future__ import annotations
@@ -73,7 +77,7 @@ def _fetch_ahead(
     wait and work out what to read. Only the programs that can start in that gap ask, and only
     into the L2 cache; a row that is dropped after all has cost idle time.
     """
-    if ROWS > 0:
+    if ROWS > 0:  # noqa: SIM102 - known when it is compiled, unlike the other
         if tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) < PROGRAMS:
             LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
             offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, ROWS)
@@ -112,12 +116,13 @@ def _accumulate(
 ):
     """Add one tile's product to y float32; channels with abs(x) <= threshold are never loaded."""
     keep = (tl.abs(x) > threshold) & mask_k
+    kept = tl.sum(keep.to(tl.int32), axis=0)
     offs_n = start + tl.arange(0, BLOCK_N)
     w = _tile(w_ptr, offs_k, keep, offs_n, end, stride_wk).to(tl.float32)
     y = tl.sum(tl.where(keep, x, 0.0)[:, None] * w, axis=0)
     tl.atomic_add(y_ptr + offs_n, y, mask=offs_n < end, sem="relaxed")
     if count:
-        tl.atomic_add(kept_ptr, tl.sum(keep.to(tl.int32), axis=0), sem="relaxed")
+        tl.atomic_add(kept_ptr, kept, sem="relaxed")
 
 
 @triton.jit
@@ -179,13 +184,14 @@ def norm_project_kernel(
     threshold = tl.load(thresholds_ptr + block)
     _wait(PDL)
     _zero(zero_ptr, zero_size, ZERO)
-    h = tl.load(h_ptr + offs_k, mask=mask_k, other=0.0)
-    x = h * _inverse_rms(h_ptr, eps, H, BLOCK_H) * gain
-    first = (start == 0) | (start == N0) | (start == N0 + N1)
-    _accumulate(
-        y_ptr, x, w_ptr, threshold, kept_ptr + block, first,
-        offs_k, mask_k, start, end, stride_wk, BLOCK_N,
-    )  # fmt: skip
+    if tl.program_id(1) * BLOCK_K < H:  # always; see the module's docstring
+        h = tl.load(h_ptr + offs_k, mask=mask_k, other=0.0)
+        x = h * _inverse_rms(h_ptr, eps, H, BLOCK_H) * gain
+        first = (start == 0) | (start == N0) | (start == N0 + N1)
+        _accumulate(
+            y_ptr, x, w_ptr, threshold, kept_ptr + block, first,
+            offs_k, mask_k, start, end, stride_wk, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES)
@@ -195,7 +201,7 @@ def activate_project_kernel(
     w_ptr,
     thresholds_ptr,
     kept_ptr,
-    I,
+    INNER,
     N,
     stride_wk,
     AHEAD: tl.constexpr,
@@ -204,20 +210,21 @@ def activate_project_kernel(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y += sparse projection of silu(gate) * up; gate_up [2 * I] float32."""
+    """y += sparse projection of silu(gate) * up; gate_up [2 * INNER] float32."""
     start = tl.program_id(0) * BLOCK_N
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < I
-    _fetch_ahead(w_ptr, start, I, N, stride_wk, AHEAD, PROGRAMS, BLOCK_K, BLOCK_N)
+    mask_k = offs_k < INNER
+    _fetch_ahead(w_ptr, start, INNER, N, stride_wk, AHEAD, PROGRAMS, BLOCK_K, BLOCK_N)
     threshold = tl.load(thresholds_ptr)
     _wait(PDL)
-    gate = tl.load(gate_up_ptr + offs_k, mask=mask_k, other=0.0)
-    up = tl.load(gate_up_ptr + I + offs_k, mask=mask_k, other=0.0)
-    x = gate / (1.0 + tl.exp(-gate)) * up
-    _accumulate(
-        y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
-        offs_k, mask_k, start, N, stride_wk, BLOCK_N,
-    )  # fmt: skip
+    if tl.program_id(1) * BLOCK_K < INNER:  # always; see the module's docstring
+        gate = tl.load(gate_up_ptr + offs_k, mask=mask_k, other=0.0)
+        up = tl.load(gate_up_ptr + INNER + offs_k, mask=mask_k, other=0.0)
+        x = gate / (1.0 + tl.exp(-gate)) * up
+        _accumulate(
+            y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
+            offs_k, mask_k, start, N, stride_wk, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES)
@@ -267,22 +274,23 @@ def combine_project_kernel(
     heads = offs_s[:, None] * HEADS + (offs_k // HEAD_DIM)[None, :]
     _wait(PDL)
     _zero(zero_ptr, zero_size, ZERO)
-    if BIAS:
+    if BIAS:  # noqa: SIM102 - known when it is compiled, unlike the other
         if tl.program_id(1) == 0:
             offs_n = start + tl.arange(0, BLOCK_N)
             bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
             tl.atomic_add(y_ptr + offs_n, bias, mask=offs_n < N, sem="relaxed")
-    maxima = tl.load(maxima_ptr + heads, mask=mask, other=float("-inf"))
-    sums = tl.load(sums_ptr + heads, mask=mask, other=0.0)
-    parts = tl.load(parts_ptr + offs_s[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
-    top = tl.where(mask_k, tl.max(maxima, axis=0), 0.0)
-    share = tl.exp(maxima - top[None, :])
-    total = tl.where(mask_k, tl.sum(share * sums, axis=0), 1.0)
-    x = tl.sum(share * parts, axis=0) / total
-    _accumulate(
-        y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
-        offs_k, mask_k, start, N, stride_wk, BLOCK_N,
-    )  # fmt: skip
+    if tl.program_id(1) * BLOCK_K < K:  # always; see the module's docstring
+        maxima = tl.load(maxima_ptr + heads, mask=mask, other=float("-inf"))
+        sums = tl.load(sums_ptr + heads, mask=mask, other=0.0)
+        parts = tl.load(parts_ptr + offs_s[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+        top = tl.where(mask_k, tl.max(maxima, axis=0), 0.0)
+        share = tl.exp(maxima - top[None, :])
+        total = tl.where(mask_k, tl.sum(share * sums, axis=0), 1.0)
+        x = tl.sum(share * parts, axis=0) / total
+        _accumulate(
+            y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
+            offs_k, mask_k, start, N, stride_wk, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import triton
@@ -13,40 +12,15 @@ from torch import Tensor
 from teal_kernels.gpu import attention, decode, sample
 from teal_kernels.gpu.launch import Launch, StepLaunches
 from teal_kernels.gpu.projection import INTERPRETED
+from teal_kernels.gpu.tensors import Geometry, LayerTensors
 
 PROJECTIONS = 7  # q k v o gate up down: columns of the thresholds and of the counters
 _FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}
 _BEST_BLOCK = 4096
 
 
-class LayerTensors(Protocol):
-    """The tensors of a layer, named and laid out as in the decoder's checkpoint."""
-
-    input_layernorm: Tensor  # [H]
-    qkv: Tensor  # [H, (Hq + 2 * Hkv) * D]
-    qkv_bias: Tensor | None  # [(Hq + 2 * Hkv) * D]
-    q_norm: Tensor | None  # [D]
-    k_norm: Tensor | None  # [D]
-    o: Tensor  # [Hq * D, H]
-    o_bias: Tensor | None  # [H]
-    post_attention_layernorm: Tensor  # [H]
-    gate_up: Tensor  # [H, 2 * I]
-    down: Tensor  # [I, H]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the kernels need to know of a model beside its tensors."""
-
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    sliding_windows: Sequence[int | None]
-
-
 class DecodeStep:
-    """Runs one token a call; the weights and the cache stay where they are.
+    """Runs one token a call, over weights and a cache that stay where they are.
 
     Args:
         geometry: heads and windows.
@@ -58,7 +32,7 @@ class DecodeStep:
         sin: the same of sines.
         keys: [layers, key-value heads, length, head_dim] in the weights' dtype; written in place.
         values: the same shape.
-        launches: tiles and warps; None takes them from the table.
+        launches: tiles and warps, dense and sparse; None takes them from the table.
         dependent_launch: None uses it from compute capability 9.0 on.
         capture: False launches kernel by kernel, without a graph.
     """
@@ -94,17 +68,23 @@ class DecodeStep:
             "down": tuple(first.down.shape),
             "logits": (self.hidden, self.vocab),
         }
-        self.launches = launches or StepLaunches.choose(
-            shapes, embed_tokens.element_size(), self.context
-        )
+        # Dense and sparse steps differ only in their launches, and so in their graphs.
+        self._choices = {
+            sparse: launches
+            or StepLaunches.choose(shapes, embed_tokens.element_size(), self.context, sparse=sparse)
+            for sparse in (False, True)
+        }
+        self.launches = self._choices[False]
         self.pdl = dependent_launch
         if dependent_launch is None:
             self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        self.resident = 4 * _processors(device)  # programs that the device holds at a time
+        self.resident = 0  # programs that the device holds at a time
+        if device.type == "cuda":
+            self.resident = 4 * torch.cuda.get_device_properties(device).multi_processor_count
         self.capture = capture and device.type == "cuda"
         self._allocate()
         self.set_thresholds(None)
-        self._graphs: dict[bool, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[tuple[StepLaunches, bool], torch.cuda.CUDAGraph] = {}
 
     def _allocate(self) -> None:
         g = self.geometry
@@ -132,6 +112,8 @@ class DecodeStep:
 
     def set_thresholds(self, thresholds: Tensor | None) -> None:
         """Change the sparsity of the tokens to come ([layers, 7] float32; None is dense)."""
+        sparse = thresholds is not None and bool((thresholds > 0).any())
+        self.launches = self._choices[sparse]
         if thresholds is None:
             self.thresholds.fill_(-torch.inf)
         else:
@@ -168,7 +150,7 @@ class DecodeStep:
 
     def _run(self, choose: bool) -> None:
         """The first time launches kernel by kernel, which compiles them, then captures."""
-        if graph := self._graphs.get(choose):
+        if graph := self._graphs.get((self.launches, choose)):
             graph.replay()
             return
         with torch.cuda.device_of(self.h):
@@ -177,7 +159,7 @@ class DecodeStep:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     self._launch_all(choose)
-                self._graphs[choose] = graph
+                self._graphs[self.launches, choose] = graph
 
     def _launch_all(self, choose: bool) -> None:
         block = min(1024, triton.next_power_of_2(self.hidden))
@@ -230,24 +212,7 @@ class DecodeStep:
             (intermediate, intermediate, 0),
             zero=self.qkv,
         )
-        launch = self.launches.down
-        self._launch(
-            decode.activate_project_kernel,
-            launch.grid(intermediate, self.hidden),
-            launch.num_warps,
-            self.h,
-            self.gate_up,
-            layer.down,
-            *self._buffers("down", index),
-            intermediate,
-            self.hidden,
-            layer.down.stride(0),
-            AHEAD=launch.ahead if self.pdl else 0,
-            PROGRAMS=self.resident,
-            maxnreg=launch.registers,
-            BLOCK_K=launch.block_k,
-            BLOCK_N=launch.block_n,
-        )
+        self._activate_project(index, layer)
 
     def _norm_project(
         self,
@@ -358,6 +323,26 @@ class DecodeStep:
             BLOCK_N=launch.block_n,
         )
 
+    def _activate_project(self, index: int, layer: LayerTensors) -> None:
+        launch = self.launches.down
+        self._launch(
+            decode.activate_project_kernel,
+            launch.grid(layer.down.shape[0], self.hidden),
+            launch.num_warps,
+            self.h,
+            self.gate_up,
+            layer.down,
+            *self._buffers("down", index),
+            layer.down.shape[0],
+            self.hidden,
+            layer.down.stride(0),
+            AHEAD=launch.ahead if self.pdl else 0,
+            PROGRAMS=self.resident,
+            maxnreg=launch.registers,
+            BLOCK_K=launch.block_k,
+            BLOCK_N=launch.block_n,
+        )
+
     def _choose(self) -> None:
         count = self.best.numel()
         self._launch(
@@ -394,7 +379,9 @@ class DecodeStep:
         self, kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any
     ) -> None:
         options = {"launch_pdl": True} if self.pdl else {}
-        kernel[grid](*args, **constants, PDL=bool(self.pdl), num_warps=num_warps, num_stages=1, **options)
+        kernel[grid](
+            *args, **constants, PDL=bool(self.pdl), num_warps=num_warps, num_stages=1, **options
+        )
 
 
 _DOT = {
@@ -409,10 +396,3 @@ def _share(buffer: Tensor | None, grid: tuple[int, int]) -> int:
     if buffer is None:
         return 0
     return max(32, triton.next_power_of_2(triton.cdiv(buffer.numel(), grid[0] * grid[1])))
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
