@@ -60,22 +60,14 @@ def _decoder(family: str, device: str, **changes: Any) -> Decoder:
 
 
 def _step(decoder: Decoder, length: int) -> Any:
-    from teal_kernels.gpu import DecodeStep, Geometry
+    from teal_kernels.gpu import DecodeStep
 
     config, weights = decoder.config, decoder.weights
     cache = decoder.new_cache(length)
     cache.keys.normal_()
     cache.values.normal_()
     cos, sin = decoder.rotary.tables(length)
-    geometry = Geometry(
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        config.rms_norm_eps,
-        config.sliding_windows,
-    )
     step = DecodeStep(
-        geometry,
         embed_tokens=weights.embed_tokens,
         layers=weights.layers,
         norm=weights.norm,
@@ -84,6 +76,9 @@ def _step(decoder: Decoder, length: int) -> Any:
         sin=sin,
         keys=cache.keys,
         values=cache.values,
+        num_attention_heads=config.num_attention_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        sliding_windows=config.sliding_windows,
     )
     return step, cache
 
@@ -108,7 +103,7 @@ def test_step_equals_the_decoder(family: str, thresholds: str | None, device: st
     for position, token in ((10, 3), (11, 49)):
         tokens = torch.tensor([token], device=device)
         hidden = decoder.forward(tokens, cache=other, position=position, thresholds=levels)
-        _close(step.step(token, position), decoder.logits(hidden)[0])
+        _close(step(token, position), decoder.logits(hidden)[0])
     _close(cache.keys, other.keys)
     kept = step.kept.sum(0).tolist()
     sites = decoder.config.site_sizes
@@ -117,6 +112,8 @@ def test_step_equals_the_decoder(family: str, thresholds: str | None, device: st
         assert kept == [4 * width for width in [*widths, sites["mlp_act"]]]
     else:
         assert 0 < kept[0] < 4 * sites["attn_in"]
+    step.clear_counts()
+    assert not step.kept.any()
 
 
 @pytest.mark.parametrize("window", [None, 5, 64, 70], ids=str)
@@ -197,7 +194,7 @@ def test_choosing_stays_on_the_device(device: str) -> None:
 
 def test_what_a_caller_can_get_wrong(device: str) -> None:
     step, _ = _step(_decoder("llama", device), 40)
-    with pytest.raises(ValueError, match="position 40 is outside the cache of 40"):
-        step.step(0, 40)
-    with pytest.raises(ValueError, match="token 50 is outside the vocabulary of 50"):
-        step.step(50, 0)
+    with pytest.raises(ValueError, match="position 40 is outside"):
+        step(0, 40)
+    with pytest.raises(ValueError, match="token 50 at position 0"):
+        step(50, 0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from teal_kernels.gpu.launch import Launch
 from teal_kernels.gpu.projection import sparse_project
 from teal_kernels.gpu.step import DecodeStep
-from teal_kernels.gpu.tensors import Geometry, LayerTensors
+from teal_kernels.gpu.tensors import LayerTensors
 
-__all__ = ["DecodeStep", "Geometry", "LayerTensors", "sparse_project"]
+__all__ = ["DecodeStep", "Launch", "LayerTensors", "sparse_project"]
