@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import importlib
 import inspect
 import io
 import os
@@ -17,16 +16,22 @@ from typing import Annotated, Any
 import typer
 
 from teal_cli import __version__, console
+from teal_cli.commands.bench import bench
+from teal_cli.commands.calibrate import calibrate
+from teal_cli.commands.chat import chat
+from teal_cli.commands.convert import convert
+from teal_cli.commands.download import download
+from teal_cli.commands.eval import evaluate
 from teal_cli.errors import TealError
 from teal_cli.options import QuietOption, VerboseOption
 
-_COMMANDS = {  # module in teal_cli.commands → its function
-    "chat": "chat",
-    "bench": "bench",
-    "eval": "evaluate",
-    "calibrate": "calibrate",
-    "convert": "convert",
-    "download": "download",
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "chat": chat,
+    "bench": bench,
+    "eval": evaluate,
+    "calibrate": calibrate,
+    "convert": convert,
+    "download": download,
 }
 
 _SYSTEM_ERRORS = {
@@ -77,14 +82,9 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for name, function in _COMMANDS.items():
-        try:
-            module = importlib.import_module(f"teal_cli.commands.{name}")
-        except ModuleNotFoundError as error:
-            if error.name == f"teal_cli.commands.{name}":
-                continue
-            raise
-        app.command(name)(_with_output_options(getattr(module, function)))
+    for name, command in _COMMANDS.items():
+        summary = inspect.cleandoc(command.__doc__ or "").split("\n\n")[0]
+        app.command(name, short_help=summary)(_with_output_options(command))
     return app
 
 

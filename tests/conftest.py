@@ -56,8 +56,8 @@ def demo_checkpoint(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The demo model, converted once a session."""
     from teal_cli.model.checkpoint import Checkpoint
     from teal_cli.model.convert import convert
-    from teal_cli.store import demo
+    from teal_cli.store.hub import demo_source
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TEAL_HOME", str(tmp_path_factory.mktemp("demo-home")))
-        return Checkpoint(convert(demo.demo_source(demo_gguf), dtype=None, reporter=Silent()))
+        return Checkpoint(convert(demo_source(demo_gguf), dtype=None, reporter=Silent()))

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -127,8 +127,8 @@ def chat(
     from teal_cli.inference.session import Session
     from teal_cli.store import models
 
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     Sampling(**given)  # refuse a bad value before anything is downloaded
     target_device = pick_device(device)
     checkpoint = pipeline.ensure_checkpoint(
@@ -142,7 +142,9 @@ def chat(
     target = defaults.sparsity if sparsity is None else sparsity
     thresholds = None
     if target > 0:
-        profile = pipeline.ensure_profile(checkpoint, offline=offline, reporter=reporter)
+        profile = pipeline.ensure_profile(
+            checkpoint, device=device, offline=offline, reporter=reporter
+        )
         thresholds = profile.thresholds(target, method)
     session = Session(
         checkpoint.load(target_device),
@@ -150,12 +152,15 @@ def chat(
         thresholds=thresholds,
         reporter=reporter,
     )
+    tokenizer = checkpoint.tokenizer()
+    # Some configs leave out the token that ends a turn, and their tokenizer knows it.
+    stops = {*checkpoint.eos_token_ids, tokenizer.eos_token_id} - {None}
     chosen = sampling_defaults(checkpoint.generation_defaults(), defaults) | given
     conversation = Conversation(
         session,
-        checkpoint.tokenizer(),
+        tokenizer,
         Sampler(Sampling(**chosen, seed=seed)),
-        stop_token_ids=checkpoint.eos_token_ids,
+        stop_token_ids=stops,
         system=system,
     )
 

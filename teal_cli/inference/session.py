@@ -24,8 +24,6 @@ _PREFILL_CHUNK = 1024
 class _Step(Protocol):
     """How one token is decoded: the fused kernels or the plain decoder."""
 
-    name: str
-
     def set_thresholds(self, thresholds: Tensor | None) -> None:
         """[num_hidden_layers, 7] float32; None is dense."""
 
@@ -44,7 +42,6 @@ class _DecoderStep:
     """Decodes with the plain decoder: on CUDA through the sparse kernel, on a CPU in torch."""
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
-        self.name = "triton" if decoder.device.type == "cuda" else "torch"
         self._decoder = decoder
         self._cache = cache
         self._thresholds: Tensor | None = None
@@ -127,7 +124,9 @@ class Session:
     @property
     def backend(self) -> str:
         """What decodes: "numba", "triton" or "torch"."""
-        return self._step.name
+        if not isinstance(self._step, _DecoderStep):
+            return "numba"
+        return "triton" if self.decoder.device.type == "cuda" else "torch"
 
     def set_thresholds(self, thresholds: Tensor | None) -> None:
         """Use other thresholds [num_hidden_layers, 7] from the next token on; None is dense."""
@@ -209,4 +208,33 @@ class Session:
 
 
 def _choose_step(decoder: Decoder, cache: KVCache, backend: Backend, reporter: Reporter) -> _Step:
+    """The compiled step on a CPU where it can be had, the decoder itself otherwise."""
+    if backend == "auto" and decoder.device.type == "cpu":
+        try:
+            return _compiled_step(decoder, cache)
+        except Exception as error:  # a broken numba or LLVM fails in any way it likes
+            reporter.note(
+                f"the compiled CPU kernels cannot be used here ({error}); decoding in plain "
+                "torch, which sparsity does not make faster"
+            )
     return _DecoderStep(decoder, cache)
+
+
+def _compiled_step(decoder: Decoder, cache: KVCache) -> _Step:
+    from teal_kernels.cpu import DecodeStep
+
+    config, weights = decoder.config, decoder.weights
+    cos, sin = decoder.rotary.tables(cache.length)
+    return DecodeStep(
+        layers=weights.layers,
+        embed_tokens=weights.embed_tokens,
+        norm=weights.norm,
+        lm_head=weights.lm_head,
+        keys=cache.keys,
+        values=cache.values,
+        cos=cos,
+        sin=sin,
+        num_attention_heads=config.num_attention_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        sliding_windows=config.sliding_windows,
+    )

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from teal_cli.model.shards import plan_shards, write_shard
 from teal_cli.model.weights import tensor_shapes
 from teal_cli.progress import Reporter
 from teal_cli.store import artifacts, paths
-from teal_cli.store.hub import Source
+
+if TYPE_CHECKING:
+    from teal_cli.store.hub import Source
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 4 * 10**9

@@ -104,9 +104,11 @@ class Profile:
         Raises:
             TealError: it is another model's.
         """
-        hint = f"Make one for this model with: teal calibrate {self.model}"
+        hint = "Make one for this model with: teal calibrate --force"
         if self.shape != ModelShape.of(config):
-            raise TealError(f"the profile of {self.model} is for a model of another shape")
+            raise TealError(
+                f"the profile of {self.model} is for a model of another shape", hint=hint
+            )
         if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
             raise TealError(
                 f"the profile of {self.model} was made with other weights than these", hint=hint
@@ -166,24 +168,26 @@ class Profile:
 
     def _allocation(self, sparsity: float, method: str) -> Tensor:
         """The sparsity of each projection, [num_hidden_layers, 7], whose mean is the target."""
-        rows = torch.stack([torch.zeros_like(self.quantiles.limit), self.quantiles.limit])
-        if method != "uniform":
+        limit = self.quantiles.limit
+        if method == "uniform":
+            rows = torch.stack([torch.zeros_like(limit), limit.min().expand_as(limit)])
+        else:
             if method not in self.allocations:
                 raise UsageError(
                     f"the profile of {self.model} has no allocation {method!r}",
                     hint=f"It has: {', '.join(self.methods)}.",
                 )
             # A published search may ask for more than the published histograms can tell.
-            rows = torch.minimum(self.allocations[method].double(), rows[-1])
+            rows = torch.minimum(self.allocations[method].double(), limit)
         totals = (rows.mean(1) * self.shape.weight_shares).sum(-1)
-        if sparsity > totals[-1]:
+        if sparsity > totals[-1] + 1e-9:  # a mean of equal numbers rounds
             raise TealError(
                 f"the {method} allocation of {self.model} ends at sparsity {totals[-1]:.2f}",
                 hint="Ask for less, or for --method uniform." if method != "uniform" else None,
             )
         after = int(torch.searchsorted(totals, torch.tensor(sparsity, dtype=torch.float64)))
-        if after == 0:
-            return rows[0]
+        if after in (0, len(totals)):
+            return rows[min(after, len(totals) - 1)]
         part = (sparsity - totals[after - 1]) / (totals[after] - totals[after - 1])
         return torch.lerp(rows[after - 1], rows[after], part)
 

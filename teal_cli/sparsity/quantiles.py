@@ -54,7 +54,7 @@ def _interpolate(xs: Tensor, ys: Tensor, x: Tensor, *, right: bool) -> Tensor:
     Where xs repeats a value, `right` chooses which of its ys counts: the last or the first.
     """
     xs, ys = xs[:, _SITE_INDEX], ys[:, _SITE_INDEX]
-    x = x.double()[..., None]
+    x = x.double()[..., None].contiguous()
     last = xs.shape[-1] - 1
     after = torch.searchsorted(xs, x, right=right)
     low, high = (after - 1).clamp(0, last), after.clamp(0, last)

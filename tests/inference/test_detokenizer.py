@@ -88,7 +88,19 @@ def test_text_after_a_prompt_keeps_its_space(tokenizer: Any) -> None:
         ("end\x1b[31", "end[31"),
         ("x\x1b]" + "y" * 300, "x]" + "y" * 300),
     ],
-    ids=["colour", "title", "link", "open-title", "broken", "reset", "controls", "kept", "lone", "open", "endless"],
+    ids=[
+        "colour",
+        "title",
+        "link",
+        "open-title",
+        "broken",
+        "reset",
+        "controls",
+        "kept",
+        "lone",
+        "open",
+        "endless",
+    ],
 )
 def test_what_a_terminal_would_obey_is_stripped(tokenizer: Any, text: str, shown: str) -> None:
     assert "".join(pieces(tokenizer, text)) == shown

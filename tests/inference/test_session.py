@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import PROJECTIONS, SITE_OF
+from teal_cli.progress import Silent
 
 PROMPT = torch.randint(0, 259, (21,), generator=torch.Generator().manual_seed(5)).tolist()
 BACKENDS = ["reference", "auto"]
@@ -108,6 +111,29 @@ def test_both_backends_give_the_same_greedy_tokens(decoder: Decoder, thresholds:
         return [step.id for step in steps if isinstance(step, Token)]
 
     assert answer("reference") == answer("auto")
+
+
+def test_without_numba_it_decodes_in_torch_and_says_so(
+    decoder: Decoder, thresholds: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+
+    class Listener(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    monkeypatch.setitem(sys.modules, "teal_kernels.cpu", None)  # as if the import failed
+    session = Session(decoder, max_length=40, thresholds=thresholds, reporter=Listener())
+    assert session.backend == "torch"
+    assert len(notes) == 1
+    assert "plain torch" in notes[0]
+    session.prefill(PROMPT)
+    assert session.step(1).isfinite().all()
+
+
+def test_a_cpu_decodes_with_the_compiled_step(decoder: Decoder) -> None:
+    assert Session(decoder, max_length=40).backend == "numba"
+    assert Session(decoder, max_length=40, backend="reference").backend == "torch"
 
 
 def test_a_long_prompt_is_prefilled_in_chunks(

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from model.families import FAMILIES, hf_model, our_decoder
+from model.families import FAMILIES, hf_model, our_decoder, threshold_inputs
 
 from teal_cli.errors import UsageError
 from teal_cli.model.decoder import Decoder, attend, threshold
-from teal_cli.model.sites import PROJECTIONS
 
 LENGTH = 50
 
@@ -84,21 +83,6 @@ def random_thresholds(decoder: Decoder, *, per_projection: bool) -> torch.Tensor
     return levels
 
 
-def thresholding_hooks(model: Any, levels: torch.Tensor, first: int) -> None:
-    """Make transformers zero the small inputs of every projection from position `first` on."""
-    for index, layer in enumerate(model.model.layers):
-        for column, name in enumerate(PROJECTIONS):
-            parent = layer.self_attn if name in "qkvo" else layer.mlp
-            level = levels[index, column].item()
-
-            def hook(_: Any, args: tuple[torch.Tensor], level: float = level) -> torch.Tensor:
-                x = args[0].clone()
-                x[:, first:][x[:, first:].abs() <= level] = 0
-                return x
-
-            getattr(parent, f"{name}_proj").register_forward_pre_hook(hook)
-
-
 @pytest.mark.parametrize("per_projection", [False, True], ids=["per-site", "per-projection"])
 @pytest.mark.parametrize("sparse_from", [0, 20])
 @pytest.mark.parametrize("family", ["llama-bias", "qwen2", "qwen3"])
@@ -110,7 +94,7 @@ def test_thresholds_equal_zeroed_inputs(
     ids = tokens()
     dense = full_logits(decoder, ids)
     levels = random_thresholds(decoder, per_projection=per_projection)
-    thresholding_hooks(model, levels, sparse_from)
+    threshold_inputs(model, levels, sparse_from)
     expected = model(ids[None]).logits[0]
     options = {"thresholds": levels, "sparse_from": sparse_from}
     torch.testing.assert_close(full_logits(decoder, ids, **options), expected, atol=5e-5, rtol=1e-4)

@@ -1,0 +1,5 @@
+"""CPU kernels, compiled by numba: a projection that skips rows, and a whole decoding step."""
+
+from teal_kernels.cpu.step import DecodeStep, sparse_project
+
+__all__ = ["DecodeStep", "sparse_project"]

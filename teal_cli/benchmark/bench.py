@@ -1,0 +1,139 @@
+"""The decoding benchmark: one decoder, dense and sparse and beside its baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teal_cli.benchmark.bandwidth import Bandwidth
+from teal_cli.benchmark.compiled import compiled_decoding
+from teal_cli.benchmark.cost import cache_bytes, require_memory, weight_bytes
+from teal_cli.benchmark.decode import SessionDecoding
+from teal_cli.benchmark.result import DENSE, Row, Variant, rows
+from teal_cli.benchmark.timing import Decoding, alternate
+from teal_cli.benchmark.transformers_baseline import fastest_transformers
+from teal_cli.environment import available_memory
+from teal_cli.errors import TealError, UsageError
+from teal_cli.inference.session import Session
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.decoder import Decoder
+from teal_cli.progress import Reporter
+
+# Thresholds for a target sparsity, given the session that will use them.
+ThresholdsFor = Callable[[Session, float], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is measured: `tokens` tokens after a prompt of `prompt_tokens`, `repeats` times."""
+
+    sparsities: tuple[float, ...] = (0.25, 0.4, 0.5)
+    tokens: int = 100
+    prompt_tokens: int = 32
+    repeats: int = 5
+    baselines: tuple[str, ...] = ()  # of "transformers" and "compile"
+    seed: int = 0
+
+    @property
+    def length(self) -> int:
+        """Positions in use at the end."""
+        return self.prompt_tokens + self.tokens
+
+    @property
+    def mean_position(self) -> int:
+        """Mean position of the decoded tokens."""
+        return self.prompt_tokens + self.tokens // 2
+
+    def check(self, config: ModelConfig) -> None:
+        """Make sure that a model has room for the prompt and the answer.
+
+        Raises:
+            UsageError: it has not.
+        """
+        if self.length > config.max_position_embeddings:
+            raise UsageError(
+                f"{self.prompt_tokens} + {self.tokens} tokens are longer than this model's "
+                f"context of {config.max_position_embeddings}",
+                hint="Choose fewer --tokens or --prompt-tokens.",
+            )
+
+
+def require_memory_for(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, settings: Settings, name: str
+) -> None:
+    """Make sure that a model of random weights and its baselines fit, before they are made.
+
+    Raises:
+        TealError: they do not.
+    """
+    weights = weight_bytes(config, dtype.itemsize)
+    needed = weights + cache_bytes(config, dtype.itemsize, settings.length)
+    if device.type == "cpu":  # prefill turns one matrix at a time to float32
+        needed += 4 * 2 * config.hidden_size * config.intermediate_size
+    copies = len(settings.baselines)
+    what = f"{name} in {str(dtype).removeprefix('torch.')}"
+    if copies:
+        what += f" with {copies} more cop{'y' if copies == 1 else 'ies'} for --baseline"
+    require_memory(needed + copies * weights, available_memory(device), what)
+
+
+def measure(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    settings: Settings,
+    thresholds_for: ThresholdsFor,
+    bandwidth: Bandwidth,
+    reporter: Reporter,
+) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+    """Measure dense and sparse decoding, and the baselines, in turns.
+
+    Returns:
+        The rows, and a sentence for every baseline that could not be had.
+
+    Raises:
+        UsageError: the prompt and the answer are longer than the model's context.
+    """
+    settings.check(decoder.config)
+    session = Session(decoder, max_length=settings.length, reporter=reporter)
+    name, size = _name(decoder.dtype), decoder.dtype.itemsize
+    variants = [Variant(DENSE, "dense", name, size, session.backend)]
+    decodings: dict[str, Decoding] = {
+        DENSE: SessionDecoding(session, None, prompt, settings.tokens)
+    }
+    for sparsity in settings.sparsities:
+        label = f"sparse {sparsity:.4g}"
+        thresholds = thresholds_for(session, sparsity)
+        variants.append(Variant(label, "sparse", name, size, session.backend, sparsity))
+        decodings[label] = SessionDecoding(session, thresholds, prompt, settings.tokens)
+    notes = []
+    for baseline in settings.baselines:
+        try:
+            variant, decoding = _baseline(baseline, decoder, prompt, settings.tokens, reporter)
+        except TealError as error:
+            notes.append(f"no --baseline {baseline}: {error.message}")
+            continue
+        variants.append(variant)
+        decodings[variant.label] = decoding
+    runs = alternate(decodings, settings.repeats, reporter)
+    found = rows(variants, runs, decoder.config, bandwidth, position=settings.mean_position)
+    return found, tuple(notes)
+
+
+def _baseline(
+    baseline: str, decoder: Decoder, prompt: Sequence[int], tokens: int, reporter: Reporter
+) -> tuple[Variant, Decoding]:
+    decoding: Decoding
+    if baseline == "transformers":
+        decoding, dtype, cache = fastest_transformers(decoder, prompt, tokens, reporter)
+        backend = f"generate, {cache} cache"
+    else:
+        decoding, dtype = compiled_decoding(decoder, prompt, tokens, reporter)
+        backend = "torch.compile"
+    return Variant(baseline, "baseline", _name(dtype), dtype.itemsize, backend), decoding
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

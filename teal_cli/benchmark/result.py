@@ -1,0 +1,145 @@
+"""What a benchmark found, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
+
+from teal_cli.benchmark.bandwidth import Bandwidth
+from teal_cli.benchmark.cost import TokenBytes, token_bytes
+from teal_cli.benchmark.timing import Run, Spread, speedup, spread
+from teal_cli.model.config import ModelConfig
+
+SCHEMA = 1
+DENSE = "dense"
+
+Kind = Literal["dense", "sparse", "baseline"]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One thing that is measured."""
+
+    label: str
+    kind: Kind
+    dtype: str
+    itemsize: int
+    backend: str  # what computes
+    target_sparsity: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CardRow:
+    """What a token costs at one sparsity, before anything is run."""
+
+    sparsity: float
+    bytes: TokenBytes
+    ceiling_tokens_per_s: float  # at the measured bandwidth, if nothing else took time
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One variant's figures: medians over the repeats, with the 20th and 80th percentiles."""
+
+    label: str
+    kind: Kind
+    dtype: str
+    backend: str
+    target_sparsity: float | None
+    realised_sparsity: float | None
+    tokens_per_s: Spread
+    time_per_token_ms: Spread
+    time_to_first_token_ms: Spread
+    bytes_per_token: int
+    bandwidth_share: float
+    speedup: dict[str, Spread]  # over each reference, from the pairs of one repeat
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """Everything that a benchmark found, and what is needed to repeat it."""
+
+    model: dict[str, Any]
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    bandwidth: Bandwidth
+    card: tuple[CardRow, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    kind: str = field(default="bench", init=False)
+    schema: int = field(default=SCHEMA, init=False)
+
+
+def cost_card(
+    config: ModelConfig,
+    bandwidth: Bandwidth,
+    *,
+    itemsize: int,
+    position: int,
+    sparsities: Sequence[float],
+) -> tuple[CardRow, ...]:
+    """Bytes and ceiling of a dense token, then at each sparsity."""
+    rows = []
+    for sparsity in (0.0, *(value for value in sparsities if value > 0)):
+        cost = token_bytes(config, itemsize=itemsize, sparsity=sparsity, position=position)
+        rows.append(CardRow(sparsity, cost, bandwidth.bytes_per_s / cost.total))
+    return tuple(rows)
+
+
+def rows(
+    variants: Sequence[Variant],
+    runs: Mapping[str, Sequence[Run]],
+    config: ModelConfig,
+    bandwidth: Bandwidth,
+    *,
+    position: int,
+) -> tuple[Row, ...]:
+    """The figures of every variant.
+
+    Args:
+        variants: our dense decoding and the baselines are references to the others.
+        runs: by label, as many for each.
+        config: the model's.
+        bandwidth: the machine's.
+        position: mean position of the decoded tokens, for the cache's bytes.
+    """
+    references = [variant.label for variant in variants if variant.kind != "sparse"]
+    found = []
+    for variant in variants:
+        mine = runs[variant.label]
+        realised = None
+        if variant.kind == "sparse":
+            realised = fmean(run.realised_sparsity or 0.0 for run in mine)
+        cost = token_bytes(
+            config, itemsize=variant.itemsize, sparsity=realised or 0.0, position=position
+        )
+        times = spread([run.time_per_token_s for run in mine])
+        found.append(
+            Row(
+                label=variant.label,
+                kind=variant.kind,
+                dtype=variant.dtype,
+                backend=variant.backend,
+                target_sparsity=variant.target_sparsity,
+                realised_sparsity=realised,
+                tokens_per_s=Spread(1 / times.median, 1 / times.high, 1 / times.low),
+                time_per_token_ms=_milliseconds(times),
+                time_to_first_token_ms=_milliseconds(
+                    spread([run.time_to_first_token_s for run in mine])
+                ),
+                bytes_per_token=cost.total,
+                bandwidth_share=cost.total / times.median / bandwidth.bytes_per_s,
+                speedup={
+                    label: speedup(mine, runs[label])
+                    for label in references
+                    if label != variant.label
+                },
+            )
+        )
+    return tuple(found)
+
+
+def _milliseconds(seconds: Spread) -> Spread:
+    return Spread(seconds.median * 1e3, seconds.low * 1e3, seconds.high * 1e3)

@@ -1,0 +1,136 @@
+"""What a benchmark runs on: a decoder, a prompt for it, and thresholds for a sparsity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from teal_cli.benchmark.bench import Settings, ThresholdsFor, require_memory_for
+from teal_cli.benchmark.self_calibration import met_thresholds, self_calibrated
+from teal_cli.errors import UsageError
+from teal_cli.model.checkpoint import Checkpoint
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.decoder import Decoder
+from teal_cli.model.random_weights import SHAPES, random_decoder
+from teal_cli.progress import Reporter
+from teal_cli.sparsity.profile import Profile
+
+# A text that any model continues; repeated where a longer prompt is asked for.
+_TEXT = (
+    "The harbour lay quiet under a low grey sky, and the first boats were already on their way "
+    "back. On the quay the traders had set up their stalls, weighed out ice and salt, and argued "
+    "about the price of mackerel as their fathers had done. By nine the market would be full. "
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A decoder and what it needs to be measured; `description` names it in results."""
+
+    decoder: Decoder
+    description: dict[str, Any]
+    prompt: list[int]
+    thresholds_for: ThresholdsFor
+
+
+def check_has_weights(model: str | None) -> None:
+    """Make sure that a model is more than the name of a built-in shape.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if model in SHAPES and not Path(model).exists():
+        raise UsageError(
+            f"{model} is a built-in shape, which has no weights",
+            hint=f"Measure it with random ones: teal bench {model} --random-weights",
+        )
+
+
+def model_subject(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    method: str | None,
+    settings: Settings,
+    device: torch.device,
+) -> Subject:
+    """A model with its own weights, a prompt of text, and thresholds from its profile.
+
+    Raises:
+        UsageError: the context is too short, or the profile has no such method.
+        TealError: the profile does not reach one of the sparsities.
+    """
+    settings.check(checkpoint.config)
+    thresholds = {value: profile.thresholds(value, method) for value in settings.sparsities}
+    tokens = checkpoint.tokenizer()(_TEXT)["input_ids"]
+    tokens *= -(-settings.prompt_tokens // len(tokens))
+    description = {
+        "name": checkpoint.name,
+        "weights": "its own",
+        "revision": checkpoint.revision,
+        "fingerprint": checkpoint.fingerprint,
+        "dtype": _name(checkpoint.dtype),
+        "method": method or profile.default_method,
+        "calibrated_on": profile.provenance.get("dataset"),
+    }
+    return Subject(
+        checkpoint.load(device),
+        description,
+        tokens[: settings.prompt_tokens],
+        lambda session, sparsity: thresholds[sparsity],
+    )
+
+
+def random_subject(
+    model: str | None,
+    dtype: torch.dtype,
+    settings: Settings,
+    device: torch.device,
+    reporter: Reporter,
+) -> Subject:
+    """Random weights at a model's shape, a random prompt, and thresholds that decoding meets.
+
+    Args:
+        model: a key of SHAPES, or a folder that holds a config.json.
+        dtype: of the weights.
+        settings: the seed is theirs.
+        device: where to make the weights.
+        reporter: follows what takes long.
+
+    Raises:
+        UsageError: there is no such shape, or its context is too short.
+        TealError: there is not enough memory.
+    """
+    name, config = _shape(model)
+    settings.check(config)
+    require_memory_for(config, dtype, device, settings, name)
+    with reporter.task(f"making random weights at the shape of {name}"):
+        decoder = random_decoder(config, device=device, dtype=dtype, seed=settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    size = (settings.prompt_tokens,)
+    prompt: list[int] = torch.randint(config.vocab_size, size, generator=generator).tolist()
+    profile = self_calibrated(decoder, seed=settings.seed, reporter=reporter)
+    return Subject(
+        decoder,
+        {"name": name, "weights": "random", "dtype": _name(dtype), "method": "uniform"},
+        prompt,
+        lambda session, sparsity: met_thresholds(session, profile, sparsity, prompt),
+    )
+
+
+def _shape(model: str | None) -> tuple[str, ModelConfig]:
+    """A built-in shape, or the one in a folder's config.json."""
+    if model is not None and (folder := Path(model).expanduser()).is_dir():
+        return folder.resolve().name, ModelConfig.from_file(folder / "config.json")
+    if model is None or model not in SHAPES:
+        raise UsageError(
+            "--random-weights needs a shape" + (f", and {model!r} is none" if model else ""),
+            hint=f"Name a folder with a config.json, or one of: {', '.join(SHAPES)}.",
+        )
+    return model, SHAPES[model]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,82 @@
+"""Repeated runs, alternated between the variants, and what is said about them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from teal_cli.progress import Reporter
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One prompt answered once."""
+
+    time_to_first_token_s: float
+    time_per_token_s: float  # of the tokens after the first
+    realised_sparsity: float | None = None  # None when dense
+
+
+class Decoding(Protocol):
+    """One way of decoding the same prompt."""
+
+    def warm_up(self) -> None:
+        """Compile what is compiled at first use."""
+
+    def run(self) -> Run:
+        """Answer the prompt from the beginning, and time it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The median of repeated measurements, between their 20th and 80th percentiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, 20th and 80th percentile of at least one value."""
+    low, middle, high = (percentile(values, share) for share in (0.2, 0.5, 0.8))
+    return Spread(middle, low, high)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which a share of all values lies, interpolated between neighbours."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def alternate(
+    decodings: Mapping[str, Decoding], repeats: int, reporter: Reporter
+) -> dict[str, list[Run]]:
+    """Run every decoding `repeats` times, in turns.
+
+    Every repeat runs all of them, each time beginning with another, so that what the machine
+    does besides meets all of them alike.
+    """
+    names = list(decodings)
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    with reporter.task("warming up", total=len(names), unit="runs") as task:
+        for decoding in decodings.values():
+            decoding.warm_up()
+            task.advance()
+    with reporter.task("measuring", total=len(names) * repeats, unit="runs") as task:
+        for repeat in range(repeats):
+            first = repeat % len(names)
+            for name in names[first:] + names[:first]:
+                runs[name].append(decodings[name].run())
+                task.advance()
+    return runs
+
+
+def speedup(runs: Sequence[Run], reference: Sequence[Run]) -> Spread:
+    """How much faster a token comes than in the reference, from the pairs of one repeat each."""
+    pairs = zip(runs, reference, strict=True)
+    return spread([base.time_per_token_s / run.time_per_token_s for run, base in pairs])

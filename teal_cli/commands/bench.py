@@ -1,0 +1,173 @@
+"""`teal bench`: how fast a model decodes, dense and sparse."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from teal_cli import console
+from teal_cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MethodOption,
+    ModelArgument,
+    OfflineOption,
+    RevisionOption,
+    SeedOption,
+    SparsitiesOption,
+    TokenOption,
+    parse_sparsities,
+)
+
+if TYPE_CHECKING:
+    from teal_cli.benchmark.bandwidth import Bandwidth
+    from teal_cli.benchmark.result import CardRow
+
+
+class BaselineName(str, Enum):
+    """What else can be measured (Typer takes no list of literals)."""
+
+    transformers = "transformers"
+    compile = "compile"
+
+
+RandomWeightsOption = Annotated[
+    bool,
+    typer.Option(
+        "--random-weights",
+        help="Random weights at MODEL's real shape, without a download: llama-2-7b, llama-3-8b,"
+        " mistral-7b, tinyllama-1.1b and more, or a folder with a config.json.",
+    ),
+]
+TokensOption = Annotated[int, typer.Option("--tokens", "-n", min=2, help="Tokens to decode.")]
+PromptTokensOption = Annotated[
+    int, typer.Option("--prompt-tokens", min=1, help="Tokens in the prompt.")
+]
+RepeatsOption = Annotated[
+    int, typer.Option("--repeats", min=1, help="Runs of each row, taken in turns.")
+]
+BaselineOption = Annotated[
+    list[BaselineName] | None,
+    typer.Option(
+        "--baseline",
+        help="Measure this too: transformers' generate at its fastest, or the same decoder in"
+        " plain torch under torch.compile. Can be given twice.",
+    ),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Also write the result to a .json, .csv or .md file."),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Also draw the result, as a .png, .pdf or .svg file."),
+]
+
+
+def bench(
+    model: ModelArgument = None,
+    sparsity: SparsitiesOption = "0.25,0.4,0.5",
+    random_weights: RandomWeightsOption = False,
+    tokens: TokensOption = 100,
+    prompt_tokens: PromptTokensOption = 32,
+    repeats: RepeatsOption = 5,
+    baseline: BaselineOption = None,
+    method: MethodOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    offline: OfflineOption = False,
+    output: OutputOption = None,
+    plot: PlotOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure decoding speed, dense and sparse, against what the memory allows.
+
+    First what a token reads and the machine's bandwidth, then the same prompt answered by every
+    row in turns. Speed-ups are medians over pairs of runs.
+    """
+    sparsities = parse_sparsities(sparsity)
+    reporter = console.reporter()
+
+    import torch
+
+    from teal_cli import pipeline
+    from teal_cli.benchmark import bandwidth, bench, report, result, subject
+    from teal_cli.benchmark import plot as figure
+    from teal_cli.environment import environment
+    from teal_cli.inference.device import pick_device
+    from teal_cli.store import models
+    from teal_cli.store.artifacts import atomic_write
+
+    if output is not None:
+        report.check_suffix(output, report.SUFFIXES, "--output")
+    if plot is not None:
+        report.check_suffix(plot, figure.SUFFIXES, "--plot")
+        figure.require_matplotlib()
+    target_device = pick_device(device)
+    baselines = tuple(dict.fromkeys(name.value for name in baseline or ()))
+    settings = bench.Settings(sparsities, tokens, prompt_tokens, repeats, baselines, seed)
+    if random_weights:
+        kind = getattr(torch, dtype or "float16")
+        tested = subject.random_subject(model, kind, settings, target_device, reporter)
+    else:
+        subject.check_has_weights(model)
+        checkpoint = pipeline.ensure_checkpoint(
+            models.resolve(model, revision),
+            dtype=dtype,
+            token=token,
+            offline=offline,
+            reporter=reporter,
+        )
+        profile = pipeline.ensure_profile(
+            checkpoint, device=device, offline=offline, reporter=reporter
+        )
+        tested = subject.model_subject(checkpoint, profile, method, settings, target_device)
+    measured = bandwidth.measure_bandwidth(target_device)
+    decoder = tested.decoder
+    card = result.cost_card(
+        decoder.config,
+        measured,
+        itemsize=decoder.dtype.itemsize,
+        position=settings.mean_position,
+        sparsities=sparsities,
+    )
+    if not json:
+        _print_card(card, measured)
+    rows, notes = bench.measure(
+        decoder, tested.prompt, settings, tested.thresholds_for, measured, reporter
+    )
+    found = result.BenchResult(
+        model=tested.description | {"shape": asdict(decoder.config)},
+        environment=environment(target_device),
+        settings=asdict(settings),
+        bandwidth=measured,
+        card=card,
+        rows=rows,
+        notes=notes,
+    )
+    if json:
+        console.print_json(found)
+    else:
+        console.print_table(*report.result_table(rows), title=report.heading(found))
+        for note in notes:
+            print(note)
+    if output is not None:
+        atomic_write(output, report.render(found, output.suffix.lower()).encode())
+    if plot is not None:
+        atomic_write(plot, figure.draw(found, plot.suffix.lower()))
+
+
+def _print_card(card: tuple[CardRow, ...], measured: Bandwidth) -> None:
+    from teal_cli.benchmark.report import card_table
+
+    title = f"Memory: {measured.bytes_per_s / 1e9:.1f} GB/s ({measured.how})"
+    console.print_table(*card_table(card), title=title)
+    print()

@@ -1,0 +1,187 @@
+"""`teal calibrate`: learn a model's activation thresholds from text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from teal_cli import console
+from teal_cli.errors import TealError, UsageError
+from teal_cli.model.sites import PROJECTIONS, SITE_OF, SITES
+from teal_cli.options import (
+    ColumnOption,
+    DatasetOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    OfflineOption,
+    RevisionOption,
+    TokenOption,
+)
+
+if TYPE_CHECKING:
+    from teal_cli.model.checkpoint import Checkpoint
+    from teal_cli.sparsity.profile import Profile
+
+_SHOWN = (0.25, 0.4, 0.5)
+
+SamplesOption = Annotated[
+    int | None,
+    typer.Option("--samples", min=1, help="Windows of text to read. [default: 16]"),
+]
+SeqLenOption = Annotated[
+    int | None,
+    typer.Option("--seq-len", min=8, help="Tokens in a window. [default: 512]"),
+]
+CalibrationSeedOption = Annotated[
+    int | None, typer.Option("--seed", help="Chooses the windows. [default: 0]")
+]
+ImportOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--import",
+        metavar="DIR",
+        help="Take a copy of the TEAL release for this model (folders histograms and lookup)"
+        " instead of reading text.",
+    ),
+]
+
+
+def calibrate(
+    model: ModelArgument = None,
+    dataset: DatasetOption = None,
+    column: ColumnOption = None,
+    samples: SamplesOption = None,
+    seq_len: SeqLenOption = None,
+    seed: CalibrationSeedOption = None,
+    import_dir: ImportOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Calibrate again even if it is up to date.")
+    ] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    offline: OfflineOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Learn a model's activation thresholds from text, and store them as its profile.
+
+    Does nothing when the model has a profile that was made with the options given. An
+    interrupted calibration goes on where it was.
+    """
+    asked = {"dataset": dataset, "column": column, "samples": samples, "seq_len": seq_len}
+    given: dict[str, Any] = {k: v for k, v in {**asked, "seed": seed}.items() if v is not None}
+    if import_dir is not None and given:
+        raise UsageError(f"--import reads no text: leave out --{next(iter(given)).replace('_', '-')}")
+    reporter = console.reporter()
+
+    from teal_cli import pipeline
+    from teal_cli.store import artifacts, models
+
+    checkpoint = pipeline.ensure_checkpoint(
+        models.resolve(model, revision),
+        dtype=dtype,
+        token=token,
+        offline=offline,
+        reporter=reporter,
+    )
+    limit = checkpoint.config.max_position_embeddings
+    if seq_len is not None and seq_len > limit:
+        raise UsageError(f"--seq-len {seq_len} is beyond this model's context of {limit} tokens")
+    path: Path | None = pipeline.profile_path(checkpoint)
+    assert path is not None
+    if import_dir is not None:
+        from teal_cli.sparsity.release import import_release
+
+        profile = import_release(
+            import_dir,
+            checkpoint.config,
+            model=checkpoint.name,
+            fingerprint=checkpoint.fingerprint,
+        )
+        with artifacts.lock(path, reporter):
+            profile.save(path)
+    elif not force and (found := _up_to_date(checkpoint, given)) is not None:
+        profile = found
+        if not path.exists():
+            path = None
+        reporter.note("up to date: --force calibrates again")
+    else:
+        profile = pipeline.make_profile(
+            checkpoint,
+            pipeline.CalibrationSettings(**given),
+            device=device,
+            offline=offline,
+            reporter=reporter,
+        )
+    if json:
+        console.print_json(_document(profile, path))
+    else:
+        _print_summary(profile)
+        reporter.note(f"profile: {path or 'built into teal'}")
+
+
+def _up_to_date(checkpoint: Checkpoint, given: dict[str, Any]) -> Profile | None:
+    """The profile that is there, if it belongs to the checkpoint and was made as asked."""
+    from teal_cli import pipeline
+    from teal_cli.progress import Silent
+    from teal_cli.sparsity import presets
+    from teal_cli.sparsity.profile import Profile
+    from teal_cli.text.corpora import is_file, load_corpus
+
+    path = pipeline.profile_path(checkpoint)
+    if not path.exists():
+        return presets.preset_for(checkpoint.name) if not given else None
+    try:
+        profile = Profile.load(path)
+        profile.check(checkpoint.config, checkpoint.fingerprint)
+    except TealError:  # damaged, or the model has changed since
+        return None
+    made = {**profile.provenance.get("settings", {}), "dataset": profile.provenance.get("dataset")}
+    if any(made.get(name) != value for name, value in given.items()):
+        return None
+    if "dataset" in given and is_file(given["dataset"]):
+        corpus = load_corpus(
+            given["dataset"],
+            split_role="calibration",
+            column=given.get("column"),
+            reporter=Silent(),
+        )
+        if corpus.fingerprint != profile.provenance.get("dataset_fingerprint"):
+            return None
+    return profile
+
+
+def _document(profile: Profile, path: Path | None) -> dict[str, Any]:
+    return {
+        "model": profile.model,
+        "profile": path,
+        "fingerprint": profile.fingerprint,
+        "methods": profile.methods,
+        "provenance": dict(profile.provenance),
+        "projections": PROJECTIONS,
+        "thresholds": {f"{value:g}": profile.thresholds(value).tolist() for value in _SHOWN},
+    }
+
+
+def _print_summary(profile: Profile) -> None:
+    """The thresholds of each site where every projection has the same sparsity."""
+    from statistics import median
+
+    tables = [profile.thresholds(value, "uniform") for value in _SHOWN]
+    rows = []
+    for site in SITES:
+        projections = [name for name in PROJECTIONS if SITE_OF[name] == site]
+        columns = [table[:, PROJECTIONS.index(projections[0])].tolist() for table in tables]
+        cells = [f"{median(c):.3g} ({min(c):.3g} … {max(c):.3g})" for c in columns]
+        rows.append([f"{site} → {', '.join(projections)}", *cells])
+    layers = profile.shape.num_hidden_layers
+    console.print_table(
+        ["threshold at", *(f"{value:g}" for value in _SHOWN)],
+        rows,
+        title=f"{profile.model}: median of {layers} layers (lowest … highest)",
+    )

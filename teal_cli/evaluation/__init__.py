@@ -1,0 +1,1 @@
+"""How good a sparse model still is: perplexity and divergence from the dense one."""

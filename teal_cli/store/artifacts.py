@@ -1,0 +1,191 @@
+"""Files that are whole or absent: atomic writes, locks, manifests, free space.
+
+A writer makes its file or folder under a temporary name beside the final one, flushes it to the
+disk and renames it. What a killed writer leaves is removed by the next writer of the same
+artifact, under the artifact's lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from teal_cli import __version__
+from teal_cli.errors import MissingError, TealError
+from teal_cli.progress import Reporter
+
+SCHEMA = 1
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_TEMPORARY = ".partial-"
+_ELSEWHERE = "Or choose another place: TEAL_HOME for teal's files, HF_HOME for the Hub's cache."
+
+
+def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Write a file whole: `content`, or what it writes to the binary file it is given."""
+    with _disk_full_explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 is for secrets
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """A temporary folder that takes `path`'s place when the block ends without an error.
+
+    Hold `lock(path)` around it: what earlier, killed writers left is removed first.
+    """
+    with _disk_full_explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent))
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as opened:
+                        os.fsync(opened.fileno())
+            temporary.chmod(0o777 & ~_umask())
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent))
+                path.replace(old / path.name)
+                temporary.replace(path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                temporary.replace(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files and folders that killed writers of `path` left beside it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}{_TEMPORARY}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(path: Path, reporter: Reporter) -> Iterator[None]:
+    """Hold the artifact's lock; say once if another process holds it, then wait for it.
+
+    The operating system releases the lock of a process that dies.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        reporter.note(f"another process is making {path}; waiting for it")
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def write_manifest(path: Path, kind: str, payload: dict[str, Any]) -> None:
+    """Write the JSON that says what an artifact is and what it was made from."""
+    manifest = {"schema": SCHEMA, "kind": kind, "teal": __version__, **payload}
+    atomic_write(path, json.dumps(manifest, indent=2).encode())
+
+
+def read_manifest(path: Path, kind: str) -> dict[str, Any]:
+    """Read a manifest.
+
+    Raises:
+        MissingError: there is none.
+        TealError: it is damaged, of another kind, or of another version's format.
+    """
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingError(
+            f"there is no {kind} in {path.parent}", hint="`teal convert` makes it."
+        ) from None
+    except ValueError as error:
+        raise TealError(
+            f"{path} is damaged: {error}", hint="Make it again: `teal convert --force`."
+        ) from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        raise TealError(f"{path} is not the manifest of a {kind}")
+    if manifest.get("schema") != SCHEMA:
+        raise TealError(
+            f"{path} has format {manifest.get('schema')}, this version of teal reads {SCHEMA}",
+            hint="Make it again: `teal convert --force`.",
+        )
+    return manifest
+
+
+@contextmanager
+def _disk_full_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise TealError(
+            f"the disk is full: {path} could not be written, {_free_bytes(path) / 1e6:,.1f} MB are "
+            "free there",
+            hint=f"Free some space, then run the same command again. {_ELSEWHERE}",
+        ) from error
+
+
+def check_free_space(path: Path, needed_bytes: int) -> None:
+    """Raise a TealError unless the disk under `path` has room for `needed_bytes`."""
+    free_bytes = _free_bytes(path)
+    if free_bytes < needed_bytes:
+        raise TealError(
+            f"the disk is too full: {path} needs {needed_bytes / 1e9:,.2f} GB, "
+            f"{free_bytes / 1e9:,.2f} GB are free there",
+            hint=f"Free some space, then run the same command again. {_ELSEWHERE}",
+        )
+
+
+def _free_bytes(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

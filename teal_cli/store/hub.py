@@ -1,0 +1,102 @@
+"""Brings a model's files here: from the Hub into Hugging Face's own cache, or from a local path."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from teal_cli.errors import MissingError
+from teal_cli.progress import Reporter
+from teal_cli.store import demo, snapshot
+from teal_cli.store.models import DEMO, ModelRef
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model's files as they came: a folder in Hugging Face's format, or a GGUF file.
+
+    `fingerprint` names this exact content, `revision` the Hub's commit.
+    """
+
+    ref: ModelRef
+    folder: Path | None
+    gguf: Path | None
+    fingerprint: str
+    revision: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files that are read."""
+        if self.gguf is not None:
+            return self.gguf.stat().st_size
+        assert self.folder is not None
+        return sum(file.stat().st_size for file in _relevant(self.folder))
+
+
+def fetch(
+    ref: ModelRef, *, token: str | None = None, offline: bool = False, reporter: Reporter
+) -> Source:
+    """Bring a model's files here, unless they are.
+
+    Args:
+        ref: the model.
+        token: an access token; None takes HF_TOKEN or the one that `hf auth login` stored.
+        offline: ask no server.
+        reporter: told what is fetched, how big it is, and where it lands.
+
+    Raises:
+        MissingError: there is no such model, or it is not here and the Hub cannot be reached.
+        AccessError: the model is gated, or the token is refused.
+        TealError: the disk is too small, or the transfer broke off.
+    """
+    if ref.kind == "gguf":
+        assert ref.path is not None
+        return Source(ref, None, ref.path, _stat_fingerprint([ref.path]))
+    if ref.kind == "folder":
+        assert ref.path is not None
+        return Source(ref, ref.path, None, _stat_fingerprint(_relevant(ref.path)))
+    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    reason = "no server must be asked (offline)"
+    if not offline:
+        try:
+            return _hub_source(ref, snapshot.download(ref.name, ref.revision, token, reporter))
+        except snapshot.Unreachable as unreachable:
+            reason = str(unreachable)
+    folder = snapshot.cached(ref.name, ref.revision)
+    if folder is not None:
+        if not offline:
+            reporter.note(f"{reason}; using the copy of {ref.name} that is here")
+        return _hub_source(ref, folder)
+    if ref.name == DEMO and ref.revision is None:
+        return demo_source(demo.demo_gguf(reporter, offline=offline), ref)
+    raise MissingError(
+        f"{ref.name} is not on this machine, and {reason}",
+        hint=f"Run `teal download {ref.name}` where there is a network, or name a local folder.",
+    )
+
+
+def _hub_source(ref: ModelRef, folder: Path) -> Source:
+    return Source(ref, folder, None, f"hub:{ref.name}@{folder.name}", folder.name)
+
+
+def demo_source(gguf: Path, ref: ModelRef | None = None) -> Source:
+    """The demo model's GGUF file, whose content is known by its SHA-256."""
+    return Source(ref or ModelRef("hub", DEMO), None, gguf, f"sha256:{demo.GGUF_SHA256}")
+
+
+def _relevant(folder: Path) -> list[Path]:
+    # A local index may give its shards any name.
+    patterns = [*snapshot.NEEDED, "*.safetensors"]
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
+def _stat_fingerprint(files: Iterable[Path]) -> str:
+    """Names the files' content without reading it: names, sizes, times of change."""
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return f"files:{digest.hexdigest()}"

@@ -1,0 +1,93 @@
+"""Which model the user means: a Hub id, a folder, a GGUF file, the demo, or the last one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from teal_cli.errors import MissingError, UsageError
+from teal_cli.store import artifacts, paths
+
+DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_ALIASES = {"demo": DEMO}
+# The Hub's own rule.
+_HUB_ID = re.compile(r"(?=.{3,96}$)(?!.*(?:--|\.\.))\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A model by name; `path` is set for a local folder or file, `revision` for the Hub's."""
+
+    kind: Literal["hub", "folder", "gguf"]
+    name: str
+    path: Path | None = None
+    revision: str | None = None
+
+    @property
+    def slug(self) -> str:
+        """A folder name of its own for every model (and revision that was asked for)."""
+        if self.path is not None:
+            return f"{self.path.name}-{_short_hash(str(self.path))}"
+        slug = self.name.replace("/", "--")
+        return f"{slug}@{_short_hash(self.revision)}" if self.revision else slug
+
+
+def resolve(text: str | None, revision: str | None = None) -> ModelRef:
+    """The model that the user names; None is the last one used, at first the demo model.
+
+    Raises:
+        MissingError: `text` is neither a folder, a .gguf file, an alias nor a Hub id.
+        UsageError: a revision is asked of a local model.
+    """
+    if text is None:
+        ref = last_used() or ModelRef("hub", DEMO)
+        text = str(ref.path) if ref.path is not None else ref.name
+        revision = revision or ref.revision
+    path = Path(os.path.expanduser(text))
+    if text and os.path.exists(path):  # pathlib's own would raise on a name that is too long
+        if revision is not None:
+            raise UsageError(f"--revision goes with a model on the Hub, {text} is local")
+        if not path.is_dir() and path.suffix != ".gguf":
+            raise UsageError(f"{text} is a file, but not a .gguf", hint="Name the model's folder.")
+        path = path.resolve()
+        return ModelRef("folder" if path.is_dir() else "gguf", str(path), path)
+    name = _ALIASES.get(text, text)
+    if not _HUB_ID.fullmatch(name):
+        raise MissingError(
+            f"there is no model {text!r}",
+            hint="Name a Hub id (org/name), a local folder, a .gguf file, or 'demo'.",
+        )
+    return ModelRef("hub", name, revision=revision)
+
+
+def remember(ref: ModelRef) -> None:
+    """Make `ref` the model that commands use when none is named."""
+    if ref == last_used():
+        return
+    path = str(ref.path) if ref.path is not None else None
+    record = {"kind": ref.kind, "name": ref.name, "path": path, "revision": ref.revision}
+    artifacts.atomic_write(_last_model(), json.dumps(record).encode())
+
+
+def last_used() -> ModelRef | None:
+    """The model used last; None if there is none, or if it is gone."""
+    try:
+        record = json.loads(_last_model().read_text(encoding="utf-8"))
+        path = Path(record["path"]) if record["path"] else None
+        ref = ModelRef(record["kind"], record["name"], path, record["revision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return ref if path is None or path.exists() else None
+
+
+def _last_model() -> Path:
+    return paths.state_dir() / "last-model.json"
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,40 @@
+"""The user's folders: platformdirs' choice, or everything below TEAL_HOME."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def data_dir() -> Path:
+    """Converted checkpoints and sparsity profiles."""
+    return _folder("data")
+
+
+def cache_dir() -> Path:
+    """What can be fetched or measured again."""
+    return _folder("cache")
+
+
+def state_dir() -> Path:
+    """What the user did last."""
+    return _folder("state")
+
+
+def model_dir(slug: str) -> Path:
+    """The folder of a model's converted checkpoints, one below it for each dtype."""
+    return data_dir() / "models" / slug
+
+
+def profile_path(slug: str, dtype: str) -> Path:
+    """The sparsity profile of a model's checkpoint in this dtype."""
+    return data_dir() / "profiles" / slug / f"{dtype}.safetensors"
+
+
+def _folder(kind: str) -> Path:
+    if home := os.environ.get("TEAL_HOME"):
+        return Path(home).expanduser() / kind
+    import platformdirs
+
+    dirs = platformdirs.PlatformDirs("teal", appauthor=False)
+    return Path(getattr(dirs, f"user_{kind}_dir"))

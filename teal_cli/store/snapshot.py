@@ -1,0 +1,299 @@
+"""A model's files out of the Hub, into Hugging Face's own cache, by Hugging Face's own client.
+
+The client forgets a half-written file when its process ends, so the large files are fetched here
+first, through its `http_get`, into partial files that the next run continues with a Range
+request; the client then finds them in its cache and links them. One file comes after the other,
+in the main thread, so that Ctrl-C ends a download at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teal_cli.errors import AccessError, MissingError, TealError
+from teal_cli.progress import Reporter, Task
+from teal_cli.store import artifacts
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
+# What the decoder and the tokenizer read; never pickles, other frameworks or other precisions.
+NEEDED = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+]
+_SHA256 = re.compile("[0-9a-f]{64}")
+_TIMEOUT_S = 6  # for the listing; the client itself would wait without end
+_AGAIN = "Run the same command again: it continues where it stopped."
+
+
+class Unreachable(Exception):
+    """The Hub does not answer."""
+
+
+def cached(name: str, revision: str | None) -> Path | None:
+    """The complete snapshot in the cache; None if there is none. Asks no server."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=NEEDED, local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        return None
+    # Of older clients' snapshots, only these two say something about completeness.
+    path = Path(folder)
+    whole = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    return path if whole else None
+
+
+def download(name: str, revision: str | None, token: str | None, reporter: Reporter) -> Path:
+    """The snapshot of the Hub's present commit, complete; what is missing is fetched.
+
+    Raises:
+        Unreachable: the Hub does not answer, or is out of order.
+        MissingError: there is no such model or revision, or it holds no safetensors.
+        AccessError: the model is gated, or the token is refused.
+        TealError: the disk is too small, or the transfer broke off.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    here = cached(name, revision)
+    try:
+        info = HfApi(token=token).model_info(
+            name, revision=revision, files_metadata=True, timeout=_TIMEOUT_S
+        )
+    except Exception as error:
+        raise _explained(error, name, revision, token, listing=True) from error
+    files = [
+        file
+        for file in info.siblings or []
+        if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in NEEDED)
+    ]
+    names = {file.rfilename for file in files}
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise MissingError(
+            f"{name} holds no model in the safetensors format",
+            hint="Choose a repository with config.json and model.safetensors in it.",
+        )
+    if here is not None and here.name == info.sha and all((here / n).is_file() for n in names):
+        return here
+    assert info.sha is not None
+    try:
+        missing = _Missing(Path(constants.HF_HUB_CACHE), name, info.sha, files)
+        artifacts.check_free_space(missing.cache, missing.nbytes)
+        kept = f" (the other {missing.kept_bytes / 1e6:,.1f} MB are here)"
+        reporter.note(
+            f"downloading {name}, {missing.nbytes / 1e6:,.1f} MB"
+            f"{kept if missing.kept_bytes else ''} → {missing.cache}"
+        )
+        with reporter.task("Downloading", missing.nbytes, "B") as task:
+            for file in missing.large:
+                missing.fetch(file, token, task, reporter)
+            folder = snapshot_download(
+                name,
+                revision=revision,
+                token=token,
+                allow_patterns=NEEDED,
+                tqdm_class=_bar(task),
+            )
+    except TealError:
+        raise
+    except Exception as error:
+        raise _explained(error, name, revision, token, listing=False) from error
+    return Path(folder)
+
+
+class _Missing:
+    """The files of a commit that the cache lacks.
+
+    `nbytes` are to come; `kept_bytes` were left by an interrupted run. `large` are the files that
+    `fetch` serves, before the client looks after the rest.
+    """
+
+    def __init__(self, cache: Path, name: str, commit: str, files: list[RepoSibling]) -> None:
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import are_symlinks_supported, repo_folder_name
+
+        self.cache, self._name, self._commit = cache, name, commit
+        folder = repo_folder_name(repo_id=name, repo_type="model")
+        self._blobs, self._locks = cache / folder / "blobs", cache / ".locks" / folder
+        snapshot = cache / folder / "snapshots" / commit
+        absent = [file for file in files if not (snapshot / file.rfilename).exists()]
+        absent = [file for file in absent if not (self._blobs / _digest(file)).exists()]
+        # Without symlinks the client would copy the blob; there, it fetches the files itself.
+        # So it does what plain HTTP does not serve.
+        linked = are_symlinks_supported(cache)
+        self.large = [
+            file
+            for file in absent
+            if linked
+            and file.lfs is not None
+            and _SHA256.fullmatch(file.lfs.sha256)  # it becomes a file's name
+            and (file.size or 0) <= constants.MAX_HTTP_DOWNLOAD_SIZE
+        ]
+        self.kept_bytes = sum(_size(self._partial(file)) for file in self.large)
+        self.nbytes = sum(file.size or 0 for file in absent) - self.kept_bytes
+
+    def _partial(self, file: RepoSibling) -> Path:
+        return self._blobs / f"{_digest(file)}.teal.incomplete"
+
+    def fetch(self, file: RepoSibling, token: str | None, task: Task, reporter: Reporter) -> None:
+        """Fetch one large file, or the rest of it, and put it among the cache's blobs."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
+
+        blob, partial = self._blobs / _digest(file), self._partial(file)
+        url = hf_hub_url(self._name, file.rfilename, revision=self._commit)
+        with artifacts.lock(self._locks / _digest(file), reporter):
+            if blob.exists():  # another process has fetched it while this one waited
+                return
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            if _size(partial) > (file.size or 0):
+                partial.unlink()
+            found_bytes = _size(partial)
+            with partial.open("ab") as opened:
+                while True:
+                    start_bytes = opened.tell()
+                    try:
+                        http_get(
+                            url,
+                            opened,
+                            resume_size=start_bytes,
+                            headers=build_hf_headers(token=token),
+                            expected_size=file.size,
+                            tqdm_class=_bar(task),
+                        )
+                        break
+                    except Exception as error:
+                        # A line that breaks now and then gets there, as long as bytes come.
+                        if not _is_transport(error) or opened.tell() == start_bytes:
+                            raise
+            if found_bytes and _sha256(partial) != _digest(file):
+                partial.unlink()
+                raise TealError(f"{file.rfilename} of {self._name} came in damaged", hint=_AGAIN)
+            partial.replace(blob)
+
+
+def _digest(file: RepoSibling) -> str:
+    """The file's name among the cache's blobs: its SHA-256, or git's name of a small file."""
+    return file.lfs.sha256 if file.lfs is not None else str(file.blob_id)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _bar(task: Task) -> type:
+    """A stand-in for the client's progress bars that hands the bytes that arrive on to `task`."""
+    from huggingface_hub.utils import tqdm
+
+    counted = ("huggingface_hub.http_get", "huggingface_hub.snapshot_download")
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, name: str | None = None, **kwargs: Any) -> None:
+            self._counts = name in counted
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self._counts and n:
+                task.advance(int(n))
+            return None
+
+    return Bar
+
+
+def _explained(
+    error: Exception, name: str, revision: str | None, token: str | None, *, listing: bool
+) -> Exception:
+    """What the user should read instead of the client's error; others pass unchanged."""
+    from huggingface_hub import errors
+
+    causes = _causes(error)
+    for cause in causes:
+        if isinstance(cause, errors.HfHubHTTPError):
+            return _refusal(cause, name, revision, token, listing=listing)
+    if any(isinstance(e, OSError) and e.errno in artifacts.DISK_FULL for e in causes):
+        return TealError(
+            f"the disk filled up while {name} came in", hint=f"Free some space. {_AGAIN}"
+        )
+    if any(isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EROFS) for e in causes):
+        return TealError(
+            f"Hugging Face's cache cannot be written ({error})",
+            hint="Choose another place for it with HF_HOME, or fix its rights.",
+        )
+    if any(_is_transport(e) or isinstance(e, errors.LocalEntryNotFoundError) for e in causes):
+        if listing:
+            return Unreachable(f"the Hub cannot be reached ({str(error) or type(error).__name__})")
+        return TealError(f"the connection broke off while {name} came in", hint=_AGAIN)
+    if any("consistency check" in str(e).lower() for e in causes):
+        return TealError(f"a file of {name} came in damaged", hint=_AGAIN)
+    return error
+
+
+def _refusal(
+    error: Any, name: str, revision: str | None, token: str | None, *, listing: bool
+) -> Exception:
+    """The sentence for an HTTP status that the Hub answered with."""
+    from huggingface_hub import errors
+
+    url = f"https://huggingface.co/{name}"
+    status = error.response.status_code
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return AccessError(
+            f"access to {name} is restricted",
+            hint=f"Accept its terms at {url}, then log in with `hf auth login` or pass --token.",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return MissingError(f"{name} has no revision {revision!r}", hint=f"See {url}/commits.")
+    if status == 401 and (token or "Invalid" in str(error)):
+        return AccessError("the Hub refused the access token", hint="Log in: `hf auth login`.")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return MissingError(
+            f"there is no model {name!r} on the Hub, or it is private",
+            hint="Check the spelling; for a private model log in with `hf auth login` or pass "
+            "--token.",
+        )
+    if status >= 500 and listing:
+        return Unreachable(f"the Hub is out of order ({status})")
+    reason = "asks to slow down" if status == 429 else "failed"
+    return TealError(f"the Hub {reason} ({status}) while {name} came in", hint=_AGAIN)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    return chain
+
+
+def _is_transport(error: BaseException) -> bool:
+    """A failed connection; by name, as the client's HTTP library has changed with its versions."""
+    named = any(base.__name__ == "TransportError" for base in type(error).__mro__)
+    return named or isinstance(error, (ConnectionError, TimeoutError))

@@ -1,0 +1,85 @@
+"""The baselines run the same model: the same logits, and so an honest comparison."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model.families import FAMILIES, hf_model, our_decoder
+
+from teal_cli.benchmark import compiled, transformers_baseline
+from teal_cli.benchmark.compiled import CompiledDecoding, compiled_decoding
+from teal_cli.benchmark.transformers_baseline import (
+    TransformersDecoding,
+    fastest_transformers,
+    transformers_model,
+)
+from teal_cli.errors import TealError
+from teal_cli.progress import Silent
+
+
+def ids(count: int) -> torch.Tensor:
+    return torch.randint(3, 97, (count,), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_gets_exactly_our_weights(family: str) -> None:
+    original = hf_model(family)
+    copy = transformers_model(our_decoder(original), torch.float32)
+    with torch.no_grad():
+        assert torch.equal(copy(ids(40)[None]).logits, original(ids(40)[None]).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_compiled_step_is_the_same_model(family: str) -> None:
+    original, tokens = hf_model(family), ids(40)
+    decoding = CompiledDecoding(
+        our_decoder(original), torch.float32, tokens[:39].tolist(), 4, lambda step: step
+    )
+    with torch.no_grad():
+        decoding._prefill()
+        ours = decoding.logits(int(tokens[39]), 39)
+        theirs = original(tokens[None]).logits[0, -1]
+    assert torch.allclose(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_each_token_of_generate_is_timed() -> None:
+    model = transformers_model(our_decoder(hf_model("llama")), torch.float32)
+    for cache in ("dynamic", "static"):
+        run = TransformersDecoding(model, cache, ids(10).tolist(), 6).run()
+        assert run.time_to_first_token_s > 0
+        assert run.time_per_token_s > 0
+
+
+def test_transformers_runs_in_the_dtype_and_cache_that_were_fastest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def probe(model: object, cache: str, prompt: object) -> float:
+        return {("bfloat16", "static"): 1.0}.get((str(model.dtype)[6:], cache), 2.0)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(transformers_baseline, "_probe", probe)
+    decoder = our_decoder(hf_model("llama"), torch.float16)
+    decoding, dtype, cache = fastest_transformers(decoder, ids(8).tolist(), 4, Silent())
+    assert (dtype, cache) == (torch.bfloat16, "static")
+    assert decoding._model.dtype == torch.bfloat16
+
+
+def test_no_memory_for_a_second_copy_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = our_decoder(hf_model("llama"))
+    for module in (transformers_baseline, compiled):
+        monkeypatch.setattr(module, "available_memory", lambda device: 1000)
+    with pytest.raises(TealError, match="transformers' own copy"):
+        fastest_transformers(decoder, [1, 2], 4, Silent())
+    with pytest.raises(TealError, match=r"torch\.compile's own copy"):
+        compiled_decoding(decoder, [1, 2], 4, Silent())
+
+
+def test_a_compiler_that_fails_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(step: object, **options: object) -> object:
+        def fail(*arguments: object) -> object:
+            raise RuntimeError("no C++ compiler\nand a long trace")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(TealError, match=r"RuntimeError: no C\+\+ compiler\)"):
+        compiled_decoding(our_decoder(hf_model("llama")), [1, 2], 4, Silent())

@@ -1,0 +1,165 @@
+"""A small random decoder for tests of the CPU's decoding step, and its float64 specification."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Layer:
+    input_layernorm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
+    post_attention_layernorm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+@dataclass
+class Small:
+    """Sizes off every vector width, unless told otherwise, and random weights for them."""
+
+    dtype: torch.dtype = torch.float32
+    hidden: int = 44
+    inner: int = 75
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 10
+    vocab: int = 53
+    length: int = 12
+    bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = (None, None)
+    eps: float = 1e-5
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def __post_init__(self) -> None:
+        self.embed_tokens = self.random(self.vocab, self.hidden)
+        self.norm = 1 + self.random(self.hidden)
+        self.lm_head = self.random(self.vocab, self.hidden)
+        self.layers = [self._layer() for _ in self.windows]
+        shape = (len(self.windows), self.kv_heads, self.length, self.head_dim)
+        self.keys = torch.full(shape, torch.nan, dtype=self.dtype)
+        self.values = torch.full(shape, torch.nan, dtype=self.dtype)
+        angles = torch.arange(self.length)[:, None] / 10.0 ** torch.arange(self.head_dim // 2)
+        self.cos, self.sin = 1.25 * angles.cos(), 1.25 * angles.sin()
+
+    def random(self, *shape: int) -> Tensor:
+        return (torch.randn(shape, generator=self.generator) / shape[0] ** 0.5).to(self.dtype)
+
+    def _layer(self) -> Layer:
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return Layer(
+            input_layernorm=1 + self.random(self.hidden),
+            qkv=self.random(self.hidden, q + 2 * kv),
+            qkv_bias=self.random(q + 2 * kv) if self.bias else None,
+            q_norm=1 + self.random(self.head_dim) if self.qk_norm else None,
+            k_norm=1 + self.random(self.head_dim) if self.qk_norm else None,
+            o=self.random(q, self.hidden),
+            o_bias=self.random(self.hidden) if self.bias else None,
+            post_attention_layernorm=1 + self.random(self.hidden),
+            gate_up=self.random(self.hidden, 2 * self.inner),
+            down=self.random(self.inner, self.hidden),
+        )
+
+    def step(self, **options: Any) -> Any:
+        from teal_kernels.cpu import DecodeStep
+
+        return DecodeStep(
+            layers=self.layers,
+            embed_tokens=self.embed_tokens,
+            norm=self.norm,
+            lm_head=self.lm_head,
+            keys=self.keys,
+            values=self.values,
+            cos=self.cos,
+            sin=self.sin,
+            num_attention_heads=self.heads,
+            rms_norm_eps=self.eps,
+            sliding_windows=self.windows,
+            **options,
+        )
+
+
+class Oracle:
+    """Decodes in float64, with keys and values rounded to the cache's dtype.
+
+    After each step it takes over the cache of the step under test, having compared it: a key that
+    is rounded the other way is no error, but would grow into one.
+    """
+
+    def __init__(self, small: Small) -> None:
+        self.small = small
+        self.thresholds = torch.full((len(small.layers), 7), -torch.inf)
+        self.kept = torch.zeros(len(small.layers), 7, dtype=torch.int64)
+
+    def __call__(self, token: int, position: int) -> Tensor:
+        """Logits; to be called after the step under test, whose cache it checks and reads."""
+        small = self.small
+        hidden = small.embed_tokens[token].double()
+        for index, layer in enumerate(small.layers):
+            hidden = hidden + self._attention(index, layer, hidden, position)
+            x = self._norm(hidden, layer.post_attention_layernorm)
+            gate, up = self._project(index, (4, 5), x, layer.gate_up, small.inner, small.inner)
+            act = gate / (1 + (-gate).exp()) * up
+            hidden = hidden + self._project(index, (6,), act, layer.down, small.hidden)[0]
+        return small.lm_head.double() @ self._norm(hidden, small.norm)
+
+    def _attention(self, index: int, layer: Layer, hidden: Tensor, position: int) -> Tensor:
+        small, d = self.small, self.small.head_dim
+        q_size, kv_size = small.heads * d, small.kv_heads * d
+        x = self._norm(hidden, layer.input_layernorm)
+        parts = self._project(index, (0, 1, 2), x, layer.qkv, q_size, kv_size, kv_size)
+        if layer.qkv_bias is not None:
+            biases = layer.qkv_bias.double().split((q_size, kv_size, kv_size))
+            parts = [part + bias for part, bias in zip(parts, biases, strict=True)]
+        q, k, v = (part.reshape(-1, d) for part in parts)
+        if layer.q_norm is not None:
+            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+        q, k = self._rotate(q, position), self._rotate(k, position)
+        self._compare(small.keys[index, :, position], k)
+        self._compare(small.values[index, :, position], v)
+        window = small.windows[index]
+        first = 0 if window is None else max(0, position + 1 - window)
+        out = []
+        for head in range(small.heads):
+            group = head * small.kv_heads // small.heads
+            keys = small.keys[index, group, first : position + 1].double()
+            weights = (keys @ q[head] / d**0.5).softmax(0)
+            out.append(weights @ small.values[index, group, first : position + 1].double())
+        y = self._project(index, (3,), torch.cat(out), layer.o, small.hidden)[0]
+        return y if layer.o_bias is None else y + layer.o_bias.double()
+
+    def _project(
+        self, index: int, names: tuple[int, ...], x: Tensor, weight: Tensor, *sizes: int
+    ) -> list[Tensor]:
+        parts = []
+        for name, columns in zip(names, weight.double().split(sizes, dim=1), strict=True):
+            keep = x.abs() > self.thresholds[index, name].double()
+            self.kept[index, name] += keep.sum()
+            parts.append((x * keep) @ columns)
+        return parts
+
+    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        assert weight is not None
+        return x / (x.square().mean(-1, keepdim=True) + self.small.eps).sqrt() * weight.double()
+
+    def _rotate(self, x: Tensor, position: int) -> Tensor:
+        """transformers' convention: channel i turns with channel i + head_dim / 2."""
+        cos, sin = self.small.cos[position].double(), self.small.sin[position].double()
+        half = self.small.head_dim // 2
+        turned = torch.cat((-x[:, half:], x[:, :half]), dim=1)
+        return x * torch.cat((cos, cos)) + turned * torch.cat((sin, sin))
+
+    def _compare(self, cached: Tensor, exact: Tensor) -> None:
+        error = (cached.double() - exact).abs()
+        bound = torch.finfo(cached.dtype).eps / 2 * exact.abs() + 4e-6
+        assert bool((error <= bound).all()), f"cache off by {float(error.max()):.3g}"

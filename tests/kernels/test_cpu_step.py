@@ -1,0 +1,227 @@
+"""The CPU's decoding step, against a float64 decoder that shares nothing with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cpu_decoder import Oracle, Small
+from projection_cases import DTYPES
+from teal_kernels.cpu import step as step_module
+
+VARIANTS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"kv_heads": 4}, id="mha"),
+    pytest.param({"kv_heads": 1}, id="mqa"),
+    pytest.param({"bias": True}, id="biases"),
+    pytest.param({"qk_norm": True, "head_dim": 16}, id="qk-norm"),
+    pytest.param({"windows": (3, None, 1)}, id="windows"),
+    pytest.param({"hidden": 64, "inner": 128, "head_dim": 32, "vocab": 96}, id="whole-vectors"),
+    pytest.param({"hidden": 20, "inner": 7, "vocab": 3}, id="narrower-than-a-vector"),
+]
+THRESHOLDS = [
+    pytest.param(None, id="dense"),
+    pytest.param([0.0] * 7, id="zero"),
+    pytest.param([0.7, 0.7, 0.7, 0.3, 0.6, 0.6, 0.2], id="by-site"),
+    pytest.param([0.7, 0.5, 0.9, 0.3, 0.6, 0.4, 0.2], id="by-projection"),
+    pytest.param([1e9] * 7, id="nothing-kept"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote holds NaN."""
+
+    def poisoned(shape: Any, dtype: Any = float) -> Any:
+        return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 0, dtype=dtype)
+
+    monkeypatch.setattr(np, "empty", poisoned)
+
+
+def check(small: Small, thresholds: list[float] | None, threads: int) -> None:
+    step, oracle = small.step(threads=threads), Oracle(small)
+    if thresholds is not None:
+        oracle.thresholds = torch.tensor([thresholds] * len(small.layers))
+        step.set_thresholds(oracle.thresholds)
+    for position in range(small.length):
+        token = position * 17 % small.vocab
+        logits = step(token, position)
+        expected = oracle(token, position)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(step.kept, oracle.kept)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3], ids="threads-{}".format)
+@pytest.mark.parametrize("thresholds", THRESHOLDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_whole_sequence(
+    variant: dict[str, Any], thresholds: list[float] | None, threads: int
+) -> None:
+    check(Small(**variant), thresholds, threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("thresholds", THRESHOLDS)
+def test_dtypes(dtype: torch.dtype, thresholds: list[float] | None) -> None:
+    check(Small(dtype=dtype, bias=True, qk_norm=True, windows=(None, 5)), thresholds, 2)
+
+
+def test_agrees_with_the_decoder() -> None:
+    from dataclasses import replace
+
+    from teal_cli.model.random_weights import SHAPES, random_decoder
+
+    shape = replace(SHAPES["qwen3-8b"], num_hidden_layers=2, vocab_size=300, hidden_size=256)
+    config = replace(shape, intermediate_size=384, num_attention_heads=8, num_key_value_heads=2)
+    decoder = random_decoder(config, device="cpu", dtype=torch.float32, seed=0)
+    weights, caches = decoder.weights, [decoder.new_cache(8) for _ in range(2)]
+    cos, sin = decoder.rotary.tables(8)
+    step = step_module.DecodeStep(
+        layers=weights.layers,
+        embed_tokens=weights.embed_tokens,
+        norm=weights.norm,
+        lm_head=weights.lm_head,
+        keys=caches[0].keys,
+        values=caches[0].values,
+        cos=cos,
+        sin=sin,
+        num_attention_heads=config.num_attention_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        sliding_windows=config.sliding_windows,
+    )
+    thresholds = torch.full((2, 7), 0.5)
+    step.set_thresholds(thresholds)
+    for position in range(8):
+        token = torch.tensor([position * 31])
+        hidden = decoder.forward(token, cache=caches[1], position=position, thresholds=thresholds)
+        logits = step(int(token), position)
+        torch.testing.assert_close(logits, decoder.logits(hidden)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_counts_start_anew_and_thresholds_change_between_steps() -> None:
+    small = Small()
+    step = small.step(threads=2)
+    step(1, 0)
+    assert step.kept[0].tolist() == [44, 44, 44, 40, 44, 44, 75]
+    step(1, 1)
+    assert step.kept[1].tolist() == [88, 88, 88, 80, 88, 88, 150]
+    step.clear_counts()
+    step.set_thresholds(torch.full((2, 7), 1e9))
+    step(1, 2)
+    assert not step.kept.any()
+    step.set_thresholds(None)
+    step(1, 3)
+    assert step.kept[0, 6] == 75
+
+
+def test_logits_of_a_step_are_the_callers() -> None:
+    step = Small().step(threads=2)
+    first = step(1, 0)
+    copy = first.clone()
+    step(2, 1)
+    assert torch.equal(first, copy)
+
+
+def test_bad_arguments_are_named() -> None:
+    small = Small()
+    step = small.step(threads=1)
+    for token, position in ((-1, 0), (53, 0), (0, -1), (0, 12)):
+        with pytest.raises(ValueError, match="is outside 53 tokens or 12 positions"):
+            step(token, position)
+    small.norm = small.norm.double()
+    with pytest.raises(ValueError, match=r"one dtype of torch\.float16"):
+        small.step()
+    small.norm = small.norm.float().repeat_interleave(2)[::2]
+    with pytest.raises(ValueError, match="contiguous"):
+        small.step()
+
+
+def test_an_interrupted_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Small().step(threads=3)
+    expected = step(1, 0)
+    step.clear_counts()
+    decode = step._decode
+
+    def interrupted(team: Any, *arguments: Any) -> None:
+        if team.thread == 0:
+            raise KeyboardInterrupt
+        decode(team, *arguments)  # waits for thread 0, which never comes
+
+    monkeypatch.setattr(step, "_decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step(1, 0)
+    monkeypatch.undo()
+    assert not step.kept.any()
+    assert torch.equal(step(1, 0), expected)
+
+
+def test_steps_on_several_threads_do_not_wait_for_each_other() -> None:
+    steps = [Small().step(threads=3) for _ in range(4)]
+    expected = steps[0](1, 0)
+    results: list[bool] = []
+
+    def decode(step: Any) -> None:
+        results.extend(torch.equal(step(1, 0), expected) for _ in range(20))
+
+    callers = [threading.Thread(target=decode, args=(step,), daemon=True) for step in steps]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=60)
+    assert results == [True] * 80
+
+
+def test_a_full_disk_does_not_stop_compilation() -> None:
+    class Function:
+        """Stands for one of numba's: it has compiled when it fails to write its cache."""
+
+        compiled: tuple[Any, ...] | None = None
+
+        def compile(self, signature: tuple[Any, ...]) -> None:
+            if self.compiled is None:
+                self.compiled = signature
+                raise OSError(28, "No space left on device")
+
+        def get_overload(self, signature: tuple[Any, ...]) -> str:
+            assert signature == self.compiled
+            return "machine code"
+
+    assert step_module._compile(Function(), (1, 2.0)) == "machine code"
+
+
+@pytest.mark.parametrize("blocked", [1, 2], ids=["package", "user-cache-too"])
+def test_folders_that_cannot_be_written_to(blocked: int, tmp_path: Path) -> None:
+    """Compiled code then goes to the user's cache, or stays in this process."""
+    import teal_kernels
+
+    code = (
+        "import torch\n"
+        "from teal_kernels.cpu import sparse_project, compiled\n"
+        "y = sparse_project(torch.ones(3), torch.ones(3, 2), (0, 2), torch.zeros(1))\n"
+        "assert y.tolist() == [3.0, 3.0]\n"
+        "print(sum(compiled.project.stats.cache_hits.values()))\n"
+    )
+    source, package = next(iter(teal_kernels.__path__)), tmp_path / "teal_kernels"
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
+    places = (package / "cpu" / "__pycache__", tmp_path / "user-cache")
+    for place in places[:blocked]:
+        place.write_text("a file, where a folder is needed")
+    home = {"HOME": str(places[1]), "XDG_CACHE_HOME": str(places[1]), "PYTHONPATH": str(tmp_path)}
+    environment = os.environ | home | {"NUMBA_CACHE_DIR": ""}
+
+    def run() -> str:
+        command = [sys.executable, "-c", code]
+        return subprocess.check_output(command, env=environment, cwd=tmp_path, text=True).strip()
+
+    assert run() == "0"
+    if blocked == 1:
+        assert run() == "1"

@@ -1,0 +1,152 @@
+"""Sources for the converter that no download made, and GGUF files written on the spot."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from teal_cli.store.hub import Source
+from teal_cli.store.models import ModelRef
+
+_GGUF_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def source_of(path: Path, name: str = "test-model") -> Source:
+    """What fetching would return for a folder or a .gguf file."""
+    gguf = path.suffix == ".gguf"
+    files = [path] if gguf else sorted(path.iterdir())
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while piece := opened.read(1 << 20):
+                digest.update(piece)
+    ref = ModelRef(kind="gguf" if gguf else "folder", name=name, path=path, revision=None)
+    return Source(
+        ref=ref,
+        folder=None if gguf else path,
+        gguf=path if gguf else None,
+        fingerprint=digest.hexdigest(),
+        revision=None,
+    )
+
+
+def save_folder(model: Any, folder: Path, **options: Any) -> Path:
+    """A transformers model saved with a tokenizer that has its vocabulary's first tokens."""
+    import tiny
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny.write_tokenizer(folder)
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def write_gguf(
+    path: Path,
+    model: Any,
+    *,
+    quantization: str = "F32",
+    tokenizer: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
+    tensors: dict[str, Any] | None = None,
+) -> Path:
+    """Write a transformers model as llama.cpp's converter would.
+
+    Matrices take `quantization`; norms and biases stay float32. Llama's q and k rows are
+    interleaved, as llama.cpp's convert_hf_to_gguf.py does.
+    """
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, config.model_type)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+        writer.add_rope_dimension_count(config.head_dim)
+    _add_tokenizer(writer, tokenizer or {}, config.vocab_size)
+    for key, value in (metadata or {}).items():
+        writer.add_key_value(key, value, _value_type(value))
+
+    kind = gguf.GGMLQuantizationType[quantization]
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if config.model_type == "llama" and ".q_proj." in name:
+            tensor = _interleaved(tensor, config.num_attention_heads)
+        if config.model_type == "llama" and ".k_proj." in name:
+            tensor = _interleaved(tensor, config.num_key_value_heads)
+        values = tensor.float().contiguous().numpy()
+        if values.ndim == 2 and quantization != "F32":
+            writer.add_tensor(_gguf_name(name), gguf.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(_gguf_name(name), values)
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    return (
+        tensor.reshape(heads, 2, len(tensor) // heads // 2, *tensor.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(tensor.shape)
+    )
+
+
+def _gguf_name(name: str) -> str:
+    if name in _GGUF_NAMES:
+        return _GGUF_NAMES[name]
+    _, _, index, *kind, suffix = name.split(".")
+    return f"blk.{index}.{_GGUF_NAMES['.'.join(kind)]}.{suffix}"
+
+
+def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], vocab_size: int) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = sorted(ByteLevel.alphabet())
+    plain = ["<s>", "</s>", *alphabet][:vocab_size]
+    plain += [f"<unused{i}>" for i in range(vocab_size - len(plain))]
+    writer.add_tokenizer_model(tokenizer.get("model", "gpt2"))
+    writer.add_tokenizer_pre(tokenizer.get("pre", "default"))
+    writer.add_token_list(tokenizer.get("tokens", plain))
+    writer.add_token_types(tokenizer.get("types", [3, 3, *[1] * (vocab_size - 2)]))
+    if "scores" in tokenizer:
+        writer.add_token_scores(tokenizer["scores"])
+    else:
+        writer.add_token_merges(tokenizer.get("merges", []))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+
+
+def _value_type(value: Any) -> Any:
+    import gguf
+
+    return gguf.GGUFValueType.get_type(value)

@@ -1,0 +1,339 @@
+"""Conversion from Hugging Face's format: what comes out, what is refused, what it costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model.families import FAMILIES, hf_model
+from model.sources import save_folder, source_of
+from safetensors.torch import load_file, save_file
+
+from teal_cli.errors import MissingError, TealError, UnsupportedError, UsageError
+from teal_cli.model import convert as convert_module
+from teal_cli.model.checkpoint import Checkpoint
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.convert import convert
+from teal_cli.model.decoder import Decoder
+from teal_cli.model.hf_layout import hf_shapes
+from teal_cli.progress import Silent
+
+IDS = torch.arange(3, 43)
+
+
+def converted(path: Path, **options: Any) -> Checkpoint:
+    return Checkpoint(convert(source_of(path), reporter=Silent(), **options))
+
+
+def logits(decoder: Decoder) -> torch.Tensor:
+    with torch.no_grad():
+        return decoder.logits(decoder.forward(IDS))
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    return save_folder(hf_model("llama").to(torch.float16), tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_converted_model_equals_transformers(family: str, tmp_path: Path, teal_home: Path) -> None:
+    model = hf_model(family)
+    checkpoint = converted(save_folder(model, tmp_path / family))
+    with torch.no_grad():
+        expected = model(IDS[None]).logits[0]
+    torch.testing.assert_close(logits(checkpoint.load()), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_dtypes(dtype: str, tiny_folder: Path, teal_home: Path) -> None:
+    checkpoint = converted(tiny_folder, dtype=dtype)
+    decoder = checkpoint.load()
+    assert checkpoint.folder.name == dtype
+    assert checkpoint.dtype == decoder.dtype == getattr(torch, dtype)
+    stored = load_file(tiny_folder / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert decoder.weights.layers[1].down.equal(stored.T.to(decoder.dtype))
+    assert converted(tiny_folder).dtype == torch.float16  # its own
+
+
+def test_shards_in_and_out(
+    tmp_path: Path, teal_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hf_model("llama-tied")
+    single = converted(save_folder(model, tmp_path / "single"))
+    sharded = save_folder(model, tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 3
+    monkeypatch.setattr(convert_module, "SHARD_BYTES", 100_000)
+    again = Checkpoint(convert(source_of(sharded, "sharded"), reporter=Silent()))
+    shards = sorted(again.folder.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert all(shard.stat().st_size < 101_000 for shard in shards)
+    assert again.fingerprint == single.fingerprint
+    assert logits(again.load()).equal(logits(single.load()))
+    names = {name for shard in shards for name in load_file(shard)}  # the library reads our files
+    assert names == {name for name, _ in again.load().weights.named_tensors()}
+    assert "lm_head" not in names
+
+
+def test_carries_tokenizer_and_defaults(tiny_folder: Path, teal_home: Path) -> None:
+    (tiny_folder / "generation_config.json").write_text('{"eos_token_id": [2, 5], "top_k": 7}')
+    (tiny_folder / "modeling_evil.py").write_text("raise SystemExit")
+    checkpoint = converted(tiny_folder)
+    assert checkpoint.eos_token_ids == (2, 5)
+    assert checkpoint.generation_defaults()["top_k"] == 7
+    tokenizer = checkpoint.tokenizer()
+    assert tokenizer.decode(tokenizer("Zwölf")["input_ids"]) == "Zwölf"
+    assert "assistant" in tokenizer.chat_template
+    assert not list(checkpoint.folder.glob("*.py"))
+    (checkpoint.folder / "generation_config.json").unlink()
+    assert checkpoint.eos_token_ids == (2,)  # config.json's
+
+
+def test_skips_when_up_to_date(tiny_folder: Path, teal_home: Path) -> None:
+    first = converted(tiny_folder)
+    written = (first.folder / "manifest.json").stat().st_mtime_ns
+    (shard,) = first.folder.glob("model-*")
+    assert converted(tiny_folder).folder == first.folder
+    assert (first.folder / "manifest.json").stat().st_mtime_ns == written
+    converted(tiny_folder, force=True)
+    assert (first.folder / "manifest.json").stat().st_mtime_ns > written
+    shard.write_bytes(shard.read_bytes()[:-1])  # a damaged result is made again
+    with pytest.raises(TealError, match="cut short"):
+        Checkpoint(first.folder)
+    assert converted(tiny_folder).load().dtype == torch.float16
+    weights = load_file(tiny_folder / "model.safetensors")
+    save_file(
+        {name: tensor + 1 for name, tensor in weights.items()},
+        tiny_folder / "model.safetensors",
+    )
+    assert converted(tiny_folder).fingerprint != first.fingerprint  # the source changed
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return edit
+
+
+def shard_named(name: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        index = {"weight_map": {"a": "model-1.safetensors", "b": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return edit
+
+
+def cut(size: int) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:size])
+
+    return edit
+
+
+def index_text(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text) and None
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+FAULTS: dict[str, tuple[Callable[[Path], None], type[TealError], str]] = {
+    "no-config": (lambda f: (f / "config.json").unlink(), MissingError, "config.json"),
+    "no-weights": (lambda f: (f / "model.safetensors").unlink(), MissingError, "safetensors"),
+    "unknown-type": (edit_config(model_type="mamba"), UnsupportedError, "mamba"),
+    "truncated": (cut(5000), TealError, "truncated"),
+    "truncated-at-the-end": (cut(-1), TealError, "truncated"),
+    "truncated-header": (cut(20), TealError, "truncated"),
+    "empty": (cut(0), TealError, "truncated"),
+    "index-not-json": (index_text("{"), TealError, "not valid JSON"),
+    "index-without-map": (index_text("{}"), TealError, "weight_map"),
+    "shard-missing": (shard_named("model-2.safetensors"), MissingError, "model-2.safetensors"),
+    "shard-outside": (shard_named("../model-1.safetensors"), TealError, "outside"),
+    "shard-absolute": (shard_named("/etc/passwd"), TealError, "outside"),
+    "shard-windows": (shard_named("..\\model-1.safetensors"), TealError, "outside"),
+    "shard-not-text": (shard_named(7), TealError, "outside"),
+    "nan": (edit_weights(lambda w: w[DOWN].view(-1)[7].fill_(torch.nan)), TealError, DOWN),
+    "infinity": (edit_weights(lambda w: w[DOWN].view(-1)[-1].fill_(torch.inf)), TealError, DOWN),
+    "tensor-missing": (edit_weights(lambda w: w.pop(DOWN)), TealError, f"lacks {DOWN}"),
+    "tensor-extra": (
+        edit_weights(lambda w: w.update(extra=torch.ones(1))),
+        TealError,
+        "does not have: extra",
+    ),
+    "shape": (edit_config(intermediate_size=128), TealError, r"shape \[112, 64\]"),
+    "integers": (
+        edit_weights(lambda w: w.update({DOWN: w[DOWN].to(torch.int8)})),
+        UnsupportedError,
+        "I8",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_one_error_and_leave_nothing(
+    fault: str, tiny_folder: Path, teal_home: Path
+) -> None:
+    edit, error, match = FAULTS[fault]
+    edit(tiny_folder)
+    with pytest.raises(error, match=match):
+        converted(tiny_folder)
+    assert not list(teal_home.rglob("*.safetensors"))
+    assert not list(teal_home.rglob("config.json"))
+
+
+def test_a_failed_conversion_keeps_the_old_one(tiny_folder: Path, teal_home: Path) -> None:
+    before = converted(tiny_folder)
+    edit_weights(lambda w: w["model.norm.weight"].fill_(torch.nan))(tiny_folder)
+    with pytest.raises(TealError, match=r"model\.norm\.weight"):
+        converted(tiny_folder)
+    assert Checkpoint(before.folder).fingerprint == before.fingerprint
+    assert logits(before.load()).isfinite().all()
+
+
+def test_old_files_carry_tensors_that_do_not_count(tmp_path: Path, teal_home: Path) -> None:
+    folder = save_folder(hf_model("llama-tied"), tmp_path / "old")
+    before = converted(folder)
+
+    def add(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    edit_weights(add)(folder)
+    assert converted(folder).fingerprint == before.fingerprint
+
+
+def test_values_beyond_float16(tmp_path: Path, teal_home: Path) -> None:
+    model = hf_model("llama").to(torch.bfloat16)
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e6
+    folder = save_folder(model, tmp_path / "wide")
+    with pytest.raises(TealError, match="float16 cannot") as caught:
+        converted(folder, dtype="float16")
+    assert "bfloat16" in str(caught.value.hint)
+    assert converted(folder).load().weights.norm[3] == 1e6
+    with pytest.raises(UsageError, match="int8"):
+        converted(folder, dtype="int8")
+
+
+def test_tampered_checkpoints_are_refused(tiny_folder: Path, teal_home: Path) -> None:
+    checkpoint = converted(tiny_folder)
+    with pytest.raises(MissingError):
+        Checkpoint(checkpoint.folder.parent)
+    edit_config(num_hidden_layers=2)(checkpoint.folder)
+    with pytest.raises(TealError, match="not those of its config"):
+        Checkpoint(checkpoint.folder).load()
+
+
+def start(program: str, *arguments: str) -> subprocess.Popen[str]:
+    """Run a program in a process of its own that sees what this one can import."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+_STALL = """
+import sys, time
+from pathlib import Path
+from model.sources import source_of
+from teal_cli.model import convert
+from teal_cli.progress import Silent
+
+def stall(*args, **kwargs):
+    print("writing", flush=True)
+    time.sleep(100)
+
+write_shard = convert.write_shard
+convert.write_shard = lambda *a, **k: (write_shard(*a, **k), stall())
+convert.convert(source_of(Path(sys.argv[1])), reporter=Silent())
+"""
+
+
+def test_waits_for_another_process_and_survives_its_death(
+    tiny_folder: Path, teal_home: Path
+) -> None:
+    other = start(_STALL, str(tiny_folder))
+    assert other.stdout is not None
+    assert other.stdout.readline() == "writing\n"
+
+    class KillsWhenToldToWait(Silent):
+        notes: list[str] = []  # noqa: RUF012
+
+        def note(self, message: str) -> None:
+            self.notes.append(message)
+            if "another process" in message:
+                other.kill()
+
+    folder = convert(source_of(tiny_folder), reporter=KillsWhenToldToWait())
+    assert other.wait() != 0
+    assert "another process" in KillsWhenToldToWait.notes[0]
+    assert logits(Checkpoint(folder).load()).isfinite().all()
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == ["float16"]
+
+
+_MEASURE = """
+import sys
+from pathlib import Path
+from model.sources import source_of
+from teal_cli.model.convert import convert
+from teal_cli.progress import Silent
+
+def kilobytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+convert(source_of(Path(sys.argv[1]), "warm-up"), dtype="float16", reporter=Silent())
+source = source_of(Path(sys.argv[2]))
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+before = kilobytes("VmRSS")
+convert(source, dtype="float16", reporter=Silent())
+print((kilobytes("VmHWM") - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_grow_with_the_model(
+    tiny_folder: Path, tmp_path: Path, teal_home: Path
+) -> None:
+    """0.1 GB of bfloat16 in tensors of at most 4 MB, copied to float16."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 4096,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 14,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    folder = tmp_path / "big"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = hf_shapes(ModelConfig.from_dict(config))
+    weights = {name: torch.full(shape, 0.1, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors")
+    total, largest = (f(tensor.nbytes for tensor in weights.values()) for f in (sum, max))
+    process = start(_MEASURE, str(tiny_folder), str(folder))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert int(output) < 2 * largest + 30e6 < total / 2
