@@ -33,8 +33,9 @@ class TransformersDecoding:
         self._tokens = tokens
 
     def warm_up(self) -> None:
-        """Run at full length: on a GPU the static cache's length is compiled in."""
-        self.run()
+        """On a GPU, run at full length: the static cache's length is compiled in."""
+        if self._model.device.type == "cuda":
+            self.run()
 
     @torch.inference_mode()
     def run(self) -> Run:

@@ -76,7 +76,8 @@ def calibrate(
     asked = {"dataset": dataset, "column": column, "samples": samples, "seq_len": seq_len}
     given: dict[str, Any] = {k: v for k, v in {**asked, "seed": seed}.items() if v is not None}
     if import_dir is not None and given:
-        raise UsageError(f"--import reads no text: leave out --{next(iter(given)).replace('_', '-')}")
+        option = next(iter(given)).replace("_", "-")
+        raise UsageError(f"--import reads no text: leave out --{option}")
     reporter = console.reporter()
 
     from teal_cli import pipeline

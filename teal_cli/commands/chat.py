@@ -103,7 +103,7 @@ def chat(
     top_k: TopKOption = None,
     top_p: TopPOption = None,
     seed: AnswerSeedOption = None,
-    max_tokens: MaxTokensOption = 1024,
+    max_tokens: MaxTokensOption = 512,
     context: ContextOption = None,
     method: MethodOption = None,
     dtype: DtypeOption = None,
