@@ -45,3 +45,43 @@ def sparse_project(
     if bias is not None:
         y += bias.to(wide)
     return y.to(x.dtype)
+
+
+def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """h [..., H] over its root mean square, times weight [H]; in the dtype of h."""
+    return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight.to(h.dtype)
+
+
+def gated_activation(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of gate_up [2 * I], gate first (Shazeer, arXiv 2002.05202)."""
+    gate, up = gate_up.chunk(2)
+    return torch.nn.functional.silu(gate) * up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [heads, D] by one position's cos and sin [D / 2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, position: int, window: int | None = None
+) -> Tensor:
+    """Attention of one token over a cache that holds its own key and value already.
+
+    Args:
+        q: [heads, D], rotated.
+        keys: [key-value heads, length, D]; each serves heads / key-value heads queries.
+        values: the same shape.
+        position: of the token; it sees this one and those before it.
+        window: how many positions, its own included, it sees; None is all.
+
+    Returns:
+        [heads * D] in the dtype of q.
+    """
+    first = 0 if window is None else max(position - window + 1, 0)
+    group = q.shape[0] // keys.shape[0]
+    seen_keys = keys[:, first : position + 1].to(q.dtype).repeat_interleave(group, dim=0)
+    seen_values = values[:, first : position + 1].to(q.dtype).repeat_interleave(group, dim=0)
+    scores = (seen_keys @ q[:, :, None])[:, :, 0] * q.shape[1] ** -0.5
+    return (scores.softmax(-1)[:, None] @ seen_values).flatten()

@@ -9,11 +9,22 @@ from pathlib import Path
 
 import pytest
 
+FILES = ("test_gpu.py", "test_gpu_step.py")
+
 
 def test_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "test_gpu.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-rs",
+            "test_gpu.py",
+            "test_gpu_step.py",
+        ],
         cwd=Path(__file__).parent,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

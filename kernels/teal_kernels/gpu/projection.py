@@ -1,10 +1,8 @@
 # mypy: allow-untyped-defs
 # Triton reads annotations of a kernel's parameters as types of its own.
-"""Triton kernels for CUDA devices; `reference` beside this module is their specification."""
+"""One sparse projection on its own, for any vector and any of the decoder's matrices."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -12,22 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from teal_kernels.checks import check_projection
+from teal_kernels.gpu.launch import PROJECTION, Launch, fit
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_BLOCKS = 3  # q, k and v
-
-
-class Launch(NamedTuple):
-    """Tile of the weight that one program multiplies, and its warps."""
-
-    block_k: int
-    block_n: int
-    num_warps: int
-
-
-# Launch by bytes an element. On an H100 one tile a program with all its loads in flight beats
-# small tiles in a loop by 10 to 25 %: 32 KB of weights for 4 warps, a register's worth each.
-_LAUNCHES = {2: Launch(16, 1024, 4), 4: Launch(16, 512, 4)}
 
 
 @triton.jit
@@ -74,7 +60,7 @@ def _sparse_project_kernel(
 
 
 # Under TRITON_INTERPRET=1 the decorator gives something else, which runs on CPU tensors.
-_INTERPRETED = not isinstance(_sparse_project_kernel, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(_sparse_project_kernel, triton.runtime.JITFunction)
 
 
 def sparse_project(
@@ -112,12 +98,12 @@ def sparse_project(
     blocks = len(offsets) - 1
     if not 1 <= blocks <= _MAX_BLOCKS:
         raise ValueError(f"one to {_MAX_BLOCKS} column blocks can be fused, got {blocks}")
-    if not (weight.is_cuda or _INTERPRETED):
+    if not (weight.is_cuda or INTERPRETED):
         raise ValueError(f"tensors must be on a CUDA device, got {weight.device}")
     inputs, outputs = weight.shape
     y = torch.zeros(outputs, dtype=torch.float32, device=x.device)
     if inputs and outputs:
-        chosen = launch or _choose_launch(weight)
+        chosen = launch or fit(PROJECTION[weight.element_size()], inputs, outputs)
         grid = (triton.cdiv(outputs, chosen.block_n), triton.cdiv(inputs, chosen.block_k))
         bounds = (*offsets[1:-1], *(outputs,) * _MAX_BLOCKS)
         with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -140,8 +126,3 @@ def sparse_project(
     if bias is not None:
         y += bias
     return y.to(x.dtype)
-
-
-def _choose_launch(weight: Tensor) -> Launch:
-    block_k, block_n, num_warps = _LAUNCHES[weight.element_size()]
-    return Launch(block_k, min(block_n, triton.next_power_of_2(weight.shape[1])), num_warps)

@@ -1,0 +1,10 @@
+"""Triton kernels for CUDA devices; `reference` beside this package is their specification."""
+
+from __future__ import annotations
+
+from teal_kernels.gpu.launch import Launch
+from teal_kernels.gpu.projection import sparse_project
+from teal_kernels.gpu.step import DecodeStep
+from teal_kernels.gpu.tensors import LayerTensors
+
+__all__ = ["DecodeStep", "Launch", "LayerTensors", "sparse_project"]

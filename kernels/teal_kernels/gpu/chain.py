@@ -1,0 +1,350 @@
+"""The kernels of one token, bound to a model's tensors and launched one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from teal_kernels.gpu import attention, decode, sample
+from teal_kernels.gpu.launch import Launch, StepLaunches
+from teal_kernels.gpu.projection import INTERPRETED
+from teal_kernels.gpu.tensors import Geometry, LayerTensors
+
+PROJECTIONS = 7  # q k v o gate up down: columns of the thresholds and of the counters
+_FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}
+_BEST_BLOCK = 4096
+
+
+class Chain:
+    """Tensors, buffers and launches of a token step."""
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[LayerTensors],
+        embed_tokens: Tensor,
+        norm: Tensor,
+        lm_head: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        num_attention_heads: int,
+        rms_norm_eps: float,
+        sliding_windows: Sequence[int | None],
+        launches: StepLaunches | None = None,
+        dependent_launch: bool | None = None,
+    ) -> None:
+        """Bind the step to tensors, which it reads (and of the cache, writes) in place.
+
+        Args:
+            layers: objects with the attributes of `LayerTensors`, all of one dtype and device.
+            embed_tokens: [vocab_size, hidden_size].
+            norm: [hidden_size].
+            lm_head: [vocab_size, hidden_size].
+            keys: [layers, key-value heads, length, head_dim].
+            values: the same shape.
+            cos: [at least length, head_dim / 2] float32.
+            sin: the same shape.
+            num_attention_heads: query heads.
+            rms_norm_eps: of every norm.
+            sliding_windows: one a layer, None where a layer sees everything.
+            launches: tiles and warps, dense and sparse; None takes them from the table.
+            dependent_launch: None uses it from compute capability 9.0 on.
+        """
+        self.geometry = Geometry(
+            num_attention_heads, keys.shape[1], keys.shape[3], rms_norm_eps, sliding_windows
+        )
+        self.layers = layers
+        self.embed_tokens, self.norm, self.lm_head = embed_tokens, norm, lm_head
+        self.cos, self.sin, self.keys, self.values = cos, sin, keys, values
+        device = embed_tokens.device
+        self.device = device
+        self.hidden, self.vocab = embed_tokens.shape[1], embed_tokens.shape[0]
+        self.context = keys.shape[2]
+        first = layers[0]
+        shapes = {
+            "qkv": tuple(first.qkv.shape),
+            "o": tuple(first.o.shape),
+            "gate_up": tuple(first.gate_up.shape),
+            "down": tuple(first.down.shape),
+            "logits": (self.hidden, self.vocab),
+        }
+        # Dense and sparse steps differ only in their launches, and so in their graphs.
+        self._choices = {
+            sparse: launches
+            or StepLaunches.choose(shapes, embed_tokens.element_size(), self.context, sparse=sparse)
+            for sparse in (False, True)
+        }
+        self.launches = self._choices[False]
+        self.pdl = dependent_launch
+        if dependent_launch is None:
+            self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.resident = 0  # programs that the device holds at a time
+        if device.type == "cuda":
+            self.resident = 4 * torch.cuda.get_device_properties(device).multi_processor_count
+        self._allocate()
+
+    def _allocate(self) -> None:
+        g = self.geometry
+        heads, dim = g.num_attention_heads, g.head_dim
+        splits = triton.cdiv(self.context, self.launches.attention_chunk)
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        self.h = buffer(self.hidden)
+        self.qkv = buffer(self.layers[0].qkv.shape[1])
+        self.gate_up = buffer(self.layers[0].gate_up.shape[1])
+        self.parts = buffer(splits, heads * dim)
+        self.maxima, self.sums = buffer(splits, heads), buffer(splits, heads)
+        self.logits = buffer(self.vocab)
+        best = triton.cdiv(self.vocab, _BEST_BLOCK)
+        self.best, self.index = buffer(best), buffer(best, dtype=torch.int32)
+        self.token, self.position = buffer(1, dtype=torch.int32), buffer(1, dtype=torch.int32)
+        self.history = buffer(self.context, dtype=torch.int32)
+        self.temperature = buffer(1)
+        self.seed = buffer(1, dtype=torch.int32)
+        # Device buffers, so that another sparsity needs no new capture.
+        self.thresholds = buffer(len(self.layers), PROJECTIONS)
+        self._kept = buffer(len(self.layers), PROJECTIONS, dtype=torch.int32)
+
+    def launch_all(self, choose: bool) -> None:
+        block = min(1024, triton.next_power_of_2(self.hidden))
+        self._launch(
+            decode.embed_kernel,
+            (triton.cdiv(self.hidden, block),),
+            4,
+            self.h,
+            self.token,
+            self.embed_tokens,
+            self.hidden,
+            self.embed_tokens.stride(0),
+            BLOCK=block,
+        )
+        for index in range(len(self.layers)):
+            self._layer(index)
+        logits = self.launches.logits
+        self._launch(
+            decode.logits_kernel,
+            (triton.cdiv(self.vocab, logits.block_n),),
+            logits.num_warps,
+            self.logits,
+            self.h,
+            self.norm,
+            self.lm_head,
+            self.geometry.rms_norm_eps,
+            self.hidden,
+            self.vocab,
+            self.lm_head.stride(0),
+            BLOCK_H=logits.block_k,
+            BLOCK_V=logits.block_n,
+        )
+        if choose:
+            self._choose()
+
+    def _layer(self, index: int) -> None:
+        layer = self.layers[index]
+        g = self.geometry
+        q, kv = g.num_attention_heads * g.head_dim, g.num_key_value_heads * g.head_dim
+        intermediate = self.gate_up.numel() // 2
+        self._norm_project("qkv", index, layer.input_layernorm, layer.qkv, self.qkv, (q, kv, kv))
+        self._attention(index, layer)
+        self._combine_project(index, layer)
+        self._norm_project(
+            "gate_up",
+            index,
+            layer.post_attention_layernorm,
+            layer.gate_up,
+            self.gate_up,
+            (intermediate, intermediate, 0),
+            zero=self.qkv,
+        )
+        self._activate_project(index, layer)
+
+    def _norm_project(
+        self,
+        name: str,
+        index: int,
+        norm: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        widths: tuple[int, int, int],
+        zero: Tensor | None = None,
+    ) -> None:
+        launch: Launch = getattr(self.launches, name)
+        grid = launch.grid(self.hidden, *widths)
+        self._launch(
+            decode.norm_project_kernel,
+            grid,
+            launch.num_warps,
+            out,
+            self.h,
+            norm,
+            weight,
+            *self._buffers(name, index),
+            zero,
+            0 if zero is None else zero.numel(),
+            self.geometry.rms_norm_eps,
+            self.hidden,
+            weight.stride(0),
+            N0=widths[0],
+            N1=widths[1],
+            N2=widths[2],
+            ZERO=_share(zero, grid),
+            BLOCK_H=triton.next_power_of_2(self.hidden),
+            AHEAD=launch.ahead if self.pdl else 0,
+            PROGRAMS=self.resident,
+            maxnreg=launch.registers,
+            BLOCK_K=launch.block_k,
+            BLOCK_N=launch.block_n,
+        )
+
+    def _attention(self, index: int, layer: LayerTensors) -> None:
+        g = self.geometry
+        launches = self.launches
+        group = g.num_attention_heads // g.num_key_value_heads
+        self._launch(
+            attention.attention_kernel,
+            (g.num_key_value_heads, triton.cdiv(self.context, launches.attention_chunk)),
+            launches.attention_warps,
+            self.parts,
+            self.maxima,
+            self.sums,
+            self.qkv,
+            layer.qkv_bias,
+            layer.q_norm,
+            layer.k_norm,
+            self.cos,
+            self.sin,
+            self.keys[index],
+            self.values[index],
+            self.position,
+            g.head_dim**-0.5,
+            g.rms_norm_eps,
+            self.keys.stride(1),
+            HEADS=g.num_attention_heads,
+            KV_HEADS=g.num_key_value_heads,
+            HEAD_DIM=g.head_dim,
+            BIAS=layer.qkv_bias is not None,
+            QK_NORM=layer.q_norm is not None,
+            WINDOW=g.sliding_windows[index] or 0,
+            CHUNK=launches.attention_chunk,
+            BLOCK_T=launches.attention_tile,
+            BLOCK_G=max(16, triton.next_power_of_2(group)),
+            BLOCK_HALF=max(16, triton.next_power_of_2(g.head_dim // 2)),
+            # The interpreter's dot is wrong in bfloat16.
+            DOT=_DOT[torch.float32 if INTERPRETED else self.keys.dtype],
+        )
+
+    def _combine_project(self, index: int, layer: LayerTensors) -> None:
+        g = self.geometry
+        launch, chunk = self.launches.o, self.launches.attention_chunk
+        grid = launch.grid(layer.o.shape[0], self.hidden)
+        self._launch(
+            decode.combine_project_kernel,
+            grid,
+            launch.num_warps,
+            self.h,
+            self.parts,
+            self.maxima,
+            self.sums,
+            self.position,
+            layer.o,
+            layer.o_bias,
+            *self._buffers("o", index),
+            self.gate_up,
+            self.gate_up.numel(),
+            self.hidden,
+            layer.o.stride(0),
+            HEADS=g.num_attention_heads,
+            HEAD_DIM=g.head_dim,
+            BIAS=layer.o_bias is not None,
+            WINDOW=g.sliding_windows[index] or 0,
+            CHUNK=chunk,
+            SPLITS=triton.next_power_of_2(triton.cdiv(self.context, chunk)),
+            ZERO=_share(self.gate_up, grid),
+            AHEAD=launch.ahead if self.pdl else 0,
+            PROGRAMS=self.resident,
+            maxnreg=launch.registers,
+            BLOCK_K=launch.block_k,
+            BLOCK_N=launch.block_n,
+        )
+
+    def _activate_project(self, index: int, layer: LayerTensors) -> None:
+        launch = self.launches.down
+        self._launch(
+            decode.activate_project_kernel,
+            launch.grid(layer.down.shape[0], self.hidden),
+            launch.num_warps,
+            self.h,
+            self.gate_up,
+            layer.down,
+            *self._buffers("down", index),
+            layer.down.shape[0],
+            self.hidden,
+            layer.down.stride(0),
+            AHEAD=launch.ahead if self.pdl else 0,
+            PROGRAMS=self.resident,
+            maxnreg=launch.registers,
+            BLOCK_K=launch.block_k,
+            BLOCK_N=launch.block_n,
+        )
+
+    def _choose(self) -> None:
+        count = self.best.numel()
+        self._launch(
+            sample.best_kernel,
+            (count,),
+            8,
+            self.best,
+            self.index,
+            self.logits,
+            self.temperature,
+            self.seed,
+            self.position,
+            self.vocab,
+            BLOCK=min(_BEST_BLOCK, triton.next_power_of_2(self.vocab)),
+        )
+        self._launch(
+            sample.advance_kernel,
+            (1,),
+            1,
+            self.token,
+            self.position,
+            self.history,
+            self.best,
+            self.index,
+            count,
+            BLOCK=triton.next_power_of_2(count),
+        )
+
+    def _buffers(self, name: str, index: int) -> tuple[Tensor, Tensor]:
+        first = _FIRST[name]
+        return self.thresholds[index, first:], self._kept[index, first:]
+
+    def _launch(
+        self, kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any
+    ) -> None:
+        options = {"launch_pdl": True} if self.pdl else {}
+        kernel[grid](
+            *args, **constants, PDL=bool(self.pdl), num_warps=num_warps, num_stages=1, **options
+        )
+
+
+_DOT = {
+    torch.float16: triton.language.float16,
+    torch.bfloat16: triton.language.bfloat16,
+    torch.float32: triton.language.float32,
+}
+
+
+def _share(buffer: Tensor | None, grid: tuple[int, int]) -> int:
+    """Elements that each program of a grid clears, a power of two."""
+    if buffer is None:
+        return 0
+    return max(32, triton.next_power_of_2(triton.cdiv(buffer.numel(), grid[0] * grid[1])))

@@ -1,0 +1,200 @@
+"""The fused kernels of a token step, each against the reference, and the whole step.
+
+On a CUDA device, or on the CPU in Triton's interpreter (see `test_gpu_interpreted.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from teal_kernels import reference
+from torch import Tensor
+
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.decoder import Decoder
+from teal_cli.model.random_weights import random_decoder
+
+pytestmark = pytest.mark.gpu
+
+_BASE = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 160,
+    "rms_norm_eps": 1e-5,
+}
+# Widths off every block, one head group of three, biases, q/k norm, a window.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "qwen2-odd": {
+        "model_type": "qwen2",
+        "hidden_size": 60,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 20,
+        "intermediate_size": 97,
+    },
+    "qwen3": {"model_type": "qwen3", "attention_bias": True, "head_dim": 32},
+    "mistral": {"model_type": "mistral", "sliding_window": 7, "head_dim": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def device() -> str:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    pytest.skip("needs a CUDA device")
+
+
+def _decoder(family: str, device: str, **changes: Any) -> Decoder:
+    config = ModelConfig.from_dict({**_BASE, **_FAMILIES[family], **changes})
+    return random_decoder(config, device=device, dtype=torch.float32, seed=1)
+
+
+def _step(decoder: Decoder, length: int) -> Any:
+    from teal_kernels.gpu import DecodeStep
+
+    config, weights = decoder.config, decoder.weights
+    cache = decoder.new_cache(length)
+    cache.keys.normal_()
+    cache.values.normal_()
+    cos, sin = decoder.rotary.tables(length)
+    step = DecodeStep(
+        embed_tokens=weights.embed_tokens,
+        layers=weights.layers,
+        norm=weights.norm,
+        lm_head=weights.lm_head,
+        cos=cos,
+        sin=sin,
+        keys=cache.keys,
+        values=cache.values,
+        num_attention_heads=config.num_attention_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        sliding_windows=config.sliding_windows,
+    )
+    return step, cache
+
+
+def _close(y: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(y.double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("thresholds", [None, "spread"], ids=["dense", "sparse"])
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_step_equals_the_decoder(family: str, thresholds: str | None, device: str) -> None:
+    decoder = _decoder(family, device)
+    levels = None
+    if thresholds:
+        generator = torch.Generator().manual_seed(3)
+        levels = (torch.rand(2, 7, generator=generator) * 0.8).to(device)
+    step, cache = _step(decoder, 40)
+    other = decoder.new_cache(40)
+    other.keys.copy_(cache.keys)
+    other.values.copy_(cache.values)
+    step.set_thresholds(levels)
+    for position, token in ((10, 3), (11, 49)):
+        tokens = torch.tensor([token], device=device)
+        hidden = decoder.forward(tokens, cache=other, position=position, thresholds=levels)
+        _close(step(token, position), decoder.logits(hidden)[0])
+    _close(cache.keys, other.keys)
+    kept = step.kept.sum(0).tolist()
+    sites = decoder.config.site_sizes
+    if levels is None:
+        widths = [sites["attn_in"]] * 3 + [sites["attn_out"]] + [sites["mlp_in"]] * 2
+        assert kept == [4 * width for width in [*widths, sites["mlp_act"]]]
+    else:
+        assert 0 < kept[0] < 4 * sites["attn_in"]
+    step.clear_counts()
+    assert not step.kept.any()
+
+
+@pytest.mark.parametrize("window", [None, 5, 64, 70], ids=str)
+@pytest.mark.parametrize("position", [0, 15, 63, 64, 65, 130])
+def test_attention(position: int, window: int | None, device: str) -> None:
+    changes = {} if window is None else {"sliding_window": window}
+    decoder = _decoder(
+        "mistral" if window else "llama", device, num_hidden_layers=1, head_dim=16, **changes
+    )
+    step, cache = _step(decoder, 131)
+    heads, dim = 4, 16
+    step.qkv.normal_()
+    step.parts.fill_(torch.nan)
+    step.maxima.fill_(torch.nan)
+    step.position.fill_(position)
+    q, k, v = step.qkv.view(8, dim).split((4, 2, 2))
+    cos, sin = decoder.rotary.tables(131)
+    keys, values = cache.keys[0].clone(), cache.values[0].clone()
+    keys[:, position] = reference.rotate(k, cos[position], sin[position])
+    values[:, position] = v
+    rotated = reference.rotate(q, cos[position], sin[position])
+    expected = reference.attend(rotated, keys, values, position, window)
+
+    step._attention(0, decoder.weights.layers[0])
+
+    _close(cache.keys[0], keys)
+    _close(cache.values[0], values)
+    chunk = step.launches.attention_chunk
+    first = 0 if window is None else max(position - window + 1, 0)
+    splits = range(first // chunk, position // chunk + 1)
+    maxima = step.maxima[splits.start : splits.stop]
+    share = (maxima - maxima.max(0).values).exp()
+    parts = step.parts[splits.start : splits.stop].view(-1, heads, dim)
+    total = (share * step.sums[splits.start : splits.stop]).sum(0)
+    _close((share[:, :, None] * parts).sum(0).flatten() / total.repeat_interleave(dim), expected)
+
+
+def test_projections_with_their_inputs(device: str) -> None:
+    decoder = _decoder("qwen2-odd", device, num_hidden_layers=1)
+    layer, config = decoder.weights.layers[0], decoder.config
+    step, _ = _step(decoder, 20)
+    step.set_thresholds(torch.tensor([[0.3, 0.5, 0.7, 0.1, 0.4, 0.6, 0.2]], device=device))
+    step.h.normal_()
+    levels = step.thresholds[0]
+    x = reference.rms_norm(step.h, layer.input_layernorm, config.rms_norm_eps)
+    step._norm_project("qkv", 0, layer.input_layernorm, layer.qkv, step.qkv, (60, 20, 20))
+    _close(step.qkv, reference.sparse_project(x, layer.qkv, (0, 60, 80, 100), levels[:3]))
+
+    x = reference.rms_norm(step.h, layer.post_attention_layernorm, config.rms_norm_eps)
+    step._norm_project(
+        "gate_up", 0, layer.post_attention_layernorm, layer.gate_up, step.gate_up, (97, 97, 0),
+        zero=step.qkv,
+    )  # fmt: skip
+    _close(step.gate_up, reference.sparse_project(x, layer.gate_up, (0, 97, 194), levels[4:6]))
+    assert not step.qkv.any()
+
+    x = reference.gated_activation(step.gate_up)
+    expected = step.h + reference.sparse_project(x, layer.down, (0, 60), levels[6:])
+    step._activate_project(0, layer)
+    _close(step.h, expected)
+
+
+def test_choosing_stays_on_the_device(device: str) -> None:
+    decoder = _decoder("llama", device)
+    step, _ = _step(decoder, 40)
+    step.start(3, 12)
+    step.advance()
+    assert step.history[12].item() == step.token.item() == step.logits.argmax().item()
+    assert step.position.item() == 13
+    drawn = set()
+    for seed in range(6):
+        step.start(3, 12, temperature=50.0, seed=seed)
+        step._choose()
+        drawn.add(step.token.item())
+    assert len(drawn) > 1
+    assert all(0 <= token < 50 for token in drawn)
+
+
+def test_what_a_caller_can_get_wrong(device: str) -> None:
+    step, _ = _step(_decoder("llama", device), 40)
+    with pytest.raises(ValueError, match="position 40 is outside"):
+        step(0, 40)
+    with pytest.raises(ValueError, match="token 50 at position 0"):
+        step(50, 0)
