@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from model.families import FAMILIES, hf_model, our_decoder
@@ -40,6 +42,21 @@ def test_the_compiled_step_is_the_same_model(family: str) -> None:
         ours = decoding.logits(int(tokens[39]), 39)
         theirs = original(tokens[None]).logits[0, -1]
     assert torch.allclose(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler"
+)
+def test_torch_compile_changes_nothing() -> None:
+    original, tokens = hf_model("qwen3"), ids(40)
+    decoder = our_decoder(original)
+    decoding, dtype = compiled_decoding(decoder, tokens[:39].tolist(), 4, Silent())
+    with torch.inference_mode():
+        decoding._prefill()
+        ours = decoding.logits(int(tokens[39]), 39)
+        theirs = original(tokens[None]).logits[0, -1]
+    tolerance = 1e-4 if dtype == torch.float32 else 0.2  # the fastest dtype is the machine's
+    assert torch.allclose(ours.float(), theirs, atol=tolerance, rtol=tolerance)
 
 
 def test_each_token_of_generate_is_timed() -> None:
