@@ -6,6 +6,7 @@ import errno
 import functools
 import inspect
 import io
+import logging
 import os
 import sys
 import traceback
@@ -106,7 +107,7 @@ def _root(
 
     Try: teal chat
     """
-    _configure(quiet, verbose)
+    console.configure(quiet=quiet, verbose=verbose)
 
 
 def _with_output_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -114,7 +115,8 @@ def _with_output_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*, quiet: bool, verbose: bool, **arguments: Any) -> None:
-        _configure(quiet, verbose)
+        console.configure(quiet=quiet, verbose=verbose)
+        _set_up_libraries()
         command(**arguments)
 
     flags = [
@@ -128,9 +130,9 @@ def _with_output_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _configure(quiet: bool, verbose: bool) -> None:
-    console.configure(quiet=quiet, verbose=verbose)
-    if verbose:
+def _set_up_libraries() -> None:
+    if console.is_verbose():
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         return
     # The libraries draw bars and warn about things that a user of teal cannot change.
     warnings.simplefilter("ignore")

@@ -39,9 +39,9 @@ def configure(*, quiet: bool = False, verbose: bool = False) -> None:
     _settings.verbose |= verbose
 
 
-def is_quiet() -> bool:
-    """Whether only results and errors are shown."""
-    return _settings.quiet
+def is_verbose() -> bool:
+    """Whether the libraries' warnings and log lines are shown too."""
+    return _settings.verbose
 
 
 def reporter() -> ConsoleReporter:

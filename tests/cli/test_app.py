@@ -205,3 +205,20 @@ def test_quiet_works_on_either_side_of_the_command(
     with pytest.raises(SystemExit):
         app.main()
     assert capsys.readouterr() == ("hello\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [([], False), (["-v", "chat"], True), (["chat", "-v"], True)],
+    ids=["default", "before", "after"],
+)
+def test_library_warnings_are_shown_when_verbose(arguments: list[str], shown: bool) -> None:
+    code = (
+        "import sys, logging, warnings\nfrom teal_cli import app, console\n"
+        "def chat():\n    warnings.warn('old')\n    logging.getLogger('lib').info('line')\n"
+        "app._COMMANDS['chat'] = chat\n"
+        f"sys.argv = ['teal', *{arguments or ['chat']!r}]\napp.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert (("old" in done.stderr), ("lib: line" in done.stderr)) == (shown, shown)
