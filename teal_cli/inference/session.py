@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -124,9 +125,9 @@ class Session:
     @property
     def backend(self) -> str:
         """What decodes: "numba", "triton" or "torch"."""
-        if not isinstance(self._step, _DecoderStep):
-            return "numba"
-        return "triton" if self.decoder.device.type == "cuda" else "torch"
+        if self.decoder.device.type == "cuda":
+            return "triton"
+        return "torch" if isinstance(self._step, _DecoderStep) else "numba"
 
     def set_thresholds(self, thresholds: Tensor | None) -> None:
         """Use other thresholds [num_hidden_layers, 7] from the next token on; None is dense."""
@@ -208,24 +209,25 @@ class Session:
 
 
 def _choose_step(decoder: Decoder, cache: KVCache, backend: Backend, reporter: Reporter) -> _Step:
-    """The compiled step on a CPU where it can be had, the decoder itself otherwise."""
-    if backend == "auto" and decoder.device.type == "cpu":
+    """The fused step of the decoder's device where it can be had, the decoder itself otherwise."""
+    if backend == "auto":
         try:
-            return _compiled_step(decoder, cache)
-        except Exception as error:  # a broken numba or LLVM fails in any way it likes
+            return _fused_step(decoder, cache)
+        except Exception as error:  # a broken numba, Triton or LLVM fails in any way it likes
             reporter.note(
-                f"the compiled CPU kernels cannot be used here ({error}); decoding in plain "
+                f"the compiled kernels cannot be used here ({error}); decoding in plain "
                 "torch, which sparsity does not make faster"
             )
     return _DecoderStep(decoder, cache)
 
 
-def _compiled_step(decoder: Decoder, cache: KVCache) -> _Step:
-    from teal_kernels.cpu import DecodeStep
-
+def _fused_step(decoder: Decoder, cache: KVCache) -> _Step:
+    module = importlib.import_module(
+        "teal_kernels.gpu" if decoder.device.type == "cuda" else "teal_kernels.cpu"
+    )
     config, weights = decoder.config, decoder.weights
     cos, sin = decoder.rotary.tables(cache.length)
-    return DecodeStep(
+    step: _Step = module.DecodeStep(
         layers=weights.layers,
         embed_tokens=weights.embed_tokens,
         norm=weights.norm,
@@ -238,3 +240,5 @@ def _compiled_step(decoder: Decoder, cache: KVCache) -> _Step:
         rms_norm_eps=config.rms_norm_eps,
         sliding_windows=config.sliding_windows,
     )
+    step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches
+    return step

@@ -35,8 +35,8 @@ class DecodeStep(Chain):
 
     @property
     def kept(self) -> Tensor:
-        """Channels kept since the counts were cleared, [layers, 7] int64."""
-        return self._kept.long()
+        """Channels kept since the counts were cleared, [layers, 7] int64 on the CPU."""
+        return self._kept.long().cpu()
 
     def clear_counts(self) -> None:
         """Start counting anew."""
