@@ -49,16 +49,6 @@ def test_sparse_project(
     assert_close(sparse_project(*case, bias), oracle(case, bias), case)
 
 
-def test_result_does_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(100, (0, 111, 222, 333), 0.5, torch.float16)
-    results = []
-    for count in (1, 2, 5):
-        monkeypatch.setattr(team, "default_threads", lambda count=count: count)
-        results.append(sparse_project(*case))
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
 def test_blocks_with_equal_thresholds_are_one_matrix(threads: int) -> None:
     case = make_case(63, (0, 40, 48, 56), 0.5, torch.float16)
     equal = case._replace(thresholds=case.thresholds[:1].expand(3))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from teal_kernels.checks import check_projection
 from teal_kernels.cpu import compiled, intrinsics, team
+from teal_kernels.cpu.structures import Model, Scratch, Shared, Team
 
 _DTYPES = {
     torch.float16: intrinsics.HALF,
@@ -31,6 +32,8 @@ LAYER_WEIGHTS = (
     "gate_up",
     "down",
 )
+# Of the seven projections, those of whose input a thread lists only the channels it computed.
+_OWN_CHANNELS = np.array([False, False, False, True, False, False, True])
 
 
 class DecodeStep:
@@ -87,10 +90,10 @@ class DecodeStep:
         )
         self._thresholds = np.full((len(table), 7), -np.inf, dtype=np.float32)
         self._kept = np.zeros((len(table), 7), dtype=np.int64)
-        self._counts = np.zeros_like(self._kept)  # of the last step
-        self._activations = _activations(self._model)
-        self._barrier = torch.zeros(16, dtype=torch.int64)  # a cache line of its own
         count = threads or team.default_threads()
+        self._counts = np.zeros((count, len(table), 7), dtype=np.int64)  # of one step
+        self._shared = _shared(self._model, count)
+        self._barrier = torch.zeros(16, dtype=torch.int64)  # a cache line of its own
         self._teams = [_team(thread, count, self._barrier) for thread in range(count)]
         self._scratch = [_scratch(self._model) for _ in range(count)]
         self._decode = _compile(compiled.decode, self._arguments(0, 0, 0))
@@ -131,16 +134,17 @@ class DecodeStep:
             self.threads,
             self._barrier,
         )
-        self._kept += self._counts
-        return torch.from_numpy(self._activations.logits.copy())
+        # Every thread lists the survivors of qkv and gate_up, but of o and down its own.
+        self._kept += np.where(_OWN_CHANNELS, self._counts.sum(0), self._counts[0])
+        return torch.from_numpy(self._shared.logits.copy())
 
     def _arguments(self, thread: int, token: int, position: int) -> tuple[Any, ...]:
         """What `compiled.decode` takes on one thread."""
         mate = self._teams[thread]
         mate.phase[0] = 0
         return (
-            mate, self._model, self._activations, self._scratch[thread], token, position,
-            self._thresholds, self._counts,
+            mate, self._model, self._shared, self._scratch[thread], token, position,
+            self._thresholds, self._counts[thread],
         )  # fmt: skip
 
 
@@ -163,17 +167,18 @@ def sparse_project(
     values = x.float().contiguous().numpy()
     bounds = np.array(offsets, dtype=np.int64)
     levels = thresholds.contiguous().numpy()
-    kept = np.zeros(len(levels), dtype=np.int64)
     y = np.zeros(weight.shape[1], dtype=np.float32)
     if bias is not None:
         y += bias.float().numpy()
     barrier = torch.zeros(16, dtype=torch.int64)
     threads = team.default_threads()
+    kept = np.zeros((threads, len(levels)), dtype=np.int64)
+    parts = np.empty((threads, len(y)), dtype=np.float32)
 
     def arguments(thread: int) -> tuple[Any, ...]:
         return (
             _team(thread, threads, barrier), _DTYPES[weight.dtype], weight.data_ptr(), values,
-            bounds, levels, y, _survivors(len(values)), kept,
+            bounds, levels, parts, y, _survivors(len(values)), kept[thread],
         )  # fmt: skip
 
     project = _compile(compiled.project, arguments(0))
@@ -200,7 +205,7 @@ def _model(
     heads: int,
     eps: float,
     windows: Sequence[int | None],
-) -> compiled.Model:
+) -> Model:
     """Collect sizes and addresses; `table` has a row of LAYER_WEIGHTS for each layer."""
     embed_tokens, norm, lm_head, keys, values = ends[:5]
     vocab, hidden = embed_tokens.shape
@@ -211,7 +216,7 @@ def _model(
     bounds = ((0, q, q + kv, q + 2 * kv), (0, hidden), (0, inner, 2 * inner), (0, hidden))
     addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in table]
     cos, sin = (tensor.float().contiguous().numpy() for tensor in rotary)
-    return compiled.Model(
+    return Model(
         dtype=_DTYPES[embed_tokens.dtype],
         hidden=hidden,
         inner=inner,
@@ -234,42 +239,46 @@ def _model(
     )
 
 
-def _activations(model: compiled.Model) -> compiled.Activations:
-    mixed = model.heads * model.head_dim
-    qkv = mixed + 2 * model.kv_heads * model.head_dim
-    sizes = (model.hidden, qkv, mixed, 2 * model.inner, model.inner, model.vocab)
-    return compiled.Activations(*(np.empty(size, dtype=np.float32) for size in sizes))
-
-
-def _scratch(model: compiled.Model) -> compiled.Scratch:
-    longest = max(model.hidden, model.inner, model.heads * model.head_dim)
-    survivors = _survivors(longest)
-    return survivors._replace(
-        normed=np.empty(model.hidden, dtype=np.float32),
-        scores=np.empty(model.length, dtype=np.float32),
-        positions=np.arange(model.length, dtype=np.int64),
-        query=np.empty(model.head_dim, dtype=np.float32),
-        key=np.empty(model.head_dim, dtype=np.float32),
+def _shared(model: Model, threads: int) -> Shared:
+    qkv = (model.heads + 2 * model.kv_heads) * model.head_dim
+    return Shared(
+        wide=np.empty((threads, max(qkv, 2 * model.inner)), dtype=np.float32),
+        narrow=np.empty((threads, model.hidden), dtype=np.float32),
+        logits=np.empty(model.vocab, dtype=np.float32),
     )
 
 
-def _survivors(inputs: int) -> compiled.Scratch:
+def _scratch(model: Model) -> Scratch:
+    widest = max(model.inner, model.heads * model.head_dim)
+    head = (np.empty(model.head_dim, dtype=np.float32) for _ in range(3))
+    return _survivors(max(model.hidden, widest))._replace(
+        hidden=np.empty(model.hidden, dtype=np.float32),
+        normed=np.empty(model.hidden, dtype=np.float32),
+        inputs=np.empty(widest, dtype=np.float32),
+        scores=np.empty(model.length, dtype=np.float32),
+        **dict(zip(("query", "key", "value"), head, strict=True)),
+    )
+
+
+def _survivors(inputs: int) -> Scratch:
     """Room for the surviving channels of one projection, and for nothing else."""
     none = np.empty(0, dtype=np.float32)
-    return compiled.Scratch(
+    return Scratch(
+        hidden=none,
         normed=none,
+        inputs=none,
         rows=np.empty(inputs, dtype=np.int64),
         factors=np.empty(inputs, dtype=np.float32),
         scores=none,
-        positions=np.empty(0, dtype=np.int64),
         query=none,
         key=none,
+        value=none,
     )
 
 
-def _team(thread: int, threads: int, barrier: Tensor) -> compiled.Team:
+def _team(thread: int, threads: int, barrier: Tensor) -> Team:
     phase = np.zeros(1, dtype=np.int64)
-    return compiled.Team(thread, threads, barrier.data_ptr(), phase, team.give_way_address())
+    return Team(thread, threads, barrier.data_ptr(), phase, team.give_way_address())
 
 
 def _compile(function: Any, arguments: tuple[Any, ...]) -> Any:
