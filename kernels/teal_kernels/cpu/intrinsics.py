@@ -73,7 +73,7 @@ def borrow(typingctx: Any, value: Any) -> Any:
     """The same arrays, in tuples of any depth, but without a count of who uses them.
 
     numba counts with atomic operations whenever it passes an array on; two threads that share one
-    then wait for each other's: 0.3 of 0.6 ms a token (30 layers, Zen 3). The caller owns them all.
+    then wait for each other's. The caller owns them all.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
