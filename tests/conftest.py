@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,14 @@ import pytest
 
 from teal_cli.errors import TealError
 from teal_cli.progress import Silent
+
+
+def pytest_configure() -> None:
+    """Let the programs under test hear Ctrl-C, even where a shell runs this in the background.
+
+    Such a shell ignores SIGINT, and what it starts inherits that.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
