@@ -124,26 +124,30 @@ def test_in_a_terminal_ctrl_c_ends_the_answer_and_ctrl_d_the_chat(
 
     import pexpect
 
-    child = pexpect.spawn(
-        sys.executable,
-        ["-m", "teal_cli", "chat", str(tiny_model), "-s", "0", "-t", "1", "-n", "400"],
-        env={**os.environ, "TEAL_HOME": str(home), "NO_COLOR": "1", "TERM": "xterm"},
-        encoding="utf-8",
-        codec_errors="replace",
-        timeout=60,
-        dimensions=(50, 200),
-    )
+    def start() -> pexpect.spawn:
+        return pexpect.spawn(
+            sys.executable,
+            ["-m", "teal_cli", "chat", str(tiny_model), "-s", "0", "-t", "1", "-n", "400"],
+            env={**os.environ, "TEAL_HOME": str(home), "NO_COLOR": "1", "TERM": "xterm"},
+            encoding="utf-8",
+            codec_errors="replace",
+            timeout=60,
+            dimensions=(50, 200),
+        )
+
     endings = r"(\d+) tokens? · [^\r\n]* · (numba|torch)( · stopped)?"
     stopped = False
     for _ in range(10):  # a random model may end its answer before it can be stopped
+        child = start()
         child.expect(">>> ")
         child.sendline("Hello")
         child.expect("Hello\r\n")
         time.sleep(0.1)
         child.kill(signal.SIGINT)
-        child.expect(endings)
-        if stopped := child.match.group(3) is not None:
+        if child.expect([endings, pexpect.EOF]) == 0 and child.match.group(3) is not None:
+            stopped = True
             break
+        child.close(force=True)  # it was at its prompt already, where Ctrl-C leaves
     assert stopped
     child.expect(">>> ")
     child.sendeof()
