@@ -2,9 +2,9 @@
 # numba infers the types of what it compiles.
 """The compiled half of the CPU kernels: everything that numba turns into machine code.
 
-One file on purpose: numba's cache on disk is renewed when the file of a cached function changes,
-but not when a function that it calls changes elsewhere. Whatever is called from Python is cached,
-the rest becomes part of it. Arrays are filled by loops: for an assignment to a slice numba also
+numba's cache on disk is renewed when this file changes, but not when `intrinsics` or `structures`
+do: touch this one after editing them. Whatever is called from Python is cached, the rest becomes
+part of it. Arrays are filled by loops: for an assignment to a slice numba also
 compiles the text of the error that it might raise, which takes as long as all of the rest.
 
 Row-skipping follows TEAL (arXiv 2408.14690, section 4.4), in the form that suits a CPU: one
