@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from teal_kernels.gpu import attention, decode, sample
-from teal_kernels.gpu.launch import Launch, StepLaunches
+from teal_kernels.gpu.launch import DeviceClass, Launch, StepLaunches
 from teal_kernels.gpu.projection import INTERPRETED
 from teal_kernels.gpu.tensors import Geometry, LayerTensors
 
@@ -36,7 +36,7 @@ class Chain:
         num_attention_heads: int,
         rms_norm_eps: float,
         sliding_windows: Sequence[int | None],
-        launches: StepLaunches | None = None,
+        launches: Mapping[bool, StepLaunches] | None = None,
         dependent_launch: bool | None = None,
     ) -> None:
         """Bind the step to tensors, which it reads (and of the cache, writes) in place.
@@ -53,7 +53,8 @@ class Chain:
             num_attention_heads: query heads.
             rms_norm_eps: of every norm.
             sliding_windows: one a layer, None where a layer sees everything.
-            launches: tiles and warps, dense and sparse; None takes them from the table.
+            launches: tiles and warps, of sparse steps (True) and of dense ones (False); None takes
+                them from the table.
             dependent_launch: None uses it from compute capability 9.0 on.
         """
         self.geometry = Geometry(
@@ -75,12 +76,17 @@ class Chain:
             "logits": (self.hidden, self.vocab),
         }
         # Dense and sparse steps differ only in their launches, and so in their graphs.
-        self._choices = {
-            sparse: launches
-            or StepLaunches.choose(shapes, embed_tokens.element_size(), self.context, sparse=sparse)
+        self.choices = launches or {
+            sparse: StepLaunches.choose(
+                shapes,
+                embed_tokens.element_size(),
+                self.context,
+                sparse=sparse,
+                device=DeviceClass.of(device),
+            )
             for sparse in (False, True)
         }
-        self.launches = self._choices[False]
+        self.launches = self.choices[False]
         self.pdl = dependent_launch
         if dependent_launch is None:
             self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -92,7 +98,8 @@ class Chain:
     def _allocate(self) -> None:
         g = self.geometry
         heads, dim = g.num_attention_heads, g.head_dim
-        splits = triton.cdiv(self.context, self.launches.attention_chunk)
+        chunk = min(launches.attention_chunk for launches in self.choices.values())
+        splits = triton.cdiv(self.context, chunk)
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -126,8 +133,35 @@ class Chain:
             self.embed_tokens.stride(0),
             BLOCK=block,
         )
-        for index in range(len(self.layers)):
-            self._layer(index)
+        for index, layer in enumerate(self.layers):
+            self.project("qkv", index)
+            self._attention(index, layer)
+            for name in ("o", "gate_up", "down"):
+                self.project(name, index)
+        self.project("logits")
+        if choose:
+            self._choose()
+
+    def project(self, name: str, index: int = 0) -> None:
+        """Launch one matrix of a layer ("qkv", "o", "gate_up", "down"), or "logits"."""
+        layer = self.layers[index]
+        if name == "o":
+            self._combine_project(index, layer)
+        elif name == "down":
+            self._activate_project(index, layer)
+        elif name == "logits":
+            self._project_logits()
+        elif name == "qkv":
+            g = self.geometry
+            q, kv = g.num_attention_heads * g.head_dim, g.num_key_value_heads * g.head_dim
+            widths = (q, kv, kv)
+            self._norm_project(name, index, layer.input_layernorm, layer.qkv, self.qkv, widths)
+        else:
+            widths = (self.gate_up.numel() // 2, self.gate_up.numel() // 2, 0)
+            norm, weight = layer.post_attention_layernorm, layer.gate_up
+            self._norm_project(name, index, norm, weight, self.gate_up, widths, zero=self.qkv)
+
+    def _project_logits(self) -> None:
         logits = self.launches.logits
         self._launch(
             decode.logits_kernel,
@@ -144,27 +178,6 @@ class Chain:
             BLOCK_H=logits.block_k,
             BLOCK_V=logits.block_n,
         )
-        if choose:
-            self._choose()
-
-    def _layer(self, index: int) -> None:
-        layer = self.layers[index]
-        g = self.geometry
-        q, kv = g.num_attention_heads * g.head_dim, g.num_key_value_heads * g.head_dim
-        intermediate = self.gate_up.numel() // 2
-        self._norm_project("qkv", index, layer.input_layernorm, layer.qkv, self.qkv, (q, kv, kv))
-        self._attention(index, layer)
-        self._combine_project(index, layer)
-        self._norm_project(
-            "gate_up",
-            index,
-            layer.post_attention_layernorm,
-            layer.gate_up,
-            self.gate_up,
-            (intermediate, intermediate, 0),
-            zero=self.qkv,
-        )
-        self._activate_project(index, layer)
 
     def _norm_project(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 import triton
 
 
@@ -42,8 +43,26 @@ _SPARSE = {
 }
 _DENSE = dict.fromkeys(_SPARSE, Launch(16, 1024, 4, registers=104, ahead=4))
 
+# By compute capability, bytes an element, and whether the step is sparse.
+_TABLES = {((9, 0), 2, False): _DENSE, ((9, 0), 2, True): _SPARSE}
+
 # lm_head: rows of [vocab, hidden] a program; 64 KB of weights for 8 warps.
 _LOGITS_BYTES = 64 << 10
+
+
+class DeviceClass(NamedTuple):
+    """What launches depend on besides shapes; (0, 0) and no processors for the interpreter."""
+
+    capability: tuple[int, int] = (0, 0)
+    processors: int = 0
+
+    @classmethod
+    def of(cls, device: torch.device) -> DeviceClass:
+        """A device's own."""
+        if device.type != "cuda":
+            return cls()
+        found = torch.cuda.get_device_properties(device)
+        return cls((found.major, found.minor), found.multi_processor_count)
 
 
 class StepLaunches(NamedTuple):
@@ -66,12 +85,18 @@ class StepLaunches(NamedTuple):
         context: int,
         *,
         sparse: bool,
+        device: DeviceClass,
     ) -> StepLaunches:
-        """Take launches from the table, cut to the shapes (name → inputs, outputs)."""
-        table = _SPARSE if sparse else _DENSE
+        """Take launches from the device's table, cut to the shapes (name → inputs, outputs).
+
+        A device or dtype without a table gets one tile for all, without a limit on registers or
+        rows fetched ahead: both pay or cost as the device is made.
+        """
+        plain = dict.fromkeys(_SPARSE, PROJECTION[element_size])
+        table = _TABLES.get((device.capability, element_size, sparse), plain)
         tiles = {
-            name: fit(table[name] if element_size == 2 else PROJECTION[4], *shapes[name])
-            for name in table
+            name: fit(launch, *shapes[name], programs=2 * device.processors)
+            for name, launch in table.items()
         }
         hidden, vocab = shapes["logits"]
         block_h = triton.next_power_of_2(hidden)
@@ -88,10 +113,12 @@ class StepLaunches(NamedTuple):
         )
 
 
-def fit(launch: Launch, inputs: int, outputs: int) -> Launch:
-    """Shrink a tile to a small matrix."""
+def fit(launch: Launch, inputs: int, outputs: int, programs: int = 0) -> Launch:
+    """Shrink a tile to a small matrix, and until there are as many programs as asked for."""
     block_k = min(launch.block_k, max(16, triton.next_power_of_2(inputs)))
     block_n = min(launch.block_n, max(16, triton.next_power_of_2(outputs)))
+    while block_n > 128 and triton.cdiv(inputs, block_k) * triton.cdiv(outputs, block_n) < programs:
+        block_n //= 2
     # Rows are fetched ahead in lines of 128 bytes.
     ahead = launch.ahead if block_n >= 64 else 0
     return launch._replace(block_k=block_k, block_n=block_n, ahead=ahead)

@@ -27,7 +27,7 @@ class DecodeStep(Chain):
     def set_thresholds(self, thresholds: Tensor | None) -> None:
         """Change the sparsity of the tokens to come ([layers, 7] float32; None is dense)."""
         sparse = thresholds is not None and bool((thresholds > 0).any())
-        self.launches = self._choices[sparse]
+        self.launches = self.choices[sparse]
         if thresholds is None:
             self.thresholds.fill_(-torch.inf)
         else:
