@@ -177,16 +177,18 @@ def test_projections_with_their_inputs(device: str) -> None:
 
 
 def test_choosing_stays_on_the_device(device: str) -> None:
+    from teal_kernels.gpu.sample import Choice
+
     decoder = _decoder("llama", device)
     step, _ = _step(decoder, 40)
     step.start(3, 12)
     step.advance()
-    assert step.history[12].item() == step.token.item() == step.logits.argmax().item()
+    assert step.chooser.history[12].item() == step.token.item() == step.logits.argmax().item()
     assert step.position.item() == 13
     drawn = set()
     for seed in range(6):
         step.start(3, 12, temperature=50.0, seed=seed)
-        step._choose()
+        step.chooser.launch(Choice())
         drawn.add(step.token.item())
     assert len(drawn) > 1
     assert all(0 <= token < 50 for token in drawn)

@@ -9,14 +9,14 @@ import torch
 import triton
 from torch import Tensor
 
-from teal_kernels.gpu import attention, decode, sample
+from teal_kernels.gpu import attention, decode
 from teal_kernels.gpu.launch import DeviceClass, Launch, StepLaunches
 from teal_kernels.gpu.projection import INTERPRETED
+from teal_kernels.gpu.sample import Choice, Chooser
 from teal_kernels.gpu.tensors import Geometry, LayerTensors
 
 PROJECTIONS = 7  # q k v o gate up down: columns of the thresholds and of the counters
 _FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}
-_BEST_BLOCK = 4096
 
 
 class Chain:
@@ -67,6 +67,7 @@ class Chain:
         self.device = device
         self.hidden, self.vocab = embed_tokens.shape[1], embed_tokens.shape[0]
         self.context = keys.shape[2]
+        self.reach = self.context  # positions that attention's launches cover, from the first
         first = layers[0]
         shapes = {
             "qkv": tuple(first.qkv.shape),
@@ -110,17 +111,16 @@ class Chain:
         self.parts = buffer(splits, heads * dim)
         self.maxima, self.sums = buffer(splits, heads), buffer(splits, heads)
         self.logits = buffer(self.vocab)
-        best = triton.cdiv(self.vocab, _BEST_BLOCK)
-        self.best, self.index = buffer(best), buffer(best, dtype=torch.int32)
         self.token, self.position = buffer(1, dtype=torch.int32), buffer(1, dtype=torch.int32)
-        self.history = buffer(self.context, dtype=torch.int32)
-        self.temperature = buffer(1)
-        self.seed = buffer(1, dtype=torch.int32)
         # Device buffers, so that another sparsity needs no new capture.
         self.thresholds = buffer(len(self.layers), PROJECTIONS)
         self._kept = buffer(len(self.layers), PROJECTIONS, dtype=torch.int32)
+        self.chooser = Chooser(
+            self._launch, self.logits, self.token, self.position, self._kept, self.context
+        )
 
-    def launch_all(self, choose: bool) -> None:
+    def launch_all(self, choice: Choice | None) -> None:
+        """Launch a step for every position below `reach`; None leaves the token unchosen."""
         block = min(1024, triton.next_power_of_2(self.hidden))
         self._launch(
             decode.embed_kernel,
@@ -139,8 +139,8 @@ class Chain:
             for name in ("o", "gate_up", "down"):
                 self.project(name, index)
         self.project("logits")
-        if choose:
-            self._choose()
+        if choice is not None:
+            self.chooser.launch(choice)
 
     def project(self, name: str, index: int = 0) -> None:
         """Launch one matrix of a layer ("qkv", "o", "gate_up", "down"), or "logits"."""
@@ -223,7 +223,7 @@ class Chain:
         group = g.num_attention_heads // g.num_key_value_heads
         self._launch(
             attention.attention_kernel,
-            (g.num_key_value_heads, triton.cdiv(self.context, launches.attention_chunk)),
+            (g.num_key_value_heads, triton.cdiv(self.reach, launches.attention_chunk)),
             launches.attention_warps,
             self.parts,
             self.maxima,
@@ -279,7 +279,7 @@ class Chain:
             BIAS=layer.o_bias is not None,
             WINDOW=g.sliding_windows[index] or 0,
             CHUNK=chunk,
-            SPLITS=triton.next_power_of_2(triton.cdiv(self.context, chunk)),
+            SPLITS=triton.next_power_of_2(triton.cdiv(self.reach, chunk)),
             ZERO=_share(self.gate_up, grid),
             AHEAD=launch.ahead if self.pdl else 0,
             PROGRAMS=self.resident,
@@ -306,34 +306,6 @@ class Chain:
             maxnreg=launch.registers,
             BLOCK_K=launch.block_k,
             BLOCK_N=launch.block_n,
-        )
-
-    def _choose(self) -> None:
-        count = self.best.numel()
-        self._launch(
-            sample.best_kernel,
-            (count,),
-            8,
-            self.best,
-            self.index,
-            self.logits,
-            self.temperature,
-            self.seed,
-            self.position,
-            self.vocab,
-            BLOCK=min(_BEST_BLOCK, triton.next_power_of_2(self.vocab)),
-        )
-        self._launch(
-            sample.advance_kernel,
-            (1,),
-            1,
-            self.token,
-            self.position,
-            self.history,
-            self.best,
-            self.index,
-            count,
-            BLOCK=triton.next_power_of_2(count),
         )
 
     def _buffers(self, name: str, index: int) -> tuple[Tensor, Tensor]:

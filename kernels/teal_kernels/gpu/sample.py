@@ -4,8 +4,12 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple, Protocol
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from teal_kernels.gpu.decode import _wait
 
@@ -67,3 +71,81 @@ def advance_kernel(
     tl.store(token_ptr, token)
     tl.store(history_ptr + position, token)
     tl.store(position_ptr, position + 1)
+
+
+_BLOCK = 4096  # logits a program
+
+
+class Choice(NamedTuple):
+    """Which restrictions a step's launches hold; how strict they are lies in device buffers."""
+
+    top_k: bool = False
+    top_p: bool = False
+
+
+class _Launch(Protocol):
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any
+    ) -> None: ...
+
+
+class Chooser:
+    """Chooses the token after a step's logits, and steps one position on."""
+
+    def __init__(
+        self,
+        launch: _Launch,
+        logits: Tensor,
+        token: Tensor,
+        position: Tensor,
+        kept: Tensor,
+        length: int,
+    ) -> None:
+        """Bind to a step's buffers.
+
+        Args:
+            launch: launches a kernel as the step's own are launched.
+            logits: [vocab_size] float32, which it reads.
+            token: [1] int32, which it sets.
+            position: [1] int32, which it advances.
+            kept: [layers, 7] int32, the step's counts of channels.
+            length: positions of the cache.
+        """
+        self._launch = launch
+        self.logits, self.token, self.position, self.kept = logits, token, position, kept
+        programs = triton.cdiv(logits.numel(), _BLOCK)
+        device = logits.device
+        self.best = torch.zeros(programs, device=device)
+        self.index = torch.zeros(programs, dtype=torch.int32, device=device)
+        self.history = torch.zeros(length, dtype=torch.int32, device=device)
+        self.temperature = torch.zeros(1, device=device)
+        self.seed = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def launch(self, choice: Choice) -> None:
+        """Launch the kernels of one choice."""
+        vocab, count = self.logits.numel(), self.best.numel()
+        self._launch(
+            best_kernel,
+            (count,),
+            8,
+            self.best,
+            self.index,
+            self.logits,
+            self.temperature,
+            self.seed,
+            self.position,
+            vocab,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)),
+        )
+        self._launch(
+            advance_kernel,
+            (1,),
+            1,
+            self.token,
+            self.position,
+            self.history,
+            self.best,
+            self.index,
+            count,
+            BLOCK=triton.next_power_of_2(count),
+        )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from teal_kernels.gpu.chain import Chain
 from teal_kernels.gpu.launch import StepLaunches
+from teal_kernels.gpu.sample import Choice
 
 
 class DecodeStep(Chain):
@@ -21,7 +22,7 @@ class DecodeStep(Chain):
         """Bind the step to tensors (see `Chain`); without `capture` no graph is made."""
         super().__init__(**tensors)
         self.capture = capture and self.device.type == "cuda"
-        self._graphs: dict[tuple[StepLaunches, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[StepLaunches, Choice | None], torch.cuda.CUDAGraph] = {}
         self.set_thresholds(None)
 
     def set_thresholds(self, thresholds: Tensor | None) -> None:
@@ -49,14 +50,14 @@ class DecodeStep(Chain):
             ValueError: the token or the position is out of range.
         """
         self._place(token, position)
-        self._run(choose=False)
+        self._run(None)
         return self.logits.clone()
 
     def start(self, token: int, position: int, *, temperature: float = 0.0, seed: int = 0) -> None:
         """Set the token that `advance` runs first, and how it chooses those after it."""
         self._place(token, position)
-        self.temperature.fill_(temperature)
-        self.seed.fill_(seed)
+        self.chooser.temperature.fill_(temperature)
+        self.chooser.seed.fill_(seed)
 
     def advance(self) -> None:
         """Run the current token, choose the next, step on; history[position] is the choice.
@@ -64,7 +65,7 @@ class DecodeStep(Chain):
         Nothing waits for the host: the caller reads `history` when it wants, and does not go past
         the cache's length.
         """
-        self._run(choose=True)
+        self._run(Choice())
 
     def _place(self, token: int, position: int) -> None:
         if not 0 <= token < self.vocab or not 0 <= position < self.context:
@@ -75,15 +76,15 @@ class DecodeStep(Chain):
         self.token.fill_(token)
         self.position.fill_(position)
 
-    def _run(self, choose: bool) -> None:
+    def _run(self, choice: Choice | None) -> None:
         """The first time launches kernel by kernel, which compiles them, then captures."""
-        if graph := self._graphs.get((self.launches, choose)):
+        if graph := self._graphs.get((self.launches, choice)):
             graph.replay()
             return
         with torch.cuda.device_of(self.h):
-            self.launch_all(choose)
+            self.launch_all(choice)
             if self.capture:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    self.launch_all(choose)
-                self._graphs[self.launches, choose] = graph
+                    self.launch_all(choice)
+                self._graphs[self.launches, choice] = graph
