@@ -1,4 +1,4 @@
-"""One token through the whole decoder, captured in one CUDA graph."""
+"""One token through the whole decoder, captured in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ from teal_kernels.gpu.chain import Chain
 from teal_kernels.gpu.launch import StepLaunches
 from teal_kernels.gpu.sample import Choice
 
+# Positions that the first graphs of a step cover; each further set covers 4 times as many.
+_FIRST_REACH = 1024
+
 
 class DecodeStep(Chain):
     """Runs one token a call, over weights and a cache that stay where they are.
-    The first step launches kernel by kernel, which compiles them; those after it replay a graph.
+
+    A step's first run launches kernel by kernel, which compiles them; those after it replay a
+    graph. There is a graph for each combination of launches (dense or sparse), choice of the next
+    token, and reach: how many positions attention's programs cover, so that the first tokens in a
+    long cache do not pay for its length.
+
     Sums are float32 and their order varies from run to run, so logits do in their last bits.
     """
 
@@ -22,7 +30,12 @@ class DecodeStep(Chain):
         """Bind the step to tensors (see `Chain`); without `capture` no graph is made."""
         super().__init__(**tensors)
         self.capture = capture and self.device.type == "cuda"
-        self._graphs: dict[tuple[StepLaunches, Choice | None], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[StepLaunches, Choice | None, int], torch.cuda.CUDAGraph] = {}
+        self._choice = Choice()
+        self._at = 0  # position of the next `advance`
+        self._done: tuple[torch.cuda.Event, ...] = ()  # of the last two, by position's parity
+        if self.device.type == "cuda":
+            self._done = (torch.cuda.Event(), torch.cuda.Event())
         self.set_thresholds(None)
 
     def set_thresholds(self, thresholds: Tensor | None) -> None:
@@ -50,22 +63,58 @@ class DecodeStep(Chain):
             ValueError: the token or the position is out of range.
         """
         self._place(token, position)
-        self._run(None)
+        self._run(position, None)
         return self.logits.clone()
 
-    def start(self, token: int, position: int, *, temperature: float = 0.0, seed: int = 0) -> None:
-        """Set the token that `advance` runs first, and how it chooses those after it."""
+    def start(
+        self,
+        token: int,
+        position: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        """Set the token that `advance` runs first, and how it chooses those after it.
+
+        The settings mean what they do in `Chooser.set`. None of them needs a new compilation. The
+        same seed gives the same noise at the same position.
+
+        Raises:
+            ValueError: the token or the position is out of range.
+        """
         self._place(token, position)
-        self.chooser.temperature.fill_(temperature)
-        self.chooser.seed.fill_(seed)
+        self._choice = self.chooser.set(temperature, top_k, top_p, seed)
+        self._at = position
+        self.chooser.kept_before[(position - 1) % 2].copy_(self._kept)
 
     def advance(self) -> None:
-        """Run the current token, choose the next, step on; history[position] is the choice.
+        """Run the current token and choose the next, without waiting for either.
 
-        Nothing waits for the host: the caller reads `history` when it wants, and does not go past
-        the cache's length.
+        Raises:
+            ValueError: the cache is full.
         """
-        self._run(Choice())
+        if self._at >= self.context:
+            raise ValueError(f"the cache is full: it holds {self.context} positions")
+        self._run(self._at, self._choice)
+        if self._done:
+            self._done[self._at % 2].record(torch.cuda.current_stream(self.device))
+        self._at += 1
+
+    def chosen(self, position: int) -> int:
+        """The token that was chosen after the one at `position`, of the last two; waits for it."""
+        if self._done:
+            self._done[position % 2].synchronize()
+        return int(self.chooser.history[position])
+
+    def take_back(self) -> None:
+        """Uncount the last `advance`, whose token is not wanted; `start` comes before the next.
+
+        What it cached stays until its position is computed again.
+        """
+        self._at -= 1
+        self._kept.copy_(self.chooser.kept_before[(self._at - 1) % 2])
 
     def _place(self, token: int, position: int) -> None:
         if not 0 <= token < self.vocab or not 0 <= position < self.context:
@@ -76,9 +125,14 @@ class DecodeStep(Chain):
         self.token.fill_(token)
         self.position.fill_(position)
 
-    def _run(self, choice: Choice | None) -> None:
+    def _run(self, position: int, choice: Choice | None) -> None:
         """The first time launches kernel by kernel, which compiles them, then captures."""
-        if graph := self._graphs.get((self.launches, choice)):
+        self.reach = _FIRST_REACH
+        while self.reach <= position:
+            self.reach *= 4
+        self.reach = min(self.reach, self.context)
+        kind = (self.launches, choice, self.reach)
+        if graph := self._graphs.get(kind):
             graph.replay()
             return
         with torch.cuda.device_of(self.h):
@@ -87,4 +141,4 @@ class DecodeStep(Chain):
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     self.launch_all(choice)
-                self._graphs[self.launches, choice] = graph
+                self._graphs[kind] = graph
