@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,23 +88,24 @@ def generate(
     token = sampler.sample(logits)
     first = last = time.perf_counter()
     count = 0
-    while True:
-        if token in stop_token_ids:
-            reason: FinishReason = "stop"
-            break
-        count += 1
-        last = time.perf_counter()
-        yield Token(token)
-        if interrupted():
-            reason = "interrupted"
-            break
-        if count >= max_new_tokens:
-            reason = "length"
-            break
-        if session.position >= session.max_length:
-            reason = "context"
-            break
-        token = sampler.sample(session.step(token))
+    with closing(session.decode(token, sampler, max_new_tokens - 1)) as following:
+        while True:
+            if token in stop_token_ids:
+                reason: FinishReason = "stop"
+                break
+            count += 1
+            last = time.perf_counter()
+            yield Token(token)
+            if interrupted():
+                reason = "interrupted"
+                break
+            if count >= max_new_tokens:
+                reason = "length"
+                break
+            if session.position >= session.max_length:
+                reason = "context"
+                break
+            token = next(following)
     stats = Stats(
         prompt_tokens=len(prompt_tokens),
         reused_tokens=reused,

@@ -58,6 +58,10 @@ class Sampler:
         choice = torch.multinomial(probabilities.cpu(), 1, generator=self._generator)
         return int(tokens[int(choice)])
 
+    def draw_seed(self) -> int:
+        """A seed in [0, 2^63) for noise that is made elsewhere; another each time."""
+        return int(torch.randint(2**63 - 1, (), generator=self._generator))
+
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The tokens that may come next, and their probabilities.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Generator, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from teal_cli.errors import UsageError
+from teal_cli.inference.sampling import Sampler
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import PROJECTIONS, SITE_OF
@@ -20,6 +21,9 @@ Backend = Literal["auto", "reference"]
 # Positions that prefill takes at a time, so that attention's scores stay near 1 GB at 32 heads
 # and 8192 positions of context.
 _PREFILL_CHUNK = 1024
+
+# Where the fused step of a device is, and what it is written in.
+_FUSED_STEPS = {"cuda": ("teal_kernels.gpu", "triton"), "cpu": ("teal_kernels.cpu", "numba")}
 
 
 class _Step(Protocol):
@@ -39,8 +43,34 @@ class _Step(Protocol):
         """Start counting anew."""
 
 
+@runtime_checkable
+class _ChoosingStep(_Step, Protocol):
+    """A step that chooses the next token itself, so that the host need not keep up with it."""
+
+    def start(
+        self,
+        token: int,
+        position: int,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
+    ) -> None:
+        """Set the first token, and how those after it are chosen."""
+
+    def advance(self) -> None:
+        """Run the current token and choose the next, without waiting for either."""
+
+    def chosen(self, position: int) -> int:
+        """The token chosen after the one at `position`, one of the last two; waits for it."""
+
+    def take_back(self) -> None:
+        """Uncount the last `advance`; `start` comes before the next."""
+
+
 class _DecoderStep:
-    """Decodes with the plain decoder: on CUDA through the sparse kernel, on a CPU in torch."""
+    """Decodes with the plain decoder, in torch."""
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         self._decoder = decoder
@@ -90,6 +120,7 @@ class Session:
         max_length: int,
         thresholds: Tensor | None = None,
         backend: Backend = "auto",
+        deterministic: bool = False,
         reporter: Reporter | None = None,
     ) -> None:
         """Allocate the cache and choose how tokens are decoded.
@@ -99,6 +130,8 @@ class Session:
             max_length: positions to make room for.
             thresholds: as `set_thresholds` takes them.
             backend: "auto" takes the fastest for the decoder's device; "reference" the decoder.
+            deterministic: the same sums in every run on CUDA, to the last bit; a CPU's always
+                are, for a given number of threads.
             reporter: told when the fast kernels cannot be used.
 
         Raises:
@@ -108,7 +141,7 @@ class Session:
         self.cache = decoder.new_cache(max_length)
         self.tokens: list[int] = []
         self._steps = 0
-        self._step = _choose_step(decoder, self.cache, backend, reporter or Silent())
+        self._step = _choose_step(decoder, self.cache, backend, deterministic, reporter or Silent())
         self.thresholds: Tensor | None = None
         self.set_thresholds(thresholds)
 
@@ -125,9 +158,9 @@ class Session:
     @property
     def backend(self) -> str:
         """What decodes: "numba", "triton" or "torch"."""
-        if self.decoder.device.type == "cuda":
-            return "triton"
-        return "torch" if isinstance(self._step, _DecoderStep) else "numba"
+        if isinstance(self._step, _DecoderStep):
+            return "torch"
+        return _FUSED_STEPS[self.decoder.device.type][1]
 
     def set_thresholds(self, thresholds: Tensor | None) -> None:
         """Use other thresholds [num_hidden_layers, 7] from the next token on; None is dense."""
@@ -174,6 +207,58 @@ class Session:
         self._steps += 1
         return logits
 
+    def decode(self, token: int, sampler: Sampler, most: int) -> Generator[int, None, None]:
+        """Append `token`, then each token chosen after it; yield every choice as it falls.
+
+        A step that can choose runs a token ahead of the one that is yielded, so the iterator is
+        to be closed before the session is used for anything else.
+
+        Args:
+            token: in the sequence's next position.
+            sampler: how to choose; on the device, with noise from a seed that it draws.
+            most: choices to make; fewer where the context ends.
+
+        Yields:
+            The token that follows those appended so far; it is not appended itself yet.
+        """
+        end = min(self.position + most, self.max_length)
+        if isinstance(self._step, _ChoosingStep):
+            yield from self._decode_ahead(self._step, token, sampler, end)
+            return
+        while self.position < end:
+            token = sampler.sample(self.step(token))
+            yield token
+
+    def _decode_ahead(
+        self, step: _ChoosingStep, token: int, sampler: Sampler, end: int
+    ) -> Generator[int, None, None]:
+        """The steps to position `end`, each begun before the choice of the last one is read."""
+        if self.position >= end:
+            return
+        sampling = sampler.sampling
+        step.start(
+            token,
+            self.position,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampler.draw_seed(),
+        )
+        step.advance()
+        ahead = False
+        try:
+            while self.position < end:
+                if ahead := self.position + 1 < end:
+                    step.advance()
+                chosen = step.chosen(self.position)
+                self.tokens.append(token)
+                self._steps += 1
+                token = chosen
+                yield token
+        finally:
+            if ahead:
+                step.take_back()
+
     def rewind(self, position: int) -> None:
         """Forget the tokens from `position` on."""
         del self.tokens[position:]
@@ -208,11 +293,13 @@ class Session:
         return 1 - float((kept.mean(0) * weights).sum() / weights.sum())
 
 
-def _choose_step(decoder: Decoder, cache: KVCache, backend: Backend, reporter: Reporter) -> _Step:
+def _choose_step(
+    decoder: Decoder, cache: KVCache, backend: Backend, deterministic: bool, reporter: Reporter
+) -> _Step:
     """The fused step of the decoder's device where it can be had, the decoder itself otherwise."""
     if backend == "auto":
         try:
-            return _fused_step(decoder, cache)
+            return _fused_step(decoder, cache, deterministic)
         except Exception as error:  # a broken numba, Triton or LLVM fails in any way it likes
             reporter.note(
                 f"the compiled kernels cannot be used here ({error}); decoding in plain "
@@ -221,9 +308,11 @@ def _choose_step(decoder: Decoder, cache: KVCache, backend: Backend, reporter: R
     return _DecoderStep(decoder, cache)
 
 
-def _fused_step(decoder: Decoder, cache: KVCache) -> _Step:
-    module = importlib.import_module(
-        "teal_kernels.gpu" if decoder.device.type == "cuda" else "teal_kernels.cpu"
+def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool) -> _Step:
+    name, language = _FUSED_STEPS[decoder.device.type]
+    module = importlib.import_module(name)
+    options: dict[str, Any] = (
+        {"deterministic": True} if deterministic and language == "triton" else {}
     )
     config, weights = decoder.config, decoder.weights
     cos, sin = decoder.rotary.tables(cache.length)
@@ -239,6 +328,7 @@ def _fused_step(decoder: Decoder, cache: KVCache) -> _Step:
         num_attention_heads=config.num_attention_heads,
         rms_norm_eps=config.rms_norm_eps,
         sliding_windows=config.sliding_windows,
+        **options,
     )
     step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches
     return step

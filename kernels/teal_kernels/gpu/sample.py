@@ -38,7 +38,7 @@ def _keys(logits):
 
 @triton.jit
 def _descend(bins_ptr, prefix, rest):
-    """The cut's bits with those of the bin in which the `rest` largest end, and what it is to hold."""
+    """The cut's bits with those of the bin where `rest`, from above, is reached, and its part."""
     offs = tl.arange(0, 256)
     amounts = tl.load(bins_ptr + offs)
     reached = tl.cumsum(amounts, axis=0, reverse=True) >= rest
