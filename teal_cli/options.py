@@ -97,6 +97,14 @@ MethodOption = Annotated[
         " [default: the profile's best]",
     ),
 ]
+DeterministicOption = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="On CUDA, the same sums in every run, to the last bit, at some cost in speed. On a"
+        " CPU they always are, for a given number of threads.",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout instead of a table.")

@@ -36,6 +36,7 @@ class Settings:
     repeats: int = 5
     baselines: tuple[str, ...] = ()  # of "transformers" and "compile"
     seed: int = 0
+    deterministic: bool = False
 
     @property
     def length(self) -> int:
@@ -97,7 +98,12 @@ def measure(
         UsageError: the prompt and the answer are longer than the model's context.
     """
     settings.check(decoder.config)
-    session = Session(decoder, max_length=settings.length, reporter=reporter)
+    session = Session(
+        decoder,
+        max_length=settings.length,
+        deterministic=settings.deterministic,
+        reporter=reporter,
+    )
     name, size = _name(decoder.dtype), decoder.dtype.itemsize
     variants = [Variant(DENSE, "dense", name, size, session.backend)]
     decodings: dict[str, Decoding] = {

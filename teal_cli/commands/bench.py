@@ -11,6 +11,7 @@ import typer
 
 from teal_cli import console
 from teal_cli.options import (
+    DeterministicOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -78,6 +79,7 @@ def bench(
     repeats: RepeatsOption = 5,
     baseline: BaselineOption = None,
     method: MethodOption = None,
+    deterministic: DeterministicOption = False,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -113,7 +115,9 @@ def bench(
         figure.require_matplotlib()
     target_device = pick_device(device)
     baselines = tuple(dict.fromkeys(name.value for name in baseline or ()))
-    settings = bench.Settings(sparsities, tokens, prompt_tokens, repeats, baselines, seed)
+    settings = bench.Settings(
+        sparsities, tokens, prompt_tokens, repeats, baselines, seed, deterministic
+    )
     if random_weights:
         kind = getattr(torch, dtype or "float16")
         tested = subject.random_subject(model, kind, settings, target_device, reporter)

@@ -13,6 +13,7 @@ import typer
 from teal_cli import console
 from teal_cli.errors import UsageError
 from teal_cli.options import (
+    DeterministicOption,
     DeviceOption,
     DtypeOption,
     MethodOption,
@@ -106,6 +107,7 @@ def chat(
     max_tokens: MaxTokensOption = 512,
     context: ContextOption = None,
     method: MethodOption = None,
+    deterministic: DeterministicOption = False,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
@@ -150,6 +152,7 @@ def chat(
         checkpoint.load(target_device),
         max_length=context or min(checkpoint.config.max_position_embeddings, _DEFAULT_CONTEXT),
         thresholds=thresholds,
+        deterministic=deterministic,
         reporter=reporter,
     )
     tokenizer = checkpoint.tokenizer()
