@@ -1,0 +1,176 @@
+"""Launches of the GPU step that were found by measurement on this machine's device.
+
+`teal bench --tune` writes them, one file a device below the user's cache; a session that decodes
+there takes what fits its dtype and shapes, and the kernels' own table for the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teal_cli import __version__
+from teal_cli.environment import device_name
+from teal_cli.model.decoder import Decoder
+from teal_cli.progress import Reporter
+from teal_cli.store import paths
+from teal_cli.store.artifacts import atomic_write
+
+if TYPE_CHECKING:
+    from teal_kernels.gpu.launch import StepLaunches
+
+SCHEMA = 1
+KIND = "launches"
+MATRICES = ("qkv", "o", "gate_up", "down")
+_ATTENTION = "attention_"  # how the fields of `StepLaunches` that attention reads begin
+
+Entries = dict[str, dict[str, Any]]  # key → the launch's fields
+
+
+def shapes(decoder: Decoder) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of every matrix that the step multiplies, by its name in the step."""
+    layer, config = decoder.weights.layers[0], decoder.config
+    found = {}
+    for name in MATRICES:
+        inputs, outputs = getattr(layer, name).shape
+        found[name] = (inputs, outputs)
+    return found | {"logits": (config.hidden_size, config.vocab_size)}
+
+
+def matrix_key(decoder: Decoder, name: str, *, sparse: bool) -> str:
+    """Under which a matrix's launch is stored; the lm_head is the same in both steps."""
+    inputs, outputs = shapes(decoder)[name]
+    regime = "" if name == "logits" else " sparse" if sparse else " dense"
+    return f"{_dtype(decoder)} {name} {inputs}x{outputs}{regime}"
+
+
+def attention_key(decoder: Decoder, context: int) -> str:
+    """Under which attention's launch in a cache of `context` positions is stored."""
+    config = decoder.config
+    heads = f"{config.num_attention_heads}:{config.num_key_value_heads}x{config.head_dim}"
+    return f"{_dtype(decoder)} attention {heads} in {context}"
+
+
+def table_launches(decoder: Decoder, context: int) -> dict[bool, StepLaunches]:
+    """What the kernels' own table says, dense (False) and sparse (True)."""
+    from teal_kernels.gpu.launch import DeviceClass, StepLaunches
+
+    return {
+        sparse: StepLaunches.choose(
+            shapes(decoder),
+            decoder.dtype.itemsize,
+            context,
+            sparse=sparse,
+            device=DeviceClass.of(decoder.device),
+        )
+        for sparse in (False, True)
+    }
+
+
+def stored_launches(
+    decoder: Decoder, context: int, reporter: Reporter
+) -> dict[bool, StepLaunches] | None:
+    """What was found on this device for these shapes; None where nothing was.
+
+    Args:
+        decoder: the model.
+        context: length of the cache.
+        reporter: told of a file that cannot be used.
+    """
+    entries = read(decoder, reporter)
+    if not entries:
+        return None
+    table = table_launches(decoder, context)
+    found = {sparse: merged(decoder, entries, table[sparse], context, sparse) for sparse in table}
+    return None if found == table else found
+
+
+def merged(
+    decoder: Decoder, entries: Entries, launches: StepLaunches, context: int, sparse: bool
+) -> StepLaunches:
+    """`launches` with the entries that are for this decoder in their place."""
+    changes: dict[str, Any] = {}
+    for name in (*MATRICES, "logits"):
+        if entry := entries.get(matrix_key(decoder, name, sparse=sparse)):
+            changes[name] = getattr(launches, name)._replace(**entry)
+    if entry := entries.get(attention_key(decoder, context)):
+        changes |= {_ATTENTION + name: value for name, value in entry.items()}
+    return launches._replace(**changes)
+
+
+def attention_fields(launches: StepLaunches) -> dict[str, Any]:
+    """Attention's part of a step's launches, as it is stored."""
+    fields = launches._asdict().items()
+    return {name[len(_ATTENTION) :]: value for name, value in fields if name.startswith(_ATTENTION)}
+
+
+def path(decoder: Decoder) -> Path:
+    """The file of a decoder's device."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(decoder.device).lower()).strip("-")
+    return paths.cache_dir() / "launches" / f"{slug}.json"
+
+
+def read(decoder: Decoder, reporter: Reporter) -> Entries:
+    """The entries of a decoder's device; those of other kernels or of a damaged file are none."""
+    file = path(decoder)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA or content["kind"] != KIND:
+            raise ValueError("another format")
+        if content["made_for"] != _made_for():
+            raise ValueError("other kernels")
+        return {key: _checked(key, entry) for key, entry in content["entries"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        reporter.note(
+            f"the launches in {file} are of other kernels, or damaged: not used; "
+            "`teal bench --tune` makes them anew"
+        )
+        return {}
+
+
+def write(decoder: Decoder, entries: Entries) -> Path:
+    """Store the entries of a decoder's device, all of them; return where."""
+    file = path(decoder)
+    content = {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "teal": __version__,
+        "device": device_name(decoder.device),
+        "made_for": _made_for(),
+        "entries": entries,
+    }
+    atomic_write(file, json.dumps(content, indent=2).encode())
+    return file
+
+
+def _checked(key: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry whose fields are those that this version's launches have."""
+    from teal_kernels.gpu.launch import Launch, StepLaunches
+
+    attention = {name[len(_ATTENTION) :] for name in StepLaunches._fields if _ATTENTION in name}
+    if set(entry) != (attention if " attention " in key else set(Launch._fields)):
+        raise ValueError("other fields")
+    if not all(value is None or isinstance(value, int) for value in entry.values()):
+        raise ValueError("not numbers")
+    return entry
+
+
+def _made_for() -> dict[str, str]:
+    """The kernels and the compiler that timings depend on."""
+    # Not imported for its contents: the compiled modules may be unusable where this is read.
+    folder = Path(importlib.import_module("teal_kernels").__path__[0]) / "gpu"
+    digest = hashlib.sha256()
+    for source in sorted(folder.glob("*.py")):
+        digest.update(source.read_bytes())
+    return {"kernels": digest.hexdigest()[:16], "triton": metadata.version("triton")}
+
+
+def _dtype(decoder: Decoder) -> str:
+    return str(decoder.dtype).removeprefix("torch.")
