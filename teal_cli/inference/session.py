@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.errors import UsageError
+from teal_cli.inference.launches import stored_launches
 from teal_cli.inference.sampling import Sampler
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
@@ -299,7 +300,7 @@ def _choose_step(
     """The fused step of the decoder's device where it can be had, the decoder itself otherwise."""
     if backend == "auto":
         try:
-            return _fused_step(decoder, cache, deterministic)
+            return _fused_step(decoder, cache, deterministic, reporter)
         except Exception as error:  # a broken numba, Triton or LLVM fails in any way it likes
             reporter.note(
                 f"the compiled kernels cannot be used here ({error}); decoding in plain "
@@ -308,15 +309,24 @@ def _choose_step(
     return _DecoderStep(decoder, cache)
 
 
-def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool) -> _Step:
+def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter: Reporter) -> _Step:
     name, language = _FUSED_STEPS[decoder.device.type]
     module = importlib.import_module(name)
-    options: dict[str, Any] = (
-        {"deterministic": True} if deterministic and language == "triton" else {}
-    )
+    options: dict[str, Any] = {}
+    if language == "triton":
+        options["launches"] = stored_launches(decoder, cache.length, reporter)
+        if deterministic:
+            options["deterministic"] = True
+    step: _Step = module.DecodeStep(**step_tensors(decoder, cache), **options)
+    step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches
+    return step
+
+
+def step_tensors(decoder: Decoder, cache: KVCache) -> dict[str, Any]:
+    """What a fused step is bound to, as its keyword arguments."""
     config, weights = decoder.config, decoder.weights
     cos, sin = decoder.rotary.tables(cache.length)
-    step: _Step = module.DecodeStep(
+    return dict(
         layers=weights.layers,
         embed_tokens=weights.embed_tokens,
         norm=weights.norm,
@@ -328,7 +338,4 @@ def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool) -> _Step:
         num_attention_heads=config.num_attention_heads,
         rms_norm_eps=config.rms_norm_eps,
         sliding_windows=config.sliding_windows,
-        **options,
     )
-    step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches
-    return step
