@@ -326,16 +326,16 @@ def step_tensors(decoder: Decoder, cache: KVCache) -> dict[str, Any]:
     """What a fused step is bound to, as its keyword arguments."""
     config, weights = decoder.config, decoder.weights
     cos, sin = decoder.rotary.tables(cache.length)
-    return dict(
-        layers=weights.layers,
-        embed_tokens=weights.embed_tokens,
-        norm=weights.norm,
-        lm_head=weights.lm_head,
-        keys=cache.keys,
-        values=cache.values,
-        cos=cos,
-        sin=sin,
-        num_attention_heads=config.num_attention_heads,
-        rms_norm_eps=config.rms_norm_eps,
-        sliding_windows=config.sliding_windows,
-    )
+    return {
+        "layers": weights.layers,
+        "embed_tokens": weights.embed_tokens,
+        "norm": weights.norm,
+        "lm_head": weights.lm_head,
+        "keys": cache.keys,
+        "values": cache.values,
+        "cos": cos,
+        "sin": sin,
+        "num_attention_heads": config.num_attention_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "sliding_windows": config.sliding_windows,
+    }
