@@ -8,34 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from contextlib import nullcontext
+from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teal_cli.benchmark.cost import cache_bytes, require_memory, weight_bytes
 from teal_cli.benchmark.timing import Run
 from teal_cli.environment import available_memory
 from teal_cli.errors import TealError
 from teal_cli.model.decoder import Decoder
+from teal_cli.model.weights import LayerWeights
 from teal_cli.progress import Reporter
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer's weights, projections as [out_features, in_features]."""
-
-    input_layernorm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: Tensor
-    o_bias: Tensor | None
-    post_attention_layernorm: Tensor
-    gate_up: Tensor
-    down: Tensor
 
 
 class _PlainModel:
@@ -48,28 +36,7 @@ class _PlainModel:
         tied = weights.lm_head is weights.embed_tokens
         self.lm_head = self.embed_tokens if tied else weights.lm_head.to(dtype)
         self.norm = weights.norm.to(dtype)
-
-        def turned(tensor: Tensor) -> Tensor:
-            return tensor.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-        def cast(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(dtype)
-
-        self.layers = [
-            _Layer(
-                input_layernorm=layer.input_layernorm.to(dtype),
-                qkv=turned(layer.qkv),
-                qkv_bias=cast(layer.qkv_bias),
-                q_norm=cast(layer.q_norm),
-                k_norm=cast(layer.k_norm),
-                o=turned(layer.o),
-                o_bias=cast(layer.o_bias),
-                post_attention_layernorm=layer.post_attention_layernorm.to(dtype),
-                gate_up=turned(layer.gate_up),
-                down=turned(layer.down),
-            )
-            for layer in weights.layers
-        ]
+        self.layers = [_turned(layer, dtype) for layer in weights.layers]
         heads, width = config.num_key_value_heads, config.head_dim
         self.keys = [
             torch.zeros(1, heads, length, width, dtype=dtype, device=device) for _ in self.layers
@@ -78,20 +45,13 @@ class _PlainModel:
         cos, sin = decoder.rotary.tables(length)
         self.cos, self.sin = cos.to(device), sin.to(device)
         self.positions = torch.arange(length, device=device)
-        self._mark_static()
 
-    def _mark_static(self) -> None:
-        """Promise that nothing moves, as parameters and buffers of a module do.
-
-        Without it CUDA graphs copy every weight at each call, and refuse a cache that changes.
-        """
-        tensors = [self.embed_tokens, self.lm_head, self.norm, self.cos, self.sin, self.positions]
-        tensors += self.keys + self.values
-        for layer in self.layers:
-            values = (getattr(layer, item.name) for item in fields(layer))
-            tensors += [tensor for tensor in values if tensor is not None]
-        for tensor in tensors:
-            torch._dynamo.mark_static_address(tensor)
+    def advance(self, token: Tensor, position: Tensor, answer: Tensor) -> None:
+        """Decode token [1] at position [1], int64; put the next into both and answer [length]."""
+        chosen = self.step(token, position).argmax(-1)
+        answer.index_copy_(0, position, chosen)
+        token.copy_(chosen)
+        position.add_(1)
 
     def step(self, token: Tensor, position: Tensor) -> Tensor:
         """token [1] and position [1], int64 → logits [1, vocab_size]."""
@@ -104,7 +64,7 @@ class _PlainModel:
     def _layer(self, index: int, x: Tensor, position: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         config, layer = self.config, self.layers[index]
         eps = config.rms_norm_eps
-        qkv = F.linear(_rms_norm(x, layer.input_layernorm, eps), layer.qkv, layer.qkv_bias)
+        qkv = _linear(_rms_norm(x, layer.input_layernorm, eps), layer.qkv, layer.qkv_bias)
         q, k, v = qkv.split((config.q_size, config.kv_size, config.kv_size), dim=-1)
         q = q.view(1, config.num_attention_heads, config.head_dim)
         k = k.view(1, config.num_key_value_heads, config.head_dim)
@@ -124,14 +84,21 @@ class _PlainModel:
             attn_mask=seen[None],
             enable_gqa=config.num_attention_heads != config.num_key_value_heads,
         )
-        x = x + F.linear(out.view(1, config.q_size), layer.o, layer.o_bias)
+        x = x + _linear(out.view(1, config.q_size), layer.o, layer.o_bias)
         hidden = _rms_norm(x, layer.post_attention_layernorm, eps)
-        gate, up = F.linear(hidden, layer.gate_up).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, layer.down)
+        # Two products, which the compiler joins with the activation in one kernel.
+        gate, up = layer.gate_up.chunk(2)
+        return x + F.linear(F.silu(F.linear(hidden, gate)) * F.linear(hidden, up), layer.down)
 
 
 class CompiledDecoding:
-    """Greedy decoding by the compiled step, after a prefill by our own decoder."""
+    """Greedy decoding by the compiled step, after a prefill by our own decoder.
+
+    The token, its position and the answer stay on the device: nothing waits for the host until
+    the answer is whole. On a GPU the compiled step is captured in one CUDA graph by hand, which
+    either works or fails; torch.compile's own graphs are left out, silently, where it finds a
+    reason.
+    """
 
     def __init__(
         self,
@@ -139,37 +106,70 @@ class CompiledDecoding:
         dtype: torch.dtype,
         prompt: Sequence[int],
         tokens: int,
-        compiler: Callable[..., Callable[..., Tensor]],
+        compiler: Callable[..., Callable[..., None]],
     ) -> None:
         self._decoder = decoder
-        self._model = _PlainModel(decoder, len(prompt) + tokens, dtype)
-        self._step = compiler(self._model.step)
+        length = len(prompt) + tokens
+        self._model = _PlainModel(decoder, length, dtype)
+        self._advance = compiler(self._model.advance)
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._prompt = torch.tensor(list(prompt))
         self._tokens = tokens
+        self._token, self._position = (
+            torch.zeros(1, dtype=torch.int64, device=decoder.device) for _ in range(2)
+        )
+        self._answer = torch.zeros(length, dtype=torch.int64, device=decoder.device)
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile the step."""
-        self.run()
+        """Compile the step and, on a GPU, capture it."""
+        # Attention as plain products, which the compiler fuses: no kernel for one query on a
+        # static cache with a mask is faster at short contexts, and gpt-fast does the same.
+        on_gpu = self._decoder.device.type == "cuda"
+        with sdpa_kernel(SDPBackend.MATH) if on_gpu else nullcontext():
+            self._prefill()
+            if not on_gpu:
+                self._step()
+                return
+            stream = torch.cuda.Stream(self._decoder.device)
+            stream.wait_stream(torch.cuda.current_stream(self._decoder.device))
+            with torch.cuda.stream(stream):
+                self._step()
+                self._step()
+            torch.cuda.current_stream(self._decoder.device).wait_stream(stream)
+            self._prefill()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step()
+            self._graph = graph
 
     @torch.inference_mode()
     def run(self) -> Run:
         """Answer the prompt from the beginning, and time it."""
         started = time.perf_counter()
-        token = self._prefill()
+        self._prefill()
         first = time.perf_counter()
-        for position in range(len(self._prompt), len(self._prompt) + self._tokens - 1):
-            token = int(self.logits(token, position).argmax())
+        for _ in range(self._tokens - 1):
+            self._step()
+        self._answer.tolist()  # waits for the device
         seconds = time.perf_counter() - first
         return Run(first - started, seconds / (self._tokens - 1))
 
-    def logits(self, token: int, position: int) -> Tensor:
-        """Logits [vocab_size] after one token."""
-        device = self._decoder.device
-        at = torch.tensor([position], device=device)
-        return self._step(torch.tensor([token], device=device), at)[0]
+    @property
+    def answer(self) -> list[int]:
+        """The tokens of the last run, of which the prefill chose the first."""
+        count = len(self._prompt)
+        answer: list[int] = self._answer[count - 1 : count - 1 + self._tokens].tolist()
+        return answer
 
-    def _prefill(self) -> int:
-        """Fill the cache with the prompt; return the first token of the answer."""
+    def _step(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._advance(self._token, self._position, self._answer)
+
+    def _prefill(self) -> None:
+        """Fill the cache with the prompt, and choose the first token of the answer."""
         count = len(self._prompt)
         cache = self._decoder.new_cache(count)
         hidden = self._decoder.forward(self._prompt, cache=cache)
@@ -178,7 +178,10 @@ class CompiledDecoding:
         ):
             keys[0, :, :count] = cache.keys[index]
             values[0, :, :count] = cache.values[index]
-        return int(self._decoder.logits(hidden[-1:]).argmax())
+        first = int(self._decoder.logits(hidden[-1:]).argmax())
+        self._token.fill_(first)
+        self._position.fill_(count)
+        self._answer[count - 1] = first
 
 
 def compiled_decoding(
@@ -199,9 +202,11 @@ def compiled_decoding(
         "torch.compile's own copy of the weights",
     )
 
-    def compiler(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        mode = "reduce-overhead" if decoder.device.type == "cuda" else None
-        return torch.compile(step, fullgraph=True, dynamic=False, mode=mode)
+    def compiler(step: Callable[..., None]) -> Callable[..., None]:
+        # As in gpt-fast: with it, matrix-vector products are compiled as reductions and reach
+        # the memory's limit; without, they are cuBLAS calls.
+        options: dict[str, Any] = {"coordinate_descent_tuning": decoder.device.type == "cuda"}
+        return torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
     decoding = CompiledDecoding(decoder, dtype, prompt, tokens, compiler)
     try:
@@ -232,6 +237,23 @@ def _fastest_dtype(decoder: Decoder) -> torch.dtype:
             runs.append(time.perf_counter() - started)
         times[dtype] = sorted(runs)[4]
     return min(times, key=lambda dtype: times[dtype])
+
+
+def _turned(layer: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+    """A layer in another dtype, its matrices as [out_features, in_features]."""
+    tensors: dict[str, Any] = {}
+    for field in fields(LayerWeights):
+        tensor: Tensor | None = getattr(layer, field.name)
+        if tensor is not None and tensor.dim() == 2:
+            tensor = tensor.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        tensors[field.name] = None if tensor is None else tensor.to(dtype)
+    return LayerWeights(**tensors)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [1, in] → [1, out]; the bias apart, since the product alone is compiled as a reduction."""
+    y = F.linear(x, weight)
+    return y if bias is None else y + bias
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
