@@ -302,9 +302,10 @@ def _choose_step(
         try:
             return _fused_step(decoder, cache, deterministic, reporter)
         except Exception as error:  # a broken numba, Triton or LLVM fails in any way it likes
+            why = str(error).strip().partition("\n")[0]  # a compiler's whole output, at times
             reporter.note(
-                f"the compiled kernels cannot be used here ({error}); decoding in plain "
-                "torch, which sparsity does not make faster"
+                f"the compiled kernels cannot be used here ({why}); decoding in plain torch, "
+                "which sparsity does not make faster"
             )
     return _DecoderStep(decoder, cache)
 

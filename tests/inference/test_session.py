@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from teal_cli.errors import UsageError
+from teal_cli.inference import session as session_module
 from teal_cli.inference.generate import Finish, Token, generate
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
@@ -129,6 +131,40 @@ def test_without_numba_it_decodes_in_torch_and_says_so(
     assert "plain torch" in notes[0]
     session.prefill(PROMPT)
     assert session.step(1).isfinite().all()
+
+
+class _Broken:
+    """A fused step of a Triton that imports, but fails at the first launch."""
+
+    def __init__(self, **tensors: object) -> None:
+        pass
+
+    def __call__(self, token: int, position: int) -> Tensor:
+        raise RuntimeError("no kernel image is available\nptxas: a page of its output")
+
+
+@pytest.mark.parametrize("fault", ["import", "launch"])
+@pytest.mark.filterwarnings("error")
+def test_a_broken_triton_costs_one_warning_and_no_text(
+    fault: str, decoder: Decoder, thresholds: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+
+    class Listener(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    broken = SimpleNamespace(DecodeStep=_Broken) if fault == "launch" else None
+    monkeypatch.setitem(sys.modules, "teal_kernels.gpu", broken)
+    monkeypatch.setitem(session_module._FUSED_STEPS, "cpu", ("teal_kernels.gpu", "triton"))
+    session = Session(decoder, max_length=64, thresholds=thresholds, reporter=Listener())
+    expected = Session(decoder, max_length=64, thresholds=thresholds, backend="reference")
+    assert session.backend == "torch"
+    assert run(session, PROMPT, max_new_tokens=12)[0] == run(expected, PROMPT, max_new_tokens=12)[0]
+    assert session.realised_sparsity() == expected.realised_sparsity()
+    assert len(notes) == 1
+    assert "plain torch" in notes[0]
+    assert "\n" not in notes[0]
 
 
 def test_a_cpu_decodes_with_the_compiled_step(decoder: Decoder) -> None:

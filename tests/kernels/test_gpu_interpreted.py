@@ -9,22 +9,13 @@ from pathlib import Path
 
 import pytest
 
-FILES = ("test_gpu.py", "test_gpu_step.py")
+FILES = ("test_gpu.py", "test_gpu_step.py", "test_gpu_sample.py", "../inference/test_stream.py")
 
 
 def test_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "-rs",
-            "test_gpu.py",
-            "test_gpu_step.py",
-        ],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *FILES],
         cwd=Path(__file__).parent,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

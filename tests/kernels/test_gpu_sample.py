@@ -26,7 +26,9 @@ def device() -> str:
     pytest.skip("needs a CUDA device")
 
 
-def _launch(kernel: Any, grid: tuple[int], num_warps: int, *args: Any, **constants: Any) -> None:
+def _launch(
+    kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any
+) -> None:
     kernel[grid](*args, **constants, PDL=False, num_warps=num_warps)
 
 
@@ -78,7 +80,7 @@ def _logits(vocab: int, spread: float, device: str) -> Tensor:
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(5, 1.0), (20, 0.8), (0, 0.9), (0, 0.3), (400, 0.999)], ids=str
 )
-@pytest.mark.parametrize("vocab", [5, 257, 1100])
+@pytest.mark.parametrize("vocab", [5, 257, 700])
 @pytest.mark.parametrize("spread", [0.1, 4.0], ids=["flat", "peaked"])
 def test_leaves_what_the_host_leaves(
     vocab: int, spread: float, top_k: int, top_p: float, device: str

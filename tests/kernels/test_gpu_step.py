@@ -176,22 +176,50 @@ def test_projections_with_their_inputs(device: str) -> None:
     _close(step.h, expected)
 
 
-def test_choosing_stays_on_the_device(device: str) -> None:
-    from teal_kernels.gpu.sample import Choice
+@pytest.mark.parametrize("window", [None, 7], ids=str)
+def test_launches_reach_what_is_used_and_no_further(
+    window: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teal_kernels.gpu.step._FIRST_REACH", 32)
+    changes = {} if window is None else {"sliding_window": window}
+    decoder = _decoder("mistral" if window else "llama", device, num_hidden_layers=1, **changes)
+    step, cache = _step(decoder, 150)
+    other = decoder.new_cache(150)
+    other.keys.copy_(cache.keys)
+    other.values.copy_(cache.values)
+    for position, reach in ((0, 32), (31, 32), (32, 128), (127, 128), (128, 150), (149, 150)):
+        step.parts.fill_(torch.nan)
+        hidden = decoder.forward(torch.tensor([3], device=device), cache=other, position=position)
+        _close(step(3, position), decoder.logits(hidden)[0])
+        assert step.reach == reach
+    assert step(3, 5).isfinite().all()
+    assert step.reach == 32
 
-    decoder = _decoder("llama", device)
-    step, _ = _step(decoder, 40)
+
+def test_advancing_runs_ahead_of_the_reader(device: str) -> None:
+    step, _ = _step(_decoder("llama", device, num_hidden_layers=1), 40)
+    step.set_thresholds(torch.full((1, 7), 0.3, device=device))
+    token, expected, counts = 3, [], []
+    for position in (12, 13, 14):
+        token = int(step(token, position).argmax())
+        expected.append(token)
+        counts.append(step.kept)
+    step.clear_counts()
     step.start(3, 12)
     step.advance()
-    assert step.chooser.history[12].item() == step.token.item() == step.logits.argmax().item()
-    assert step.position.item() == 13
-    drawn = set()
-    for seed in range(6):
-        step.start(3, 12, temperature=50.0, seed=seed)
-        step.chooser.launch(Choice())
-        drawn.add(step.token.item())
-    assert len(drawn) > 1
-    assert all(0 <= token < 50 for token in drawn)
+    step.advance()
+    assert step.chosen(12) == expected[0]
+    step.advance()
+    assert [step.chosen(13), step.chosen(14)] == expected[1:]
+    assert torch.equal(step.kept, counts[2])
+    step.take_back()
+    assert torch.equal(step.kept, counts[1])
+    step.start(expected[1], 14)
+    step.advance()
+    assert step.chosen(14) == expected[2]
+    assert torch.equal(step.kept, counts[2])
+    step.take_back()
+    assert torch.equal(step.kept, counts[1])
 
 
 def test_what_a_caller_can_get_wrong(device: str) -> None:
@@ -200,3 +228,7 @@ def test_what_a_caller_can_get_wrong(device: str) -> None:
         step(0, 40)
     with pytest.raises(ValueError, match="token 50 at position 0"):
         step(50, 0)
+    step.start(3, 39)
+    step.advance()
+    with pytest.raises(ValueError, match="full"):
+        step.advance()

@@ -1,0 +1,158 @@
+"""Answers of a step that chooses on the device, against those of the host's loop.
+
+On a CUDA device, or on the CPU in Triton's interpreter (see `kernels/test_gpu_interpreted.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from teal_cli.inference import session as sessions
+from teal_cli.inference.generate import Finish, Token, generate
+from teal_cli.inference.sampling import Sampler, Sampling, candidates
+from teal_cli.inference.session import Session
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.decoder import Decoder
+from teal_cli.model.random_weights import random_decoder
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = ModelConfig.from_dict(
+    {
+        "model_type": "llama",
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 97,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+    }
+)
+PROMPT = [5, 81, 3, 44, 60, 12, 7]
+LEVELS = torch.tensor([[0.4, 0.3, 0.5, 0.1, 0.4, 0.5, 0.05]])
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[Decoder]:
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            patch.setitem(sessions._FUSED_STEPS, "cpu", sessions._FUSED_STEPS["cuda"])
+            device = "cpu"
+        elif torch.cuda.is_available():
+            device = "cuda"
+        else:
+            pytest.skip("needs a CUDA device")
+        yield random_decoder(CONFIG, device=device, dtype=torch.float32, seed=0)
+
+
+def _session(decoder: Decoder, backend: str, length: int = 20) -> Session:
+    return Session(decoder, max_length=length, thresholds=LEVELS, backend=backend)  # type: ignore[arg-type]
+
+
+def _answer(
+    session: Session, prompt: list[int], sampling: Sampling | None = None, **options: Any
+) -> tuple[list[int], Finish]:
+    sampler = Sampler(sampling or Sampling())
+    *tokens, finish = generate(session, prompt, sampler, **options)
+    assert isinstance(finish, Finish)
+    return [token.id for token in tokens if isinstance(token, Token)], finish
+
+
+def test_every_ending_is_the_host_loops(decoder: Decoder) -> None:
+    device, host = _session(decoder, "auto"), _session(decoder, "reference")
+    assert (device.backend, host.backend) == ("triton", "torch")
+    said, _ = _answer(host, PROMPT, max_new_tokens=8)
+    host.reset()
+    stop = next(token for token in said[2:] if token not in said[:2])
+    follow_up = [*PROMPT, *said[:2], 9, 8]
+    cases: list[tuple[str, list[int], dict[str, Any]]] = [
+        ("length", PROMPT, {"max_new_tokens": 5}),
+        ("length", PROMPT, {"max_new_tokens": 1}),
+        ("stop", PROMPT, {"max_new_tokens": 8, "stop_token_ids": {stop}}),
+        ("length", follow_up, {"max_new_tokens": 4}),  # on what the stopped answer left
+        ("stop", PROMPT, {"max_new_tokens": 8, "stop_token_ids": {said[0]}}),
+        ("context", PROMPT, {"max_new_tokens": 99}),
+    ]
+    for reason, prompt, options in cases:
+        expected, theirs = _answer(host, prompt, **options)
+        tokens, ours = _answer(device, prompt, **options)
+        assert (tokens, ours.reason, theirs.reason) == (expected, reason, reason)
+        assert (device.tokens, device.position) == (host.tokens, host.position)
+        assert ours.stats.reused_tokens == theirs.stats.reused_tokens
+        assert device.realised_sparsity() == pytest.approx(host.realised_sparsity())
+
+
+def test_an_interrupted_answer_ends_where_it_was_heard(decoder: Decoder) -> None:
+    device, host = _session(decoder, "auto"), _session(decoder, "reference")
+    for session in (device, host):
+        flags = iter([False, False, True])
+        tokens, finish = _answer(
+            session, PROMPT, max_new_tokens=9, interrupted=lambda flags=flags: next(flags)
+        )
+        assert (len(tokens), finish.reason) == (3, "interrupted")
+    assert device.tokens == host.tokens == [*PROMPT, *tokens[:2]]
+    assert device.realised_sparsity() == pytest.approx(host.realised_sparsity())
+
+
+def test_an_abandoned_answer_leaves_the_session_in_order(decoder: Decoder) -> None:
+    device, host = _session(decoder, "auto"), _session(decoder, "reference")
+    for session in (device, host):
+        steps = generate(session, PROMPT, Sampler(Sampling()), max_new_tokens=9)
+        for _ in range(3):
+            next(steps)
+        steps.close()  # type: ignore[attr-defined]
+    assert device.tokens == host.tokens
+    shares, expected = device.kept_shares(), host.kept_shares()
+    assert shares is not None
+    assert expected is not None
+    torch.testing.assert_close(shares, expected)
+    following = device.step(4), host.step(4)
+    torch.testing.assert_close(*following, rtol=1e-4, atol=1e-4)
+
+
+def test_the_answer_crosses_the_borders_of_the_launches_reach(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teal_kernels.gpu.step._FIRST_REACH", 2)  # then 8, 32 and 40
+    device, host = _session(decoder, "auto", 40), _session(decoder, "reference", 40)
+    assert (
+        _answer(device, PROMPT, max_new_tokens=4)[0] == _answer(host, PROMPT, max_new_tokens=4)[0]
+    )
+    prompt = PROMPT * 4 + [1, 2]
+    assert (
+        _answer(device, prompt, max_new_tokens=5)[0] == _answer(host, prompt, max_new_tokens=5)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 6, "top_p": 0.9}], ids=["plain", "top-k and top-p"]
+)
+def test_a_seed_repeats_the_answer(decoder: Decoder, options: dict[str, float]) -> None:
+    session = _session(decoder, "auto")
+
+    def draw(seed: int) -> list[int]:
+        sampling = Sampling(5.0, seed=seed, **options)  # type: ignore[arg-type]
+        session.reset()
+        return _answer(session, PROMPT, sampling, max_new_tokens=4)[0]
+
+    first = draw(1)
+    assert draw(1) == first
+    assert draw(2) != first
+
+
+def test_what_is_drawn_is_a_candidate(decoder: Decoder) -> None:
+    device, host = _session(decoder, "auto"), _session(decoder, "reference")
+    sampling = Sampling(2.0, top_k=5, top_p=0.8, seed=3)
+    tokens, _ = _answer(device, PROMPT, sampling, max_new_tokens=5)
+    logits: Tensor = host.prefill(PROMPT)
+    for token in tokens:
+        assert token in candidates(logits, sampling)[1]
+        logits = host.step(token)
