@@ -95,7 +95,7 @@ class StepLaunches(NamedTuple):
         plain = dict.fromkeys(_SPARSE, PROJECTION[element_size])
         table = _TABLES.get((device.capability, element_size, sparse), plain)
         tiles = {
-            name: fit(launch, *shapes[name], programs=2 * device.processors)
+            name: fit(launch, shapes[name][0], shapes[name][1], 2 * device.processors)
             for name, launch in table.items()
         }
         hidden, vocab = shapes["logits"]
