@@ -105,6 +105,16 @@ def test_a_seed_repeats_and_another_differs() -> None:
     assert draw(2**80) == draw(2**80)
 
 
+def test_seeds_for_the_device_repeat_too() -> None:
+    def draw(seed: int) -> list[int]:
+        sampler = Sampler(Sampling(1.0, seed=seed))
+        return [sampler.draw_seed() for _ in range(3)]
+
+    assert draw(7) == draw(7)
+    assert len({*draw(7), *draw(8)}) == 6
+    assert all(0 <= seed < 2**63 for seed in draw(9))
+
+
 @pytest.mark.parametrize(
     "bad",
     [
