@@ -45,7 +45,7 @@ class _Step(Protocol):
 
 
 @runtime_checkable
-class _ChoosingStep(_Step, Protocol):
+class _ChoosingStep(Protocol):
     """A step that chooses the next token itself, so that the host need not keep up with it."""
 
     def start(
