@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from teal_cli.benchmark.kernels import KernelResult, KernelRow
 from teal_cli.benchmark.result import BenchResult, CardRow, Row
 from teal_cli.benchmark.timing import Spread
+from teal_cli.benchmark.tune import Tuned, TuneResult
 from teal_cli.errors import UsageError
 
 SUFFIXES = (".json", ".csv", ".md")
@@ -79,6 +81,63 @@ def heading(result: BenchResult) -> str:
         f"{settings['tokens']} tokens after a prompt of {settings['prompt_tokens']}, "
         f"median of {settings['repeats']} [p20–p80]"
     )
+
+
+def kernel_table(rows: Sequence[KernelRow]) -> Table:
+    """What each matrix takes at each sparsity, spreads in brackets."""
+    columns = ["", "in → out", "realised", "µs", "GB/s", "bandwidth", "F.linear µs", "× F.linear"]
+    return columns, [
+        [
+            f"{row.kernel} {row.target_sparsity:.4g}" if row.target_sparsity else row.kernel,
+            f"{row.inputs} → {row.outputs}",
+            f"{row.realised_sparsity:.3f}",
+            _spread(row.time_us, 1),
+            f"{row.bytes_per_s / 1e9:.0f}",
+            f"{row.bandwidth_share:.0%}",
+            f"{row.linear_us.median:.1f} ({row.linear_dtype})",
+            _spread(row.speedup, 2),
+        ]
+        for row in rows
+    ]
+
+
+def tune_table(rows: Sequence[Tuned]) -> Table:
+    """What was found for each matrix, and what it brings."""
+    columns = ["", "µs before", "µs after", "sparse is faster from", "launch"]
+    return columns, [
+        [
+            f"{row.kernel}, {row.step}",
+            f"{row.before_us:.2f}",
+            f"{row.after_us:.2f}",
+            "" if row.sparse_from is None else f"{row.sparse_from:.4g}",
+            ", ".join(f"{name} {value}" for name, value in row.launch.items()),
+        ]
+        for row in rows
+    ]
+
+
+def kernel_heading(result: KernelResult | TuneResult) -> str:
+    """Which kernels were measured where, in one line."""
+    model, machine = result.model, result.environment
+    return f"{model['name']}, {model['dtype']}, {machine['device_name']}: one matrix of every layer"
+
+
+def render_kernels(result: KernelResult | TuneResult, suffix: str) -> str:
+    """The result as the text of a file with this suffix, one of SUFFIXES."""
+    document = asdict(result)
+    if suffix == ".json":
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    columns, lines = (
+        kernel_table(result.rows) if isinstance(result, KernelResult) else tune_table(result.rows)
+    )
+    if suffix == ".csv":
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([[column or "kernel" for column in columns], *lines])
+        return text.getvalue()
+    versions = ", ".join(f"{k} {v}" for k, v in result.environment["versions"].items())
+    parts = [kernel_heading(result) + ".", _pipe_table((columns, lines)), *result.notes]
+    return "\n\n".join([*parts, f"{versions}; {result.environment['date']}"]) + "\n"
 
 
 def render(result: BenchResult, suffix: str) -> str:

@@ -103,21 +103,39 @@ def random_subject(
         UsageError: there is no such shape, or its context is too short.
         TealError: there is not enough memory.
     """
-    name, config = _shape(model)
-    settings.check(config)
-    require_memory_for(config, dtype, device, settings, name)
-    with reporter.task(f"making random weights at the shape of {name}"):
-        decoder = random_decoder(config, device=device, dtype=dtype, seed=settings.seed)
+    decoder, description = random_model(model, dtype, settings, device, reporter)
+    config = decoder.config
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.prompt_tokens,)
     prompt: list[int] = torch.randint(config.vocab_size, size, generator=generator).tolist()
     profile = self_calibrated(decoder, seed=settings.seed, reporter=reporter)
     return Subject(
         decoder,
-        {"name": name, "weights": "random", "dtype": _name(dtype), "method": "uniform"},
+        description | {"method": "uniform"},
         prompt,
         lambda session, sparsity: met_thresholds(session, profile, sparsity, prompt),
     )
+
+
+def random_model(
+    model: str | None,
+    dtype: torch.dtype,
+    settings: Settings,
+    device: torch.device,
+    reporter: Reporter,
+) -> tuple[Decoder, dict[str, Any]]:
+    """Random weights at a model's shape, and what names them; arguments as `random_subject`.
+
+    Raises:
+        UsageError: there is no such shape, or its context is too short.
+        TealError: there is not enough memory.
+    """
+    name, config = _shape(model)
+    settings.check(config)
+    require_memory_for(config, dtype, device, settings, name)
+    with reporter.task(f"making random weights at the shape of {name}"):
+        decoder = random_decoder(config, device=device, dtype=dtype, seed=settings.seed)
+    return decoder, {"name": name, "weights": "random", "dtype": _name(dtype)}
 
 
 def _shape(model: str | None) -> tuple[str, ModelConfig]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from teal_cli import console
+from teal_cli.errors import UsageError
 from teal_cli.options import (
     DeterministicOption,
     DeviceOption,
@@ -20,14 +21,16 @@ from teal_cli.options import (
     OfflineOption,
     RevisionOption,
     SeedOption,
-    SparsitiesOption,
     TokenOption,
     parse_sparsities,
 )
 
 if TYPE_CHECKING:
     from teal_cli.benchmark.bandwidth import Bandwidth
+    from teal_cli.benchmark.bench import Settings
     from teal_cli.benchmark.result import CardRow
+    from teal_cli.model.decoder import Decoder
+    from teal_cli.progress import Reporter
 
 
 class BaselineName(str, Enum):
@@ -64,6 +67,31 @@ OutputOption = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Also write the result to a .json, .csv or .md file."),
 ]
+BenchSparsitiesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--sparsity",
+        "-s",
+        metavar="LIST",
+        help="Sparsities to compare, separated by commas."
+        " [default: 0.25,0.4,0.5, with --kernels 0.65 too]",
+    ),
+]
+KernelsOption = Annotated[
+    bool,
+    typer.Option(
+        "--kernels",
+        help="Measure the matrices one by one instead, beside torch's F.linear.",
+    ),
+]
+TuneOption = Annotated[
+    bool,
+    typer.Option(
+        "--tune",
+        help="Search the fastest launches of the GPU's kernels for MODEL's shapes instead, and"
+        " store them for this device, where chat and bench find them. Takes minutes.",
+    ),
+]
 PlotOption = Annotated[
     Path | None,
     typer.Option("--plot", help="Also draw the result, as a .png, .pdf or .svg file."),
@@ -72,12 +100,14 @@ PlotOption = Annotated[
 
 def bench(
     model: ModelArgument = None,
-    sparsity: SparsitiesOption = "0.25,0.4,0.5",
+    sparsity: BenchSparsitiesOption = None,
     random_weights: RandomWeightsOption = False,
     tokens: TokensOption = 100,
     prompt_tokens: PromptTokensOption = 32,
     repeats: RepeatsOption = 5,
     baseline: BaselineOption = None,
+    kernels: KernelsOption = False,
+    tune: TuneOption = False,
     method: MethodOption = None,
     deterministic: DeterministicOption = False,
     dtype: DtypeOption = None,
@@ -95,7 +125,11 @@ def bench(
     First what a token reads and the machine's bandwidth, then the same prompt answered by every
     row in turns. Speed-ups are medians over pairs of runs.
     """
+    if sparsity is None:
+        sparsity = "0.25,0.4,0.5,0.65" if kernels or tune else "0.25,0.4,0.5"
     sparsities = parse_sparsities(sparsity)
+    if (kernels or tune) and (baseline or plot):
+        raise UsageError("--kernels and --tune take neither --baseline nor --plot")
     reporter = console.reporter()
 
     import torch
@@ -103,6 +137,7 @@ def bench(
     from teal_cli import pipeline
     from teal_cli.benchmark import bandwidth, bench, report, result, subject
     from teal_cli.benchmark import plot as figure
+    from teal_cli.benchmark import tune as tuning
     from teal_cli.environment import environment
     from teal_cli.inference.device import pick_device
     from teal_cli.store import models
@@ -118,8 +153,14 @@ def bench(
     settings = bench.Settings(
         sparsities, tokens, prompt_tokens, repeats, baselines, seed, deterministic
     )
+    if tune:
+        tuning.require_tunable(target_device)
+    kind = getattr(torch, dtype or "float16")
+    if random_weights and (kernels or tune):
+        decoder, description = subject.random_model(model, kind, settings, target_device, reporter)
+        _run_kernels(decoder, description, settings, tune, output, json, reporter)
+        return
     if random_weights:
-        kind = getattr(torch, dtype or "float16")
         tested = subject.random_subject(model, kind, settings, target_device, reporter)
     else:
         subject.check_has_weights(model)
@@ -130,6 +171,12 @@ def bench(
             offline=offline,
             reporter=reporter,
         )
+        if kernels or tune:
+            description = {"name": checkpoint.name, "weights": "its own"}
+            description["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
+            decoder = checkpoint.load(target_device)
+            _run_kernels(decoder, description, settings, tune, output, json, reporter)
+            return
         profile = pipeline.ensure_profile(
             checkpoint, device=device, offline=offline, reporter=reporter
         )
@@ -167,6 +214,47 @@ def bench(
         atomic_write(output, report.render(found, output.suffix.lower()).encode())
     if plot is not None:
         atomic_write(plot, figure.draw(found, plot.suffix.lower()))
+
+
+def _run_kernels(
+    decoder: Decoder,
+    description: dict[str, Any],
+    settings: Settings,
+    tune: bool,
+    output: Path | None,
+    json: bool,
+    reporter: Reporter,
+) -> None:
+    """Tune, or measure the matrices one by one; print and write what was found."""
+    from teal_cli.benchmark import bandwidth, kernels, report
+    from teal_cli.benchmark import tune as tuning
+    from teal_cli.environment import environment
+    from teal_cli.inference import launches
+    from teal_cli.store.artifacts import atomic_write
+
+    machine = environment(decoder.device)
+    model = description | {"shape": asdict(decoder.config)}
+    found: kernels.KernelResult | tuning.TuneResult
+    if tune:
+        rows = tuning.tune(decoder, settings.sparsities, reporter)
+        notes = (f"Stored in {launches.path(decoder)}.",)
+        found = tuning.TuneResult(model, machine, asdict(settings), rows, notes)
+        table = report.tune_table(rows)
+    else:
+        measured = bandwidth.measure_bandwidth(decoder.device)
+        timed, remarks = kernels.measure_kernels(
+            decoder, settings.sparsities, settings.repeats, measured, reporter
+        )
+        found = kernels.KernelResult(model, machine, asdict(settings), measured, timed, remarks)
+        table = report.kernel_table(timed)
+    if json:
+        console.print_json(found)
+    else:
+        console.print_table(*table, title=report.kernel_heading(found))
+        for note in found.notes:
+            print(note)
+    if output is not None:
+        atomic_write(output, report.render_kernels(found, output.suffix.lower()).encode())
 
 
 def _print_card(card: tuple[CardRow, ...], measured: Bandwidth) -> None:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 KIND = "launches"
 MATRICES = ("qkv", "o", "gate_up", "down")
-_ATTENTION = "attention_"  # how the fields of `StepLaunches` that attention reads begin
 
 Entries = dict[str, dict[str, Any]]  # key → the launch's fields
 
@@ -47,13 +46,6 @@ def matrix_key(decoder: Decoder, name: str, *, sparse: bool) -> str:
     inputs, outputs = shapes(decoder)[name]
     regime = "" if name == "logits" else " sparse" if sparse else " dense"
     return f"{_dtype(decoder)} {name} {inputs}x{outputs}{regime}"
-
-
-def attention_key(decoder: Decoder, context: int) -> str:
-    """Under which attention's launch in a cache of `context` positions is stored."""
-    config = decoder.config
-    heads = f"{config.num_attention_heads}:{config.num_key_value_heads}x{config.head_dim}"
-    return f"{_dtype(decoder)} attention {heads} in {context}"
 
 
 def table_launches(decoder: Decoder, context: int) -> dict[bool, StepLaunches]:
@@ -86,27 +78,22 @@ def stored_launches(
     if not entries:
         return None
     table = table_launches(decoder, context)
-    found = {sparse: merged(decoder, entries, table[sparse], context, sparse) for sparse in table}
+    found = {
+        sparse: merged(decoder, entries, launches, sparse=sparse)
+        for sparse, launches in table.items()
+    }
     return None if found == table else found
 
 
 def merged(
-    decoder: Decoder, entries: Entries, launches: StepLaunches, context: int, sparse: bool
+    decoder: Decoder, entries: Entries, launches: StepLaunches, *, sparse: bool
 ) -> StepLaunches:
     """`launches` with the entries that are for this decoder in their place."""
-    changes: dict[str, Any] = {}
+    changes = {}
     for name in (*MATRICES, "logits"):
         if entry := entries.get(matrix_key(decoder, name, sparse=sparse)):
             changes[name] = getattr(launches, name)._replace(**entry)
-    if entry := entries.get(attention_key(decoder, context)):
-        changes |= {_ATTENTION + name: value for name, value in entry.items()}
     return launches._replace(**changes)
-
-
-def attention_fields(launches: StepLaunches) -> dict[str, Any]:
-    """Attention's part of a step's launches, as it is stored."""
-    fields = launches._asdict().items()
-    return {name[len(_ATTENTION) :]: value for name, value in fields if name.startswith(_ATTENTION)}
 
 
 def path(decoder: Decoder) -> Path:
@@ -124,7 +111,7 @@ def read(decoder: Decoder, reporter: Reporter) -> Entries:
             raise ValueError("another format")
         if content["made_for"] != _made_for():
             raise ValueError("other kernels")
-        return {key: _checked(key, entry) for key, entry in content["entries"].items()}
+        return {key: _checked(entry) for key, entry in content["entries"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -150,12 +137,11 @@ def write(decoder: Decoder, entries: Entries) -> Path:
     return file
 
 
-def _checked(key: str, entry: dict[str, Any]) -> dict[str, Any]:
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry whose fields are those that this version's launches have."""
-    from teal_kernels.gpu.launch import Launch, StepLaunches
+    from teal_kernels.gpu.launch import Launch
 
-    attention = {name[len(_ATTENTION) :] for name in StepLaunches._fields if _ATTENTION in name}
-    if set(entry) != (attention if " attention " in key else set(Launch._fields)):
+    if set(entry) != set(Launch._fields):
         raise ValueError("other fields")
     if not all(value is None or isinstance(value, int) for value in entry.values()):
         raise ValueError("not numbers")

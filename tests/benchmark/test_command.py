@@ -70,6 +70,22 @@ def test_random_weights_at_the_shape_of_a_folder(bench: Command, tiny_model: Pat
     assert document["rows"][1]["realised_sparsity"] == pytest.approx(0.5, abs=0.1)
 
 
+def test_kernels_one_by_one(bench: Command, tiny_model: Path, tmp_path: Path) -> None:
+    for suffix in (".json", ".csv", ".md"):
+        arguments = ("--kernels", "--repeats", "2", "-s", "0.5", "-o", tmp_path / f"x{suffix}")
+        code, out, _ = bench(tiny_model, *arguments, "--json")
+        assert code == 0
+        document = json.loads(out)
+    assert (document["kind"], document["model"]["weights"]) == ("kernels", "its own")
+    assert [row["kernel"] for row in document["rows"]][::2] == ["qkv", "o", "gate_up", "down"]
+    assert set(json.loads((tmp_path / "x.json").read_text())) == set(document)
+    assert (tmp_path / "x.csv").read_text().startswith("kernel,")
+    assert "| qkv |" in (tmp_path / "x.md").read_text()
+    code, out, _ = bench(tiny_model, "--random-weights", *arguments[:5], "-q")
+    assert code == 0
+    assert "× F.linear" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -80,6 +96,8 @@ def test_random_weights_at_the_shape_of_a_folder(bench: Command, tiny_model: Pat
         (("--plot", "x.gif"), 2, "must end in .png, .pdf or .svg"),
         (("--baseline", "llama.cpp"), 2, "--baseline"),
         (("--method", "magic"), 2, "no allocation 'magic'"),
+        (("--kernels", "--baseline", "compile"), 2, "take neither --baseline nor --plot"),
+        (("--tune", "--device", "cpu"), 5, "--tune is for the GPU's kernels"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else None,
 )

@@ -1,0 +1,145 @@
+"""The kernel benchmark: every matrix of a decoder at several sparsities, beside F.linear."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from teal_cli.benchmark.bandwidth import Bandwidth
+from teal_cli.benchmark.projections import CpuProjection, GpuProjection, Projection, linear
+from teal_cli.benchmark.result import SCHEMA
+from teal_cli.benchmark.timing import Spread, spread
+from teal_cli.errors import UnsupportedError
+from teal_cli.inference.launches import MATRICES, shapes, stored_launches
+from teal_cli.model.decoder import Decoder
+from teal_cli.progress import Reporter, Silent
+
+if TYPE_CHECKING:
+    from teal_kernels.gpu.launch import StepLaunches
+
+
+_ON_A_CPU = (
+    "On a CPU each of these is a call of its own, with its threads to wake; decoding runs a whole "
+    "token in one call, which `teal bench` measures without --kernels."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRow:
+    """One matrix at one sparsity: medians over the repeats, with 20th and 80th percentiles."""
+
+    kernel: str
+    inputs: int
+    outputs: int
+    target_sparsity: float
+    realised_sparsity: float
+    time_us: Spread
+    bytes_read: int  # of the weights that are kept
+    bytes_per_s: float
+    bandwidth_share: float
+    linear_us: Spread
+    linear_dtype: str
+    speedup: Spread  # over F.linear, from pairs of runs
+    launch: dict[str, Any] | None  # a GPU kernel's
+
+
+@dataclass(frozen=True, slots=True)
+class KernelResult:
+    """Everything that the kernel benchmark found, and what is needed to repeat it."""
+
+    model: dict[str, Any]
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    bandwidth: Bandwidth
+    rows: tuple[KernelRow, ...]
+    notes: tuple[str, ...] = ()
+    kind: str = field(default="kernels", init=False)
+    schema: int = field(default=SCHEMA, init=False)
+
+
+def measure_kernels(
+    decoder: Decoder,
+    sparsities: Sequence[float],
+    repeats: int,
+    bandwidth: Bandwidth,
+    reporter: Reporter,
+) -> tuple[tuple[KernelRow, ...], tuple[str, ...]]:
+    """Measure every matrix at sparsity 0 and at each of `sparsities`, in turns with F.linear.
+
+    Returns:
+        The rows, and sentences that they need beside them.
+
+    Raises:
+        UnsupportedError: the kernels cannot be used here.
+    """
+    require_kernels(decoder.device)
+    levels = (0.0, *(value for value in sparsities if value > 0))
+    names = (*MATRICES, "logits") if decoder.device.type == "cuda" else MATRICES
+    rows: list[KernelRow] = []
+    with reporter.task("measuring kernels", total=len(names) * len(levels), unit="rows") as task:
+        for name in names:
+            for row in _rows(decoder, name, levels, repeats, bandwidth):
+                rows.append(row)
+                task.advance()
+            if name == "logits":
+                task.advance(len(levels) - 1)  # the lm_head is dense
+    return tuple(rows), () if decoder.device.type == "cuda" else (_ON_A_CPU,)
+
+
+def require_kernels(device: torch.device) -> None:
+    """Make sure that the sparse kernels of a device can be imported.
+
+    Raises:
+        UnsupportedError: they cannot.
+    """
+    name = "teal_kernels.gpu" if device.type == "cuda" else "teal_kernels.cpu"
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a broken Triton or numba fails in any way it likes
+        raise UnsupportedError(
+            f"the kernels cannot be used here ({type(error).__name__}: {error})",
+            hint="Install Triton for a GPU, numba for a CPU.",
+        ) from None
+
+
+def _rows(
+    decoder: Decoder, name: str, levels: Sequence[float], repeats: int, bandwidth: Bandwidth
+) -> list[KernelRow]:
+    dense, dtype = linear(decoder, name)
+    on_gpu = decoder.device.type == "cuda"
+    projection: Projection = (GpuProjection if on_gpu else CpuProjection)(decoder, name)
+    choices: dict[bool, StepLaunches] = {}
+    if isinstance(projection, GpuProjection):
+        choices = stored_launches(decoder, projection.context, Silent()) or projection.choices
+    inputs, outputs = shapes(decoder)[name]
+    rows = []
+    for level in levels if name != "logits" else levels[:1]:
+        if isinstance(projection, GpuProjection):
+            projection.use(choices[level > 0])
+        realised = projection.keep(level)
+        projection.seconds()
+        runs = [(projection.seconds(), dense.seconds()) for _ in range(repeats)]
+        times = spread([ours * 1e6 for ours, _ in runs])
+        size = round(inputs * outputs * (1 - realised)) * decoder.dtype.itemsize
+        rows.append(
+            KernelRow(
+                kernel="lm_head" if name == "logits" else name,
+                inputs=inputs,
+                outputs=outputs,
+                target_sparsity=level,
+                realised_sparsity=realised,
+                time_us=times,
+                bytes_read=size,
+                bytes_per_s=size / times.median * 1e6,
+                bandwidth_share=size / times.median * 1e6 / bandwidth.bytes_per_s,
+                linear_us=spread([theirs * 1e6 for _, theirs in runs]),
+                linear_dtype=str(dtype).removeprefix("torch."),
+                speedup=spread([theirs / ours for ours, theirs in runs]),
+                launch=getattr(choices[level > 0], name)._asdict() if choices else None,
+            )
+        )
+    return rows

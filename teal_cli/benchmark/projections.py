@@ -1,0 +1,258 @@
+"""One matrix of every layer, multiplied again and again: what the kernel benchmark times.
+
+What runs on a GPU is a launch of the step that decodes, in a CUDA graph over enough weights that
+none is found in a cache; on a CPU it is the sparse kernel on its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal_cli.inference.session import step_tensors
+from teal_cli.model.decoder import Decoder
+from teal_cli.model.sites import FUSED, PROJECTIONS
+from teal_cli.model.weights import LayerWeights
+
+if TYPE_CHECKING:
+    from teal_kernels.gpu.launch import StepLaunches
+
+_CONTEXT, _POSITION = 256, 100  # a short chat's
+_CACHES = 4  # weights in turn, in sizes of the device's last cache
+_CPU_WEIGHT_BYTES = 1 << 29
+_LEAST_LAUNCHES = 4
+_RUNS = 3  # of a graph, between two looks at the clock
+
+
+class Timed:
+    """A function that launches `count` kernels; on a GPU it is captured in a CUDA graph."""
+
+    def __init__(self, launch: Callable[[], None], count: int, device: torch.device) -> None:
+        self._run, self._count, self._device = launch, count, device
+        with torch.inference_mode():
+            launch()  # compiles
+            if device.type == "cuda":
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.device(device), torch.cuda.graph(graph):
+                    launch()
+                self._run = graph.replay
+
+    @torch.inference_mode()
+    def seconds(self) -> float:
+        """Time of one kernel."""
+        if self._device.type != "cuda":
+            started = time.perf_counter()
+            self._run()
+            return (time.perf_counter() - started) / self._count
+        with torch.cuda.device(self._device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(_RUNS):
+                self._run()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1e3 / (_RUNS * self._count)
+
+
+class Projection(Protocol):
+    """One matrix of every layer under thresholds."""
+
+    def keep(self, sparsity: float) -> float:
+        """Drop this share of the inputs from now on; return the share that is really dropped."""
+
+    def seconds(self) -> float:
+        """Time of one kernel."""
+
+
+class GpuProjection:
+    """A matrix as the fused step launches it; `name` is one of the step's, or "logits"."""
+
+    def __init__(self, decoder: Decoder, name: str) -> None:
+        from teal_kernels.gpu import DecodeStep
+
+        layers = _rotated(decoder, name)
+        cache = decoder.new_cache(min(_CONTEXT, decoder.config.max_position_embeddings))
+        windows = decoder.config.sliding_windows
+        tensors = step_tensors(decoder, cache) | {
+            "layers": layers,
+            "sliding_windows": windows * (len(layers) // len(windows)),
+        }
+        self._name, self._decoder = name, decoder
+        self._step = DecodeStep(**tensors, capture=False)
+        self._heads = _copies(decoder, decoder.weights.lm_head) if name == "logits" else []
+        self._timed: Timed | None = None
+        self._generator = torch.Generator(decoder.device).manual_seed(0)
+
+    @property
+    def choices(self) -> dict[bool, StepLaunches]:
+        """The launches of dense (False) and sparse (True) steps, by the kernels' table."""
+        return dict(self._step.choices)
+
+    @property
+    def context(self) -> int:
+        """Length of the cache that the kernels are launched for."""
+        return int(self._step.context)
+
+    def use(self, launches: StepLaunches) -> None:
+        """Launch like this from now on.
+
+        Raises:
+            Exception: whatever Triton raises where the device cannot run it.
+        """
+        self._step.launches = launches
+        count = len(self._heads) or len(self._step.layers)
+        self._timed = Timed(self._launch, count, self._decoder.device)
+
+    @torch.inference_mode()
+    def keep(self, sparsity: float) -> float:
+        """Drop exactly this share of every layer's inputs; the lm_head drops nothing."""
+        step = self._step
+        for buffer in (step.h, step.gate_up, step.parts):
+            buffer.normal_(generator=self._generator)
+        step.maxima.zero_()
+        step.sums.fill_(1)
+        step.position.fill_(min(_POSITION, step.context - 1))
+        if self._name == "logits":
+            return 0.0
+        for index in range(len(step.layers)):
+            step.thresholds[index] = _level(self._inputs(index), sparsity)
+        step.clear_counts()
+        self._launch()
+        column = PROJECTIONS.index(FUSED[self._name][0])
+        inputs = getattr(step.layers[0], self._name).shape[0]
+        return 1 - float(step.kept[:, column].double().mean()) / inputs
+
+    def seconds(self) -> float:
+        """Time of one kernel, under the launches of `use`."""
+        assert self._timed is not None
+        return self._timed.seconds()
+
+    def _launch(self) -> None:
+        for head in self._heads:
+            self._step.lm_head = head
+            self._step.project("logits")
+        if not self._heads:
+            for index in range(len(self._step.layers)):
+                self._step.project(self._name, index)
+
+    def _inputs(self, index: int) -> Tensor:
+        """What the kernel of a layer multiplies, by the reference."""
+        from teal_kernels.reference import gated_activation, rms_norm
+
+        step, layer = self._step, self._step.layers[index]
+        if self._name == "down":
+            return gated_activation(step.gate_up)
+        if self._name == "o":
+            chunk, position = step.launches.attention_chunk, int(step.position)
+            window = step.geometry.sliding_windows[index] or position + 1
+            first = max(position - window + 1, 0) // chunk
+            return step.parts[first : position // chunk + 1].mean(0)
+        norm = layer.input_layernorm if self._name == "qkv" else layer.post_attention_layernorm
+        return rms_norm(step.h, norm, step.geometry.rms_norm_eps)
+
+
+class CpuProjection:
+    """A matrix by the sparse kernel on its own, called from Python."""
+
+    def __init__(self, decoder: Decoder, name: str) -> None:
+        self._weights = _some(decoder, name)
+        self._offsets = decoder.offsets[name]
+        generator = torch.Generator().manual_seed(0)
+        self._x = torch.randn(self._weights[0].shape[0], generator=generator)
+        self._levels = torch.zeros(len(self._offsets) - 1)
+        self._timed = Timed(self._launch, len(self._weights), decoder.device)
+
+    def keep(self, sparsity: float) -> float:
+        """Drop exactly this share of the inputs."""
+        self._levels.fill_(_level(self._x, sparsity))
+        return float((self._x.abs() <= self._levels[0]).double().mean())
+
+    def seconds(self) -> float:
+        """Time of one call."""
+        return self._timed.seconds()
+
+    def _launch(self) -> None:
+        from teal_kernels import sparse_project
+
+        for weight in self._weights:
+            sparse_project(self._x, weight, self._offsets, self._levels)
+
+
+def linear(decoder: Decoder, name: str) -> tuple[Timed, torch.dtype]:
+    """torch's F.linear over matrices of the same size, and its dtype.
+
+    On a GPU the weights' own storage, read as [out_features, in_features]: what the numbers are
+    makes no difference to the time, and no second copy is needed. On a CPU the dtype that is
+    fastest.
+    """
+    device = decoder.device
+    if name == "logits":
+        weights = _copies(decoder, decoder.weights.lm_head)
+    elif device.type == "cuda":
+        weights = [getattr(layer, name) for layer in _rotated(decoder, name)]
+        weights = [weight.view(weight.shape[1], weight.shape[0]) for weight in weights]
+    else:
+        weights = [weight.view(weight.shape[1], -1) for weight in _some(decoder, name)]
+    if device.type == "cuda":
+        return _linear(weights, decoder.dtype, device), decoder.dtype
+    times: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        timed = _linear(weights, dtype, device)
+        times[dtype] = min(timed.seconds() for _ in range(_RUNS))
+    best = min(times, key=lambda dtype: times[dtype])
+    return _linear(weights, best, device), best
+
+
+def _linear(weights: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Timed:
+    cast = [weight.to(dtype) for weight in weights]
+    x = torch.randn(1, cast[0].shape[1], device=device).to(dtype)
+
+    def launch() -> None:
+        for weight in cast:
+            F.linear(x, weight)
+
+    return Timed(launch, len(cast), device)
+
+
+def _level(x: Tensor, sparsity: float) -> float:
+    """A threshold, between two values of abs(x), at or below which lies this share of them."""
+    ordered = x.float().abs().sort().values
+    count = min(round(sparsity * len(ordered)), len(ordered) - 1)
+    return float(ordered[count - 1 : count + 1].mean()) if count else 0.0
+
+
+def _rotated(decoder: Decoder, name: str) -> list[LayerWeights]:
+    """The layers, with copies of one matrix until they are far larger than the cache."""
+    layers = list(decoder.weights.layers)
+    if decoder.device.type != "cuda" or name == "logits":
+        return layers
+    size = sum(getattr(layer, name).nbytes for layer in layers)
+    copies = [
+        dataclasses.replace(layer, **{name: getattr(layer, name).clone()})
+        for _ in range(1, -(-_enough(decoder) // size))
+        for layer in layers
+    ]
+    return layers + copies
+
+
+def _copies(decoder: Decoder, weight: Tensor) -> list[Tensor]:
+    """A matrix and copies of it, far larger than the cache, in turns."""
+    count = -(-_enough(decoder) // weight.nbytes) if decoder.device.type == "cuda" else 1
+    copies = [weight, *(weight.clone() for _ in range(1, count))]
+    return copies * -(-_LEAST_LAUNCHES // count)
+
+
+def _enough(decoder: Decoder) -> int:
+    return _CACHES * int(torch.cuda.get_device_properties(decoder.device).L2_cache_size)
+
+
+def _some(decoder: Decoder, name: str) -> list[Tensor]:
+    """A matrix of as many layers as a CPU is sure not to hold in its caches."""
+    weights = [getattr(layer, name) for layer in decoder.weights.layers]
+    return weights[: max(1, _CPU_WEIGHT_BYTES // weights[0].nbytes)]

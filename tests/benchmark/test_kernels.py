@@ -1,0 +1,114 @@
+"""The kernel benchmark on a CPU, its GPU half in Triton's interpreter, and the search."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from benchmark.subjects import TINY
+
+from teal_cli.benchmark import kernels, report
+from teal_cli.benchmark.bandwidth import Bandwidth
+from teal_cli.benchmark.tune import search
+from teal_cli.errors import UnsupportedError
+from teal_cli.model.random_weights import random_decoder
+from teal_cli.progress import Silent
+
+BANDWIDTH = Bandwidth(30e9, "made up")
+
+
+def test_every_matrix_has_a_row_at_every_sparsity() -> None:
+    decoder = random_decoder(TINY, device="cpu", dtype=torch.float16, seed=0)
+    rows, notes = kernels.measure_kernels(decoder, (0.25, 0.5), 2, BANDWIDTH, Silent())
+    assert [(row.kernel, row.target_sparsity) for row in rows] == [
+        (name, level) for name in ("qkv", "o", "gate_up", "down") for level in (0.0, 0.25, 0.5)
+    ]
+    for row in rows:
+        assert row.realised_sparsity == pytest.approx(row.target_sparsity, abs=0.51 / row.inputs)
+        kept = round(row.inputs * (1 - row.realised_sparsity))
+        assert row.bytes_read == 2 * kept * row.outputs
+        assert row.bandwidth_share == pytest.approx(row.bytes_per_s / 30e9)
+        assert row.time_us.median > 0
+        assert row.linear_us.median > 0
+    columns, lines = report.kernel_table(rows)
+    assert all(len(line) == len(columns) for line in lines)
+    assert "without --kernels" in notes[0]
+
+
+def test_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_gpu_projections.py"],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+def test_kernels_that_cannot_be_imported_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> object:
+        raise OSError("no libcuda")
+
+    monkeypatch.setattr(kernels.importlib, "import_module", broken)
+    with pytest.raises(UnsupportedError, match=r"cannot be used here \(OSError: no libcuda\)"):
+        kernels.require_kernels(torch.device("cuda"))
+
+
+class Tile(NamedTuple):
+    block_k: int = 16
+    block_n: int = 256
+    num_warps: int = 4
+    registers: int | None = None
+    unknown: int = 3
+
+
+VALUES = {
+    "block_k": (8, 16, 32, 64),
+    "block_n": (128, 256, 512),
+    "num_warps": (2, 4, 8),
+    "registers": (None, 128),
+}
+
+
+class Counter:
+    done = 0
+
+    def advance(self, amount: int = 1) -> None:
+        self.done += amount
+
+
+def test_search_steps_to_the_best_and_skips_what_fails() -> None:
+    seen = []
+
+    def cost(tile: Tile) -> float:
+        seen.append(tile)
+        if tile.num_warps == 8:
+            raise RuntimeError("out of registers")
+        far = abs(tile.block_k - 64) / 8 + abs(tile.block_n - 128) / 128
+        return 10 + far + (tile.registers is None)
+
+    counter = Counter()
+    best, before, after = search(Tile(), VALUES, cost, 50, counter)  # type: ignore[arg-type]
+    assert best == Tile(64, 128, 4, 128)
+    assert (before, after) == (10 + 6 + 1 + 1, 10)
+    assert len(seen) == len(set(seen)) < 40
+    assert counter.done == 50
+
+
+def test_search_stays_where_nothing_is_clearly_better_and_within_its_tries() -> None:
+    seen = []
+
+    def cost(tile: Tile) -> float:
+        seen.append(tile)
+        return 1 - 1e-4 * len(seen)
+
+    best, _, _ = search(Tile(), VALUES, cost, 3, Counter())  # type: ignore[arg-type]
+    assert best == Tile()
+    assert len(seen) == 4
