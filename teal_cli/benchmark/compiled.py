@@ -122,7 +122,9 @@ class CompiledDecoding:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile the step and, on a GPU, capture it."""
+        """Compile the step and, on a GPU, capture it; once is enough."""
+        if self._graph is not None:
+            return
         # Attention as plain products, which the compiler fuses: no kernel for one query on a
         # static cache with a mask is faster at short contexts, and gpt-fast does the same.
         on_gpu = self._decoder.device.type == "cuda"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -35,11 +36,13 @@ class Timed:
 
     def __init__(self, launch: Callable[[], None], count: int, device: torch.device) -> None:
         self._run, self._count, self._device = launch, count, device
-        with torch.inference_mode():
+        # Triton launches on the current device.
+        current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with torch.inference_mode(), current:
             launch()  # compiles
             if device.type == "cuda":
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.device(device), torch.cuda.graph(graph):
+                with torch.cuda.graph(graph):
                     launch()
                 self._run = graph.replay
 
@@ -123,7 +126,8 @@ class GpuProjection:
         for index in range(len(step.layers)):
             step.thresholds[index] = _level(self._inputs(index), sparsity)
         step.clear_counts()
-        self._launch()
+        with torch.cuda.device_of(step.h):
+            self._launch()
         column = PROJECTIONS.index(FUSED[self._name][0])
         inputs = getattr(step.layers[0], self._name).shape[0]
         return 1 - float(step.kept[:, column].double().mean()) / inputs

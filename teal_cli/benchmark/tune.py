@@ -28,8 +28,8 @@ _VALUES: dict[str, tuple[int | None, ...]] = {
     "num_warps": (1, 2, 4, 8, 16),
     "registers": (None, 168, 128, 104, 80),
     "ahead": (0, 2, 4, 8, 16, 32),
-    "slots": (0, 4, 8, 16),
-    "more": (0, 2, 4, 8),
+    "slots": (0, 16, 8, 4),  # of 32 channels; half of them suits a sparsity of 0.5
+    "more": (0, 4, 2, 8),
 }
 # The lm_head's tile spans the hidden axis, and it reads every row.
 _LOGITS_VALUES: dict[str, tuple[int | None, ...]] = {
@@ -37,8 +37,9 @@ _LOGITS_VALUES: dict[str, tuple[int | None, ...]] = {
     "num_warps": (2, 4, 8, 16),
 }
 _DENSE_FIELDS = ("block_k", "block_n", "num_warps", "registers", "ahead")
-_TRIES = 40  # of launches, for one matrix in one kind of step
+_TRIES = 30  # of launches, for one matrix in one kind of step
 _REPEATS = 5
+_ELEMENTS = 512  # of a tile a thread at most: beyond, compilation takes long and registers spill
 _BETTER = 0.995  # repeats of one launch differ by up to 0.5 %
 _LOW = (0.05, 0.1, 0.15, 0.2, 0.3)  # where the sparse step may not yet be the faster
 
@@ -191,7 +192,14 @@ def _neighbours(launch: Launch, values: dict[str, tuple[int | None, ...]]) -> li
     for step in (1, -1):
         if (taller := stepped(launch, "block_k", step)) is not None:
             found.append(stepped(taller, "block_n", -step))
-    return [neighbour for neighbour in found if neighbour is not None]
+    return [tile for tile in found if tile is not None and _sensible(tile)]
+
+
+def _sensible(launch: Launch) -> bool:
+    """Not too much for a thread, and no `more` slots where there are none."""
+    small = launch.block_k * launch.block_n <= _ELEMENTS * 32 * launch.num_warps
+    fields = launch._asdict()
+    return small and (bool(fields.get("slots")) or not fields.get("more"))
 
 
 def _values(name: str, sparse: bool) -> dict[str, tuple[int | None, ...]]:
