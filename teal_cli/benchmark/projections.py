@@ -119,6 +119,8 @@ class GpuProjection:
         for buffer in (step.h, step.gate_up, step.parts):
             buffer.normal_(generator=self._generator)
         step.maxima.zero_()
+        if (scales := getattr(step, "scales", None)) is not None:
+            scales.zero_()  # as the embedding does: kernels leave there what they know of h
         step.sums.fill_(1)
         step.position.fill_(min(_POSITION, step.context - 1))
         if self._name == "logits":
