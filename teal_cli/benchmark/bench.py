@@ -107,13 +107,13 @@ def measure(
     name, size = _name(decoder.dtype), decoder.dtype.itemsize
     variants = [Variant(DENSE, "dense", name, size, session.backend)]
     decodings: dict[str, Decoding] = {
-        DENSE: SessionDecoding(session, None, prompt, settings.tokens)
+        DENSE: SessionDecoding(session, None, 0.0, prompt, settings.tokens)
     }
     for sparsity in settings.sparsities:
         label = f"sparse {sparsity:.4g}"
         thresholds = thresholds_for(session, sparsity)
         variants.append(Variant(label, "sparse", name, size, session.backend, sparsity))
-        decodings[label] = SessionDecoding(session, thresholds, prompt, settings.tokens)
+        decodings[label] = SessionDecoding(session, thresholds, sparsity, prompt, settings.tokens)
     notes = []
     for baseline in settings.baselines:
         try:

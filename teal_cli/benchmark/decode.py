@@ -18,10 +18,15 @@ class SessionDecoding:
     """Greedy decoding of `tokens` tokens after a prompt; sessions may be shared."""
 
     def __init__(
-        self, session: Session, thresholds: Tensor | None, prompt: Sequence[int], tokens: int
+        self,
+        session: Session,
+        thresholds: Tensor | None,
+        sparsity: float,
+        prompt: Sequence[int],
+        tokens: int,
     ) -> None:
         self._session = session
-        self._thresholds = thresholds
+        self._thresholds, self._sparsity = thresholds, sparsity
         self._prompt = prompt
         self._tokens = tokens
 
@@ -41,7 +46,7 @@ class SessionDecoding:
     def _answer(self, tokens: int) -> Stats:
         session = self._session
         session.reset()
-        session.set_thresholds(self._thresholds)
+        session.set_thresholds(self._thresholds, self._sparsity)
         steps = generate(session, self._prompt, Sampler(Sampling()), max_new_tokens=tokens)
         *_, finish = steps
         assert isinstance(finish, Finish)

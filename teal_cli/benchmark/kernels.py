@@ -112,14 +112,16 @@ def _rows(
     dense, dtype = linear(decoder, name)
     on_gpu = decoder.device.type == "cuda"
     projection: Projection = (GpuProjection if on_gpu else CpuProjection)(decoder, name)
-    choices: dict[bool, StepLaunches] = {}
+    choices: dict[float, StepLaunches] = {}
     if isinstance(projection, GpuProjection):
         choices = stored_launches(decoder, projection.context, Silent()) or projection.choices
     inputs, outputs = shapes(decoder)[name]
     rows = []
     for level in levels if name != "logits" else levels[:1]:
+        used = None
         if isinstance(projection, GpuProjection):
-            projection.use(choices[level > 0])
+            used = projection.launches_at(level, choices)
+            projection.use(used)
         realised = projection.keep(level)
         projection.seconds()
         runs = [(projection.seconds(), dense.seconds()) for _ in range(repeats)]
@@ -139,7 +141,7 @@ def _rows(
                 linear_us=spread([theirs * 1e6 for _, theirs in runs]),
                 linear_dtype=str(dtype).removeprefix("torch."),
                 speedup=spread([theirs / ours for ours, theirs in runs]),
-                launch=getattr(choices[level > 0], name)._asdict() if choices else None,
+                launch=getattr(used, name)._asdict() if used else None,
             )
         )
     return rows

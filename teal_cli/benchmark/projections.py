@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol
 
@@ -93,9 +93,15 @@ class GpuProjection:
         self._generator = torch.Generator(decoder.device).manual_seed(0)
 
     @property
-    def choices(self) -> dict[bool, StepLaunches]:
-        """The launches of dense (False) and sparse (True) steps, by the kernels' table."""
+    def choices(self) -> dict[float, StepLaunches]:
+        """The step's launches by the sparsity from which they hold, of the kernels' table."""
         return dict(self._step.choices)
+
+    def launches_at(self, sparsity: float, choices: Mapping[float, StepLaunches]) -> StepLaunches:
+        """Those of `choices` that a step uses at a sparsity."""
+        from teal_kernels.gpu.launch import regime_of
+
+        return choices[regime_of(sparsity)]
 
     @property
     def context(self) -> int:
@@ -119,8 +125,7 @@ class GpuProjection:
         for buffer in (step.h, step.gate_up, step.parts):
             buffer.normal_(generator=self._generator)
         step.maxima.zero_()
-        if (scales := getattr(step, "scales", None)) is not None:
-            scales.zero_()  # as the embedding does: kernels leave there what they know of h
+        step.scales.zero_()  # as the embedding does: kernels leave there what they know of h
         step.sums.fill_(1)
         step.position.fill_(min(_POSITION, step.context - 1))
         if self._name == "logits":

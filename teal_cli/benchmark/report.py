@@ -103,13 +103,12 @@ def kernel_table(rows: Sequence[KernelRow]) -> Table:
 
 def tune_table(rows: Sequence[Tuned]) -> Table:
     """What was found for each matrix, and what it brings."""
-    columns = ["", "µs before", "µs after", "sparse is faster from", "launch"]
+    columns = ["", "µs before", "µs after", "launch"]
     return columns, [
         [
-            f"{row.kernel}, {row.step}",
+            f"{row.kernel}, from sparsity {row.regime:g}",
             f"{row.before_us:.2f}",
             f"{row.after_us:.2f}",
-            "" if row.sparse_from is None else f"{row.sparse_from:.4g}",
             ", ".join(f"{name} {value}" for name, value in row.launch.items()),
         ]
         for row in rows

@@ -49,7 +49,7 @@ def met_thresholds(
     asked = torch.full(shape, sparsity, dtype=torch.float64)
     thresholds = profile.quantiles.thresholds(asked).float()
     for _ in range(_ROUNDS if sparsity > 0 else 0):
-        realised = _realised(session, thresholds, prompt)
+        realised = _realised(session, thresholds, sparsity, prompt)
         if abs(profile.model_sparsity(realised) - sparsity) < _TOLERANCE:
             break
         asked = (asked + sparsity - realised).clamp(min=0)
@@ -58,10 +58,12 @@ def met_thresholds(
     return thresholds
 
 
-def _realised(session: Session, thresholds: Tensor, prompt: Sequence[int]) -> Tensor:
+def _realised(
+    session: Session, thresholds: Tensor, sparsity: float, prompt: Sequence[int]
+) -> Tensor:
     """The share of channels that each projection skips while decoding, [L, 7] float64."""
     session.reset()
-    session.set_thresholds(thresholds)
+    session.set_thresholds(thresholds, sparsity)
     logits = session.prefill(prompt)
     for _ in range(min(_STEPS, session.max_length - len(prompt))):
         logits = session.step(int(logits.argmax()))

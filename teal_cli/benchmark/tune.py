@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,6 @@ _TRIES = 30  # of launches, for one matrix in one kind of step
 _REPEATS = 5
 _ELEMENTS = 512  # of a tile a thread at most: beyond, compilation takes long and registers spill
 _BETTER = 0.995  # repeats of one launch differ by up to 0.5 %
-_LOW = (0.05, 0.1, 0.15, 0.2, 0.3)  # where the sparse step may not yet be the faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +48,10 @@ class Tuned:
     """The fastest launch of one matrix, dense or sparse, and the one that it replaces."""
 
     kernel: str
-    step: str  # "dense" or "sparse"
+    regime: float  # the sparsity from which the launch is used
     before_us: float
     after_us: float
     launch: dict[str, Any]
-    sparse_from: float | None  # the least sparsity measured from which this launch beats the dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +70,18 @@ class TuneResult:
 def tune(decoder: Decoder, sparsities: Sequence[float], reporter: Reporter) -> tuple[Tuned, ...]:
     """Search and store the launches of every matrix, for dense steps and for sparse ones.
 
-    A sparse launch is judged by the sum of its times at `sparsities`. What was found is stored
-    after every matrix, so that an interruption loses little.
+    A launch is judged by the sum of its times at those of `sparsities` for which it is used. What
+    was found is stored after every matrix, so that an interruption loses little.
 
     Raises:
         UnsupportedError: see `require_tunable`.
     """
     require_tunable(decoder.device)
     entries = store.read(decoder, reporter)
-    levels = tuple(value for value in sparsities if value > 0) or (0.5,)
     found: list[Tuned] = []
     names = (*store.MATRICES, "logits")
-    total = _TRIES * (2 * len(store.MATRICES) + 1)
+    levels = _levels(sparsities)
+    total = _TRIES * (len(levels) * len(store.MATRICES) + 1)
     with reporter.task("tuning", total=total, unit="launches") as task:
         for name in names:
             found += _tune_matrix(decoder, name, levels, entries, task)
@@ -106,31 +104,38 @@ def require_tunable(device: torch.device) -> None:
     require_kernels(device)
 
 
+def _levels(sparsities: Sequence[float]) -> dict[float, list[float]]:
+    """The sparsities to measure at, by the regime that they fall into; always the dense one."""
+    from teal_kernels.gpu.launch import DENSE, regime_of
+
+    found: dict[float, list[float]] = {DENSE: [0.0]}
+    for sparsity in sparsities or (0.5,):
+        if (regime := regime_of(sparsity)) != DENSE:
+            found.setdefault(regime, []).append(sparsity)
+    return found
+
+
 def _tune_matrix(
-    decoder: Decoder, name: str, levels: Sequence[float], entries: store.Entries, task: Task
+    decoder: Decoder,
+    name: str,
+    levels: Mapping[float, Sequence[float]],
+    entries: store.Entries,
+    task: Task,
 ) -> Iterator[Tuned]:
     projection = GpuProjection(decoder, name)
-    best: dict[bool, Launch] = {}
-    for sparse in (False, True) if name != "logits" else (False,):
-        chosen = projection.choices[sparse]
-        values = _values(name, sparse)
+    for regime, measured in levels.items() if name != "logits" else [(0.0, (0.0,))]:
+        chosen = projection.choices[regime]
+        sparse = regime > 0
 
-        def cost(launch: Launch, sparse: bool = sparse, chosen: Any = chosen) -> float:
+        def cost(launch: Launch, measured: Any = measured, chosen: Any = chosen) -> float:
             projection.use(chosen._replace(**{name: launch}))
-            return sum(_microseconds(projection, level) for level in (levels if sparse else (0.0,)))
+            return sum(_microseconds(projection, level) for level in measured) / len(measured)
 
         first = getattr(chosen, name)
-        best[sparse], before, after = search(first, values, cost, _TRIES, task)
-        entries[store.matrix_key(decoder, name, sparse=sparse)] = best[sparse]._asdict()
-        count = len(levels) if sparse else 1
-        yield Tuned(
-            "lm_head" if name == "logits" else name,
-            "sparse" if sparse else "dense",
-            before / count,
-            after / count,
-            best[sparse]._asdict(),
-            _sparse_from(projection, name, best) if sparse else None,
-        )
+        best, before, after = search(first, _values(name, sparse), cost, _TRIES, task)
+        entries[store.matrix_key(decoder, name, regime)] = best._asdict()
+        label = "lm_head" if name == "logits" else name
+        yield Tuned(label, regime, before, after, best._asdict())
 
 
 def search(
@@ -212,15 +217,3 @@ def _microseconds(projection: GpuProjection, sparsity: float) -> float:
     projection.keep(sparsity)
     projection.seconds()
     return median(projection.seconds() for _ in range(_REPEATS)) * 1e6
-
-
-def _sparse_from(projection: GpuProjection, name: str, best: dict[bool, Launch]) -> float | None:
-    """The least of a few sparsities from which on the sparse launch is the faster."""
-    times = {}
-    for sparse, launch in best.items():
-        change: dict[str, Any] = {name: launch}
-        projection.use(projection.choices[sparse]._replace(**change))
-        times[sparse] = [_microseconds(projection, level) for level in _LOW]
-    lost = [i for i in range(len(_LOW)) if times[True][i] > times[False][i]]
-    place = lost[-1] + 1 if lost else 0
-    return _LOW[place] if place < len(_LOW) else None

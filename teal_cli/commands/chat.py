@@ -151,10 +151,10 @@ def chat(
     session = Session(
         checkpoint.load(target_device),
         max_length=context or min(checkpoint.config.max_position_embeddings, _DEFAULT_CONTEXT),
-        thresholds=thresholds,
         deterministic=deterministic,
         reporter=reporter,
     )
+    session.set_thresholds(thresholds, target)
     tokenizer = checkpoint.tokenizer()
     # Some configs leave out the token that ends a turn, and their tokenizer knows it.
     stops = {*checkpoint.eos_token_ids, tokenizer.eos_token_id} - {None}

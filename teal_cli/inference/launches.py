@@ -41,32 +41,32 @@ def shapes(decoder: Decoder) -> dict[str, tuple[int, int]]:
     return found | {"logits": (config.hidden_size, config.vocab_size)}
 
 
-def matrix_key(decoder: Decoder, name: str, *, sparse: bool) -> str:
-    """Under which a matrix's launch is stored; the lm_head is the same in both steps."""
+def matrix_key(decoder: Decoder, name: str, regime: float) -> str:
+    """Under which a matrix's launch is stored; the lm_head's is the same in every regime."""
     inputs, outputs = shapes(decoder)[name]
-    regime = "" if name == "logits" else " sparse" if sparse else " dense"
-    return f"{_dtype(decoder)} {name} {inputs}x{outputs}{regime}"
+    start = "" if name == "logits" else f" from {regime:g}"
+    return f"{_dtype(decoder)} {name} {inputs}x{outputs}{start}"
 
 
-def table_launches(decoder: Decoder, context: int) -> dict[bool, StepLaunches]:
-    """What the kernels' own table says, dense (False) and sparse (True)."""
-    from teal_kernels.gpu.launch import DeviceClass, StepLaunches
+def table_launches(decoder: Decoder, context: int) -> dict[float, StepLaunches]:
+    """What the kernels' own table says, by the sparsity from which it holds."""
+    from teal_kernels.gpu.launch import REGIMES, DeviceClass, StepLaunches
 
     return {
-        sparse: StepLaunches.choose(
+        regime: StepLaunches.choose(
             shapes(decoder),
             decoder.dtype.itemsize,
             context,
-            sparse=sparse,
+            regime=regime,
             device=DeviceClass.of(decoder.device),
         )
-        for sparse in (False, True)
+        for regime in REGIMES
     }
 
 
 def stored_launches(
     decoder: Decoder, context: int, reporter: Reporter
-) -> dict[bool, StepLaunches] | None:
+) -> dict[float, StepLaunches] | None:
     """What was found on this device for these shapes; None where nothing was.
 
     Args:
@@ -79,19 +79,18 @@ def stored_launches(
         return None
     table = table_launches(decoder, context)
     found = {
-        sparse: merged(decoder, entries, launches, sparse=sparse)
-        for sparse, launches in table.items()
+        regime: merged(decoder, entries, launches, regime) for regime, launches in table.items()
     }
     return None if found == table else found
 
 
 def merged(
-    decoder: Decoder, entries: Entries, launches: StepLaunches, *, sparse: bool
+    decoder: Decoder, entries: Entries, launches: StepLaunches, regime: float
 ) -> StepLaunches:
     """`launches` with the entries that are for this decoder in their place."""
     changes = {}
     for name in (*MATRICES, "logits"):
-        if entry := entries.get(matrix_key(decoder, name, sparse=sparse)):
+        if entry := entries.get(matrix_key(decoder, name, regime)):
             changes[name] = getattr(launches, name)._replace(**entry)
     return launches._replace(**changes)
 

@@ -48,6 +48,9 @@ class _Step(Protocol):
 class _ChoosingStep(Protocol):
     """A step that chooses the next token itself, so that the host need not keep up with it."""
 
+    def expect(self, sparsity: float) -> None:
+        """Use the kernels that are fastest at about this sparsity."""
+
     def start(
         self,
         token: int,
@@ -129,7 +132,7 @@ class Session:
         Args:
             decoder: the model.
             max_length: positions to make room for.
-            thresholds: as `set_thresholds` takes them.
+            thresholds: as `set_thresholds` takes them, for a sparsity near 0.5.
             backend: "auto" takes the fastest for the decoder's device; "reference" the decoder.
             deterministic: the same sums in every run on CUDA, to the last bit; a CPU's always
                 are, for a given number of threads.
@@ -163,8 +166,14 @@ class Session:
             return "torch"
         return _FUSED_STEPS[self.decoder.device.type][1]
 
-    def set_thresholds(self, thresholds: Tensor | None) -> None:
-        """Use other thresholds [num_hidden_layers, 7] from the next token on; None is dense."""
+    def set_thresholds(self, thresholds: Tensor | None, sparsity: float = 0.5) -> None:
+        """Use other thresholds from the next token on.
+
+        Args:
+            thresholds: [num_hidden_layers, 7]; None is dense.
+            sparsity: about how sparse they make the model. It decides which form of the kernels
+                is used, not what they compute.
+        """
         if thresholds is not None:
             expected = (self.decoder.config.num_hidden_layers, len(PROJECTIONS))
             if tuple(thresholds.shape) != expected:
@@ -172,6 +181,8 @@ class Session:
             thresholds = thresholds.to(torch.float32).contiguous()
         self.thresholds = thresholds
         self._step.set_thresholds(thresholds)
+        if isinstance(self._step, _ChoosingStep):
+            self._step.expect(0.0 if thresholds is None else sparsity)
         self.clear_counts()
 
     @torch.inference_mode()
@@ -316,8 +327,7 @@ def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter:
     options: dict[str, Any] = {}
     if language == "triton":
         options["launches"] = stored_launches(decoder, cache.length, reporter)
-        if deterministic:
-            options["deterministic"] = True
+        options["deterministic"] = deterministic
     step: _Step = module.DecodeStep(**step_tensors(decoder, cache), **options)
     step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches
     return step

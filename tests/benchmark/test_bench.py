@@ -40,7 +40,7 @@ def test_random_weights_meet_their_target_on_decoded_tokens(
 ) -> None:
     profile = self_calibrated(decoder, seed=0, reporter=Silent())
     thresholds = met_thresholds(session, profile, target, PROMPT)
-    run = SessionDecoding(session, thresholds, PROMPT, 40).run()
+    run = SessionDecoding(session, thresholds, 0.5, PROMPT, 40).run()
     assert run.realised_sparsity == pytest.approx(target, abs=0.02)
 
 
@@ -50,7 +50,7 @@ def test_no_sparsity_is_exact(decoder: Decoder, session: Session) -> None:
 
 
 def test_every_repeat_answers_the_whole_prompt(session: Session) -> None:
-    decoding = SessionDecoding(session, None, PROMPT, 10)
+    decoding = SessionDecoding(session, None, 0.0, PROMPT, 10)
     decoding.warm_up()
     first = decoding.run()
     tokens = list(session.tokens)

@@ -20,6 +20,8 @@ from teal_cli.progress import Silent
 
 pytestmark = pytest.mark.gpu
 
+DENSE, SPARSE = 0.0, 0.2
+
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
@@ -35,14 +37,14 @@ def test_the_share_that_is_dropped_is_the_one_asked_for(decoder: Decoder, name: 
     projection = GpuProjection(decoder, name)
     inputs = launches.shapes(decoder)[name][0]
     for sparsity in (0.0, 0.25, 0.5):
-        projection.use(projection.choices[sparsity > 0])
+        projection.use(projection.launches_at(sparsity, projection.choices))
         assert projection.keep(sparsity) == pytest.approx(sparsity, abs=0.51 / inputs)
         assert projection.seconds() > 0
 
 
 def test_the_lm_head_drops_nothing(decoder: Decoder) -> None:
     projection = GpuProjection(decoder, "logits")
-    projection.use(projection.choices[False])
+    projection.use(projection.choices[DENSE])
     assert projection.keep(0.5) == 0
     assert projection.seconds() > 0
 
@@ -52,10 +54,10 @@ def test_a_session_decodes_with_the_launches_that_are_stored(
 ) -> None:
     monkeypatch.setenv("TEAL_HOME", str(tmp_path))
     table = launches.table_launches(decoder, 64)
-    other = table[True].down._replace(block_k=16, block_n=32)
-    entries = {launches.matrix_key(decoder, "down", sparse=True): other._asdict()}
+    other = table[SPARSE].down._replace(block_k=16, block_n=32)
+    entries = {launches.matrix_key(decoder, "down", SPARSE): other._asdict()}
     launches.write(decoder, entries)
     found = launches.stored_launches(decoder, 64, Silent())
     assert found is not None
-    assert found[False] == table[False]
-    assert found[True] == table[True]._replace(down=other)
+    assert found[DENSE] == table[DENSE]
+    assert found[SPARSE] == table[SPARSE]._replace(down=other)

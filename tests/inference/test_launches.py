@@ -16,6 +16,8 @@ from teal_cli.progress import Silent
 
 pytest.importorskip("triton")
 
+DENSE, SPARSE = 0.0, 0.2
+
 
 class Notes(Silent):
     def __init__(self) -> None:
@@ -32,7 +34,7 @@ def decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Decoder:
 
 
 def entry(decoder: Decoder, name: str = "qkv", **changes: Any) -> dict[str, Any]:
-    launch = getattr(launches.table_launches(decoder, 64)[True], name)
+    launch = getattr(launches.table_launches(decoder, 64)[SPARSE], name)
     return launch._replace(**changes)._asdict()
 
 
@@ -44,26 +46,26 @@ def test_nothing_stored_leaves_the_table(decoder: Decoder) -> None:
 
 def test_what_is_stored_takes_its_own_place_only(decoder: Decoder) -> None:
     table = launches.table_launches(decoder, 64)
-    key = launches.matrix_key(decoder, "qkv", sparse=True)
+    key = launches.matrix_key(decoder, "qkv", SPARSE)
     launches.write(decoder, {key: entry(decoder, num_warps=8, registers=96)})
     found = launches.stored_launches(decoder, 64, Silent())
     assert found is not None
-    assert found[False] == table[False]
-    assert found[True].qkv == table[True].qkv._replace(num_warps=8, registers=96)
-    assert found[True]._replace(qkv=table[True].qkv) == table[True]
+    assert found[DENSE] == table[DENSE]
+    assert found[SPARSE].qkv == table[SPARSE].qkv._replace(num_warps=8, registers=96)
+    assert found[SPARSE]._replace(qkv=table[SPARSE].qkv) == table[SPARSE]
 
 
 def test_the_lm_head_has_one_launch_for_both_steps(decoder: Decoder) -> None:
-    key = launches.matrix_key(decoder, "logits", sparse=False)
-    assert key == launches.matrix_key(decoder, "logits", sparse=True)
+    key = launches.matrix_key(decoder, "logits", DENSE)
+    assert key == launches.matrix_key(decoder, "logits", SPARSE)
     launches.write(decoder, {key: entry(decoder, "logits", num_warps=2)})
     found = launches.stored_launches(decoder, 64, Silent())
     assert found is not None
-    assert found[False].logits.num_warps == found[True].logits.num_warps == 2
+    assert found[DENSE].logits.num_warps == found[SPARSE].logits.num_warps == 2
 
 
 def test_another_dtype_or_shape_is_left_alone(decoder: Decoder) -> None:
-    key = launches.matrix_key(decoder, "qkv", sparse=True)
+    key = launches.matrix_key(decoder, "qkv", SPARSE)
     launches.write(decoder, {key.replace("float16", "bfloat16"): entry(decoder, num_warps=8)})
     assert launches.stored_launches(decoder, 64, Silent()) is None
 
@@ -80,7 +82,7 @@ def test_another_dtype_or_shape_is_left_alone(decoder: Decoder) -> None:
     ids=["format", "kernels", "fields", "list", "null"],
 )
 def test_what_does_not_fit_is_ignored_with_a_note(decoder: Decoder, change: dict[str, Any]) -> None:
-    key = launches.matrix_key(decoder, "qkv", sparse=True)
+    key = launches.matrix_key(decoder, "qkv", SPARSE)
     file = launches.write(decoder, {key: entry(decoder, num_warps=8)})
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     notes = Notes()

@@ -59,7 +59,7 @@ def _decoder(family: str, device: str, **changes: Any) -> Decoder:
     return random_decoder(config, device=device, dtype=torch.float32, seed=1)
 
 
-def _step(decoder: Decoder, length: int) -> Any:
+def _step(decoder: Decoder, length: int, **options: Any) -> Any:
     from teal_kernels.gpu import DecodeStep
 
     config, weights = decoder.config, decoder.weights
@@ -79,6 +79,7 @@ def _step(decoder: Decoder, length: int) -> Any:
         num_attention_heads=config.num_attention_heads,
         rms_norm_eps=config.rms_norm_eps,
         sliding_windows=config.sliding_windows,
+        **options,
     )
     return step, cache
 
@@ -151,10 +152,23 @@ def test_attention(position: int, window: int | None, device: str) -> None:
     _close((share[:, :, None] * parts).sum(0).flatten() / total.repeat_interleave(dim), expected)
 
 
-def test_projections_with_their_inputs(device: str) -> None:
+@pytest.mark.parametrize(
+    "tile",
+    [
+        {"slots": 0},
+        {"slots": 16, "more": 8},  # of 32 channels: now and then some are left for the loop
+        {"block_k": 64, "slots": 4},  # of two groups of 32, in many rounds
+    ],
+    ids=["masked", "survivors", "groups"],
+)
+def test_projections_with_their_inputs(tile: dict[str, int], device: str) -> None:
+    from teal_kernels.gpu import Launch
+
     decoder = _decoder("qwen2-odd", device, num_hidden_layers=1)
     layer, config = decoder.weights.layers[0], decoder.config
     step, _ = _step(decoder, 20)
+    launch = Launch(32, 64, 1)._replace(**tile)
+    step.launches = step.launches._replace(qkv=launch, gate_up=launch, down=launch)
     step.set_thresholds(torch.tensor([[0.3, 0.5, 0.7, 0.1, 0.4, 0.6, 0.2]], device=device))
     step.h.normal_()
     levels = step.thresholds[0]
@@ -232,3 +246,23 @@ def test_what_a_caller_can_get_wrong(device: str) -> None:
     step.advance()
     with pytest.raises(ValueError, match="full"):
         step.advance()
+
+
+def test_a_deterministic_step_repeats_itself(device: str) -> None:
+    from teal_kernels.gpu import Launch
+
+    decoder = _decoder("qwen3", device)
+    levels = torch.full((2, 7), 0.4, device=device)
+    step, cache = _step(decoder, 40, deterministic=True)
+    launch = Launch(32, 64, 1, slots=16, more=8)
+    step.launches = step.launches._replace(qkv=launch, o=launch, gate_up=launch, down=launch)
+    step.set_thresholds(levels)
+    other = decoder.new_cache(40)
+    other.keys.copy_(cache.keys)
+    other.values.copy_(cache.values)
+    tokens = torch.tensor([3], device=device)
+    hidden = decoder.forward(tokens, cache=other, position=10, thresholds=levels)
+    first = step(3, 10)
+    _close(first, decoder.logits(hidden)[0])
+    for _ in range(1 if device == "cpu" else 50):
+        assert torch.equal(step(3, 10), first)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from teal_kernels.gpu.decode import _wait
+from teal_kernels.gpu.decode import _read, _wait
 
 
 @triton.jit
@@ -28,8 +28,8 @@ def _heads(
 ):
     """Both halves [rows, HALF] of the heads that start at `columns` [rows], normed and rotated."""
     offs = columns[:, None] + offs_d[None, :]
-    first = tl.load(qkv_ptr + offs, mask=mask, other=0.0)
-    second = tl.load(qkv_ptr + offs + HALF, mask=mask, other=0.0)
+    first = _read(qkv_ptr + offs, mask)
+    second = _read(qkv_ptr + offs + HALF, mask)
     if BIAS:
         first += tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         second += tl.load(bias_ptr + offs + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -101,9 +101,9 @@ def attention_kernel(
 ):
     """One key-value head and one chunk of the positions a program.
 
-    Reads qkv [(HEADS + 2 * KV_HEADS) * HEAD_DIM] float32, writes the token's key and value to the
-    cache [KV_HEADS, length, HEAD_DIM], and leaves for the heads that share the key-value head the
-    maximum, the sum and the weighted values of exp(score - maximum) over the chunk.
+    Reads qkv [(HEADS + 2 * KV_HEADS) * HEAD_DIM] accumulators, writes the token's key and value
+    to the cache [KV_HEADS, length, HEAD_DIM], and leaves for the heads that share the key-value
+    head the maximum, the sum and the weighted values of exp(score - maximum) over the chunk.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -144,7 +144,7 @@ def attention_kernel(
             mask_d[None, :], eps, HALF, BIAS, QK_NORM, offs_d,
         )  # fmt: skip
         v_columns = (HEADS + KV_HEADS + kv_head) * HEAD_DIM + offs_v
-        v = tl.load(qkv_ptr + v_columns, mask=mask_v, other=0.0)
+        v = _read(qkv_ptr + v_columns, mask_v)
         if BIAS:
             v += tl.load(bias_ptr + v_columns, mask=mask_v, other=0.0).to(tl.float32)
 

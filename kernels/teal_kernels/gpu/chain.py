@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import triton
 from torch import Tensor
 
 from teal_kernels.gpu import attention, decode
-from teal_kernels.gpu.launch import DeviceClass, Launch, StepLaunches
+from teal_kernels.gpu.launch import DENSE, REGIMES, DeviceClass, Launch, StepLaunches
 from teal_kernels.gpu.projection import INTERPRETED
 from teal_kernels.gpu.sample import Choice, Chooser
 from teal_kernels.gpu.tensors import Geometry, LayerTensors
@@ -36,8 +37,9 @@ class Chain:
         num_attention_heads: int,
         rms_norm_eps: float,
         sliding_windows: Sequence[int | None],
-        launches: Mapping[bool, StepLaunches] | None = None,
+        launches: Mapping[float, StepLaunches] | None = None,
         dependent_launch: bool | None = None,
+        deterministic: bool = False,
     ) -> None:
         """Bind the step to tensors, which it reads (and of the cache, writes) in place.
 
@@ -53,9 +55,11 @@ class Chain:
             num_attention_heads: query heads.
             rms_norm_eps: of every norm.
             sliding_windows: one a layer, None where a layer sees everything.
-            launches: tiles and warps, of sparse steps (True) and of dense ones (False); None takes
-                them from the table.
+            launches: tiles and warps, by the sparsity from which they are used (`REGIMES`); None
+                takes them from the table.
             dependent_launch: None uses it from compute capability 9.0 on.
+            deterministic: sum in fixed point (36 bits of fraction in int64), so that the same
+                token at the same position gives the same bits in every run.
         """
         self.geometry = Geometry(
             num_attention_heads, keys.shape[1], keys.shape[3], rms_norm_eps, sliding_windows
@@ -78,25 +82,28 @@ class Chain:
         }
         # Dense and sparse steps differ only in their launches, and so in their graphs.
         self.choices = launches or {
-            sparse: StepLaunches.choose(
+            regime: StepLaunches.choose(
                 shapes,
                 embed_tokens.element_size(),
                 self.context,
-                sparse=sparse,
+                regime=regime,
                 device=DeviceClass.of(device),
             )
-            for sparse in (False, True)
+            for regime in REGIMES
         }
-        self.launches = self.choices[False]
-        self.pdl = dependent_launch
+        self.launches = self.choices[DENSE]
         if dependent_launch is None:
-            self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+            dependent_launch = device.type == "cuda" and torch.cuda.get_device_capability(
+                device
+            ) >= (9, 0)
+        self.pdl = dependent_launch
+        self._launch = partial(_launch, dependent_launch)
         self.resident = 0  # programs that the device holds at a time
         if device.type == "cuda":
             self.resident = 4 * torch.cuda.get_device_properties(device).multi_processor_count
-        self._allocate()
+        self._allocate(torch.int64 if deterministic else torch.float32)
 
-    def _allocate(self) -> None:
+    def _allocate(self, accumulator: torch.dtype) -> None:
         g = self.geometry
         heads, dim = g.num_attention_heads, g.head_dim
         chunk = min(launches.attention_chunk for launches in self.choices.values())
@@ -105,11 +112,12 @@ class Chain:
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.h = buffer(self.hidden)
-        self.qkv = buffer(self.layers[0].qkv.shape[1])
-        self.gate_up = buffer(self.layers[0].gate_up.shape[1])
+        self.h = buffer(self.hidden, dtype=accumulator)
+        self.qkv = buffer(self.layers[0].qkv.shape[1], dtype=accumulator)
+        self.gate_up = buffer(self.layers[0].gate_up.shape[1], dtype=accumulator)
         self.parts = buffer(splits, heads * dim)
         self.maxima, self.sums = buffer(splits, heads), buffer(splits, heads)
+        self.scales = buffer(len(self.layers), 2)  # 1 / rms of h, at both norms of a layer
         self.logits = buffer(self.vocab)
         self.token, self.position = buffer(1, dtype=torch.int32), buffer(1, dtype=torch.int32)
         # Device buffers, so that another sparsity needs no new capture.
@@ -129,9 +137,12 @@ class Chain:
             self.h,
             self.token,
             self.embed_tokens,
+            self.scales,
             self.hidden,
             self.embed_tokens.stride(0),
+            self.scales.numel(),
             BLOCK=block,
+            BLOCK_S=triton.next_power_of_2(self.scales.numel()),
         )
         for index, layer in enumerate(self.layers):
             self.project("qkv", index)
@@ -197,6 +208,7 @@ class Chain:
             launch.num_warps,
             out,
             self.h,
+            self.scales[index, int(name == "gate_up") :],
             norm,
             weight,
             *self._buffers(name, index),
@@ -210,11 +222,7 @@ class Chain:
             N2=widths[2],
             ZERO=_share(zero, grid),
             BLOCK_H=triton.next_power_of_2(self.hidden),
-            AHEAD=launch.ahead if self.pdl else 0,
-            PROGRAMS=self.resident,
-            maxnreg=launch.registers,
-            BLOCK_K=launch.block_k,
-            BLOCK_N=launch.block_n,
+            **self._tile(launch),
         )
 
     def _attention(self, index: int, layer: LayerTensors) -> None:
@@ -281,11 +289,7 @@ class Chain:
             CHUNK=chunk,
             SPLITS=triton.next_power_of_2(triton.cdiv(self.reach, chunk)),
             ZERO=_share(self.gate_up, grid),
-            AHEAD=launch.ahead if self.pdl else 0,
-            PROGRAMS=self.resident,
-            maxnreg=launch.registers,
-            BLOCK_K=launch.block_k,
-            BLOCK_N=launch.block_n,
+            **self._tile(launch),
         )
 
     def _activate_project(self, index: int, layer: LayerTensors) -> None:
@@ -301,24 +305,30 @@ class Chain:
             layer.down.shape[0],
             self.hidden,
             layer.down.stride(0),
-            AHEAD=launch.ahead if self.pdl else 0,
-            PROGRAMS=self.resident,
-            maxnreg=launch.registers,
-            BLOCK_K=launch.block_k,
-            BLOCK_N=launch.block_n,
+            **self._tile(launch),
         )
+
+    def _tile(self, launch: Launch) -> dict[str, Any]:
+        return {
+            "AHEAD": launch.ahead if self.pdl else 0,
+            "PROGRAMS": self.resident,
+            "BLOCK_K": launch.block_k,
+            "BLOCK_N": launch.block_n,
+            "SLOTS": launch.slots,
+            "MORE": launch.more,
+            "maxnreg": launch.registers,
+        }
 
     def _buffers(self, name: str, index: int) -> tuple[Tensor, Tensor]:
         first = _FIRST[name]
         return self.thresholds[index, first:], self._kept[index, first:]
 
-    def _launch(
-        self, kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any
-    ) -> None:
-        options = {"launch_pdl": True} if self.pdl else {}
-        kernel[grid](
-            *args, **constants, PDL=bool(self.pdl), num_warps=num_warps, num_stages=1, **options
-        )
+
+def _launch(
+    pdl: bool, kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any
+) -> None:
+    options = {"launch_pdl": True} if pdl else {}
+    kernel[grid](*args, **constants, PDL=pdl, num_warps=num_warps, num_stages=1, **options)
 
 
 _DOT = {

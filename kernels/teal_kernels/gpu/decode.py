@@ -6,8 +6,8 @@ Every kernel first waits for the one before it, then lets the next one start: wi
 launch (compute capability 9.0) a kernel's programs move in as those of the last one leave. What
 was written two kernels ago or earlier is safe to read before the wait.
 
-Accumulators are float32 and added to by relaxed atomics; each is zeroed by an earlier kernel of
-the chain.
+Accumulators are float32, or int64 in fixed point, and added to by relaxed atomics; each is zeroed
+by an earlier kernel of the chain.
 
 The projections put their work under a condition that always holds. It keeps the compiler from
 mixing the tile's loads with what stands before them: on an H100, at sparsity 0.5, gate_up of
@@ -20,8 +20,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from teal_kernels.gpu.projection import INTERPRETED
+
 # Rows of small tables, aligned or not by layer: one compilation serves all layers.
-_ROWS_OF_TABLES = ["thresholds_ptr", "kept_ptr"]
+# Deterministic accumulators are int64: sums of integers do not depend on their order. 36 bits are
+# fraction, so that the residual stream may reach 1e8 and the error of a sum stays near 1e-11.
+_FIXED_POINT = tl.constexpr(float(1 << 36))
+
+_COMPILED = tl.constexpr(not INTERPRETED)
+
+_ROWS_OF_TABLES = ["thresholds_ptr", "kept_ptr", "scale_ptr"]
 
 
 @triton.jit
@@ -29,6 +37,23 @@ def _wait(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def _read(ptr, mask):
+    """Sums as float32, from an accumulator of either kind."""
+    value = tl.load(ptr, mask=mask, other=0)
+    if value.dtype == tl.int64:
+        value = value.to(tl.float32) * (1.0 / _FIXED_POINT)
+    return value
+
+
+@triton.jit
+def _fixed(ptr, value):
+    """A float32 value as the accumulator behind ptr holds it."""
+    if ptr.dtype.element_ty == tl.int64:
+        value = (value * _FIXED_POINT).to(tl.int64)
+    return value
 
 
 @triton.jit
@@ -52,26 +77,18 @@ def _columns(pid, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, SPAN: tl
 
 
 @triton.jit
-def _tile(w_ptr, offs_k, keep, offs_n, end, stride_wk):
-    """Rows of w, each read only where `keep` says so; weights pass through the cache once."""
-    rows = w_ptr + offs_k.to(tl.int64)[:, None] * stride_wk
-    mask = keep[:, None] & (offs_n < end)[None, :]
-    return tl.load(rows + offs_n[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
 def _fetch_ahead(
     w_ptr,
-    start,
+    row,
     K,
+    start,
     end,
     stride_wk,
     ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Ask for some rows of this program's tile before it is known which of them survive.
+    """Ask for this program's first rows before it is known which of them survive.
 
     Between two kernels the memory would idle: the last programs of one drain, those of the next
     wait and work out what to read. Only the programs that can start in that gap ask, and only
@@ -80,7 +97,7 @@ def _fetch_ahead(
     if ROWS > 0:  # noqa: SIM102 - known when it is compiled, unlike the other
         if tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) < PROGRAMS:
             LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-            offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, ROWS)
+            offs_k = row + tl.arange(0, ROWS)
             offs_n = start + tl.arange(0, BLOCK_N // LINE) * LINE
             rows = w_ptr + offs_k.to(tl.int64)[:, None] * stride_wk
             inside = (offs_k < K)[:, None] & (offs_n + LINE <= end)[None, :]
@@ -100,6 +117,59 @@ def _fetch_ahead(
 
 
 @triton.jit
+def _count_bits(bits):
+    """Set bits of uint32; LLVM knows this form and makes one instruction of it."""
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return (bits * 0x01010101) >> 24
+
+
+@triton.jit
+def _halve(bits, n, index, WIDTH: tl.constexpr):
+    """One step of `_nth_bit`: into the upper half where the lower one has too few bits."""
+    low = _count_bits((bits >> index) & ((1 << WIDTH) - 1))
+    return tl.where(n >= low, n - low, n), tl.where(n >= low, index + WIDTH, index)
+
+
+@triton.jit
+def _nth_bit(bits, n):
+    """Index of the n-th set bit of uint32, from 0; 31 where there are not so many."""
+    n, index = _halve(bits, n.to(tl.uint32), tl.zeros_like(n).to(tl.uint32), 16)
+    n, index = _halve(bits, n, index, 8)
+    n, index = _halve(bits, n, index, 4)
+    n, index = _halve(bits, n, index, 2)
+    n, index = _halve(bits, n, index, 1)
+    return index.to(tl.int32)
+
+
+@triton.jit
+def _rows(w_ptr, rows, mask, offs_n, end, stride_wk):
+    """Rows of w, each read only where `mask` says so; weights pass through the cache once."""
+    offs = rows.to(tl.int64)[:, None] * stride_wk + offs_n[None, :]
+    inside = mask[:, None] & (offs_n < end)[None, :]
+    return tl.load(w_ptr + offs, mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _gather(x, bits, counts, w_ptr, row, offs_n, end, stride_wk, first, SLOTS: tl.constexpr):
+    """The survivors from `first` on, SLOTS of every 32 channels: their x, and their rows of w."""
+    GROUPS: tl.constexpr = x.shape[0]
+    n = first + tl.arange(0, SLOTS)[None, :]
+    index = _nth_bit(bits[:, None], n)
+    if _COMPILED:
+        # Something that the compiler does not repeat: every thread would find every index.
+        index = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [index], dtype=tl.int32, is_pure=False, pack=1
+        )
+    there = n < counts[:, None]
+    values = tl.reshape(tl.where(there, tl.gather(x, index, 1), 0.0), (GROUPS * SLOTS,))
+    rows = tl.reshape(row + tl.arange(0, GROUPS)[:, None] * 32 + index, (GROUPS * SLOTS,))
+    there = tl.reshape(there, (GROUPS * SLOTS,))
+    return values, _rows(w_ptr, rows, there, offs_n, end, stride_wk)
+
+
+@triton.jit
 def _accumulate(
     y_ptr,
     x,
@@ -107,20 +177,47 @@ def _accumulate(
     threshold,
     kept_ptr,
     count,
-    offs_k,
+    row,
     mask_k,
     start,
     end,
     stride_wk,
+    BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MORE: tl.constexpr,
 ):
-    """Add one tile's product to y float32; channels with abs(x) <= threshold are never loaded."""
+    """Add one tile's product to y float32; channels with abs(x) <= threshold are never loaded.
+
+    With SLOTS the survivors are found first, and the tile is of them alone: SLOTS + MORE of every
+    32 channels at once, and in a loop those beyond.
+    """
     keep = (tl.abs(x) > threshold) & mask_k
-    kept = tl.sum(keep.to(tl.int32), axis=0)
     offs_n = start + tl.arange(0, BLOCK_N)
-    w = _tile(w_ptr, offs_k, keep, offs_n, end, stride_wk).to(tl.float32)
-    y = tl.sum(tl.where(keep, x, 0.0)[:, None] * w, axis=0)
-    tl.atomic_add(y_ptr + offs_n, y, mask=offs_n < end, sem="relaxed")
+    if SLOTS == 0:
+        kept = tl.sum(keep.to(tl.int32), axis=0)
+        w = _rows(w_ptr, row + tl.arange(0, BLOCK_K), keep, offs_n, end, stride_wk)
+        y = tl.sum(tl.where(keep, x, 0.0)[:, None] * w.to(tl.float32), axis=0)
+    else:
+        GROUPS: tl.constexpr = BLOCK_K // 32
+        keep = tl.reshape(keep, (GROUPS, 32)).to(tl.uint32)
+        x = tl.reshape(x, (GROUPS, 32))
+        bits = tl.sum(keep << tl.arange(0, 32)[None, :].to(tl.uint32), axis=1)
+        counts = _count_bits(bits).to(tl.int32)
+        kept = tl.sum(counts, axis=0)
+        x1, w1 = _gather(x, bits, counts, w_ptr, row, offs_n, end, stride_wk, 0, SLOTS)
+        if MORE > 0:
+            x2, w2 = _gather(x, bits, counts, w_ptr, row, offs_n, end, stride_wk, SLOTS, MORE)
+        y = tl.sum(x1[:, None] * w1.to(tl.float32), axis=0)
+        if MORE > 0:
+            y += tl.sum(x2[:, None] * w2.to(tl.float32), axis=0)
+        most = tl.max(counts, axis=0)
+        first = SLOTS + MORE
+        while first < most:
+            x1, w1 = _gather(x, bits, counts, w_ptr, row, offs_n, end, stride_wk, first, SLOTS)
+            y += tl.sum(x1[:, None] * w1.to(tl.float32), axis=0)
+            first += SLOTS
+    tl.atomic_add(y_ptr + offs_n, _fixed(y_ptr, y), mask=offs_n < end, sem="relaxed")
     if count:
         tl.atomic_add(kept_ptr, kept, sem="relaxed")
 
@@ -131,30 +228,68 @@ def _zero(zero_ptr, zero_size, ZERO: tl.constexpr):
     if ZERO > 0:
         pid = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         offs = pid * ZERO + tl.arange(0, ZERO)
-        tl.store(zero_ptr + offs, tl.zeros((ZERO,), tl.float32), mask=offs < zero_size)
+        tl.store(
+            zero_ptr + offs, tl.zeros((ZERO,), zero_ptr.dtype.element_ty), mask=offs < zero_size
+        )
 
 
 @triton.jit
-def _inverse_rms(h_ptr, eps, H, BLOCK_H: tl.constexpr):
-    offs_h = tl.arange(0, BLOCK_H)
-    h = tl.load(h_ptr + offs_h, mask=offs_h < H, other=0.0)
-    return 1.0 / tl.sqrt(tl.sum(h * h, axis=0) / H + eps)
+def _inverse_rms(h_ptr, scale_ptr, eps, H, BLOCK_H: tl.constexpr, PROGRAMS: tl.constexpr):
+    """1 / rms(h): taken by each of the programs that start together, then read by the others.
+
+    scale is 0 until one of the first has written it; whoever finds it so takes it too.
+    """
+    pid = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    scale = 0.0
+    if pid >= PROGRAMS:
+        scale = tl.load(scale_ptr, cache_modifier=".cg")  # not from L1, which may hold the 0
+    if scale == 0.0:
+        offs_h = tl.arange(0, BLOCK_H)
+        h = _read(h_ptr + offs_h, offs_h < H)
+        scale = 1.0 / tl.sqrt(tl.sum(h * h, axis=0) / H + eps)
+        if pid < 64:
+            tl.store(scale_ptr, scale)
+    return scale
 
 
 @triton.jit
-def embed_kernel(h_ptr, token_ptr, embed_ptr, H, stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """h [H] float32 = the token's row of embed [V, H]."""
+def _activated(gate_up_ptr, offs_k, INNER):
+    """silu(gate) * up at offs_k."""
+    mask = offs_k < INNER
+    gate = _read(gate_up_ptr + offs_k, mask)
+    up = _read(gate_up_ptr + INNER + offs_k, mask)
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def embed_kernel(
+    h_ptr,
+    token_ptr,
+    embed_ptr,
+    scales_ptr,
+    H,
+    stride,
+    scales,
+    BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """h [H] float32 = the token's row of embed [V, H]; the norms' scales are cleared."""
     _wait(PDL)
+    if tl.program_id(0) == 0:
+        offs_s = tl.arange(0, BLOCK_S)
+        tl.store(scales_ptr + offs_s, tl.zeros((BLOCK_S,), tl.float32), mask=offs_s < scales)
     token = tl.load(token_ptr).to(tl.int64)
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(embed_ptr + token * stride + offs, mask=offs < H, other=0.0).to(tl.float32)
-    tl.store(h_ptr + offs, row, mask=offs < H)
+    tl.store(h_ptr + offs, _fixed(h_ptr, row), mask=offs < H)
 
 
 @triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES)
 def norm_project_kernel(
     y_ptr,
     h_ptr,
+    scale_ptr,
     norm_ptr,
     w_ptr,
     thresholds_ptr,
@@ -173,28 +308,30 @@ def norm_project_kernel(
     PROGRAMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MORE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y += sparse projections of rms_norm(h) [H]; every program takes the norm for itself."""
+    """y += sparse projections of rms_norm(h) [H]."""
     block, start, end = _columns(tl.program_id(0), N0, N1, N2, BLOCK_N)
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < H
-    _fetch_ahead(w_ptr, start, H, end, stride_wk, AHEAD, PROGRAMS, BLOCK_K, BLOCK_N)
-    gain = tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    row = tl.program_id(1) * BLOCK_K
+    offs_k = row + tl.arange(0, BLOCK_K)
     threshold = tl.load(thresholds_ptr + block)
+    _fetch_ahead(w_ptr, row, H, start, end, stride_wk, AHEAD, PROGRAMS, BLOCK_N)
+    gain = tl.load(norm_ptr + offs_k, mask=offs_k < H, other=0.0).to(tl.float32)
     _wait(PDL)
     _zero(zero_ptr, zero_size, ZERO)
-    if tl.program_id(1) * BLOCK_K < H:  # always; see the module's docstring
-        h = tl.load(h_ptr + offs_k, mask=mask_k, other=0.0)
-        x = h * _inverse_rms(h_ptr, eps, H, BLOCK_H) * gain
+    if row < H:  # always; see the module's docstring
+        h = _read(h_ptr + offs_k, offs_k < H)
+        x = h * gain * _inverse_rms(h_ptr, scale_ptr, eps, H, BLOCK_H, PROGRAMS)
         first = (start == 0) | (start == N0) | (start == N0 + N1)
         _accumulate(
             y_ptr, x, w_ptr, threshold, kept_ptr + block, first,
-            offs_k, mask_k, start, end, stride_wk, BLOCK_N,
+            row, offs_k < H, start, end, stride_wk, BLOCK_K, BLOCK_N, SLOTS, MORE,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES)
+@triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES[:2])
 def activate_project_kernel(
     y_ptr,
     gate_up_ptr,
@@ -208,26 +345,26 @@ def activate_project_kernel(
     PROGRAMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MORE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y += sparse projection of silu(gate) * up; gate_up [2 * INNER] float32."""
     start = tl.program_id(0) * BLOCK_N
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < INNER
-    _fetch_ahead(w_ptr, start, INNER, N, stride_wk, AHEAD, PROGRAMS, BLOCK_K, BLOCK_N)
+    row = tl.program_id(1) * BLOCK_K
+    offs_k = row + tl.arange(0, BLOCK_K)
     threshold = tl.load(thresholds_ptr)
+    _fetch_ahead(w_ptr, row, INNER, start, N, stride_wk, AHEAD, PROGRAMS, BLOCK_N)
     _wait(PDL)
-    if tl.program_id(1) * BLOCK_K < INNER:  # always; see the module's docstring
-        gate = tl.load(gate_up_ptr + offs_k, mask=mask_k, other=0.0)
-        up = tl.load(gate_up_ptr + INNER + offs_k, mask=mask_k, other=0.0)
-        x = gate / (1.0 + tl.exp(-gate)) * up
+    if row < INNER:  # always; see the module's docstring
+        x = _activated(gate_up_ptr, offs_k, INNER)
         _accumulate(
             y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
-            offs_k, mask_k, start, N, stride_wk, BLOCK_N,
+            row, offs_k < INNER, start, N, stride_wk, BLOCK_K, BLOCK_N, SLOTS, MORE,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES)
+@triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES[:2])
 def combine_project_kernel(
     y_ptr,
     parts_ptr,
@@ -253,6 +390,8 @@ def combine_project_kernel(
     PROGRAMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MORE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y += sparse projection of the attention's output, put together from its splits.
@@ -262,9 +401,10 @@ def combine_project_kernel(
     """
     K: tl.constexpr = HEADS * HEAD_DIM
     start = tl.program_id(0) * BLOCK_N
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    row = tl.program_id(1) * BLOCK_K
+    offs_k = row + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
-    _fetch_ahead(w_ptr, start, K, N, stride_wk, AHEAD, PROGRAMS, BLOCK_K, BLOCK_N)
+    _fetch_ahead(w_ptr, row, K, start, N, stride_wk, AHEAD, PROGRAMS, BLOCK_N)
     threshold = tl.load(thresholds_ptr)
     position = tl.load(position_ptr)
     first = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
@@ -278,8 +418,8 @@ def combine_project_kernel(
         if tl.program_id(1) == 0:
             offs_n = start + tl.arange(0, BLOCK_N)
             bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-            tl.atomic_add(y_ptr + offs_n, bias, mask=offs_n < N, sem="relaxed")
-    if tl.program_id(1) * BLOCK_K < K:  # always; see the module's docstring
+            tl.atomic_add(y_ptr + offs_n, _fixed(y_ptr, bias), mask=offs_n < N, sem="relaxed")
+    if row < K:  # always; see the module's docstring
         maxima = tl.load(maxima_ptr + heads, mask=mask, other=float("-inf"))
         sums = tl.load(sums_ptr + heads, mask=mask, other=0.0)
         parts = tl.load(parts_ptr + offs_s[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
@@ -289,7 +429,7 @@ def combine_project_kernel(
         x = tl.sum(share * parts, axis=0) / total
         _accumulate(
             y_ptr, x, w_ptr, threshold, kept_ptr, start == 0,
-            offs_k, mask_k, start, N, stride_wk, BLOCK_N,
+            row, mask_k, start, N, stride_wk, BLOCK_K, BLOCK_N, SLOTS, MORE,
         )  # fmt: skip
 
 
@@ -321,7 +461,7 @@ def logits_kernel(
     )
     gain = tl.load(norm_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
     _wait(PDL)
-    h = tl.load(h_ptr + offs_h, mask=mask_h, other=0.0)
+    h = _read(h_ptr + offs_h, mask_h)
     scale = 1.0 / tl.sqrt(tl.sum(h * h, axis=0) / H + eps)
     logits = tl.sum(w.to(tl.float32) * (h * scale * gain)[None, :], axis=1)
     tl.store(logits_ptr + offs_v, logits, mask=mask_v)

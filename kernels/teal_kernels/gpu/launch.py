@@ -13,7 +13,8 @@ class Launch(NamedTuple):
     """Tile of the weight that one program multiplies, its warps, and a limit on its registers.
 
     `ahead` rows of the tile are asked for before it is known which survive, by as many programs
-    as a device holds at a time.
+    as a device holds at a time. With `slots` the tile is of survivors alone, slots + more of every
+    32 of its block_k channels at once; without, each row of the tile is loaded or left out.
     """
 
     block_k: int
@@ -21,6 +22,8 @@ class Launch(NamedTuple):
     num_warps: int
     registers: int | None = None
     ahead: int = 0
+    slots: int = 0
+    more: int = 0
 
     def grid(self, inputs: int, *outputs: int) -> tuple[int, int]:
         """Programs by columns, which never straddle two matrices, and by channels."""
@@ -32,19 +35,29 @@ class Launch(NamedTuple):
 # its loads in flight beats small tiles in a loop by 10 to 25 %.
 PROJECTION = {2: Launch(16, 1024, 4), 4: Launch(16, 512, 4)}
 
-# Within a step, on an H100. The limits on registers let one more program live on a processor, for
-# a few spilled words: qkv of Llama-2-7B at 0.5 goes from 21.5 to 19.8 us. Rows fetched ahead pay
-# when all are needed (4.66 to 4.56 ms a token, dense) and cost as much as they bring at 0.5.
-_SPARSE = {
-    "qkv": Launch(32, 1024, 4, registers=128),
-    "o": Launch(32, 1024, 4, registers=128),
-    "gate_up": Launch(32, 1024, 4, registers=128),
-    "down": Launch(32, 1024, 4),
-}
-_DENSE = dict.fromkeys(_SPARSE, Launch(16, 1024, 4, registers=104, ahead=4))
+# Sparsities from which a step has launches of its own.
+DENSE, SPARSE, SPARSER = REGIMES = (0.0, 0.2, 0.58)
 
-# By compute capability, bytes an element, and whether the step is sparse.
-_TABLES = {((9, 0), 2, False): _DENSE, ((9, 0), 2, True): _SPARSE}
+# Within a step, on an H100, found by coordinate descent over whole tokens of Llama-2-7B. Programs
+# of one warp can list their survivors without meeting others, and so many fit on a processor that
+# the listing hides behind the loads; the dense step, which lists nothing, wants large tiles.
+_H100: dict[float, dict[str, Launch]] = {
+    DENSE: dict.fromkeys(("qkv", "o", "gate_up", "down"), Launch(16, 1024, 4, 104, ahead=4)),
+    SPARSE: {
+        "qkv": Launch(32, 256, 1, slots=16, more=8),
+        "o": Launch(32, 1024, 4, ahead=8),
+        "gate_up": Launch(32, 256, 1, slots=16, more=8),
+        "down": Launch(32, 256, 1, 168),
+    },
+    SPARSER: {
+        "qkv": Launch(32, 256, 1, slots=16, more=4),
+        "o": Launch(32, 512, 2, slots=16, more=8),
+        "gate_up": Launch(32, 256, 1, slots=16, more=4),
+        "down": Launch(64, 256, 1, slots=16, more=4),
+    },
+}
+# By compute capability and bytes an element.
+_TABLES = {((9, 0), 2): _H100}
 
 # lm_head: rows of [vocab, hidden] a program; 64 KB of weights for 8 warps.
 _LOGITS_BYTES = 64 << 10
@@ -84,7 +97,7 @@ class StepLaunches(NamedTuple):
         element_size: int,
         context: int,
         *,
-        sparse: bool,
+        regime: float,
         device: DeviceClass,
     ) -> StepLaunches:
         """Take launches from the device's table, cut to the shapes (name → inputs, outputs).
@@ -92,8 +105,8 @@ class StepLaunches(NamedTuple):
         A device or dtype without a table gets one tile for all, without a limit on registers or
         rows fetched ahead: both pay or cost as the device is made.
         """
-        plain = dict.fromkeys(_SPARSE, PROJECTION[element_size])
-        table = _TABLES.get((device.capability, element_size, sparse), plain)
+        plain = dict.fromkeys(_H100[regime], PROJECTION[element_size])
+        table = _TABLES.get((device.capability, element_size), {}).get(regime, plain)
         tiles = {
             name: fit(launch, shapes[name][0], shapes[name][1], 2 * device.processors)
             for name, launch in table.items()
@@ -113,12 +126,18 @@ class StepLaunches(NamedTuple):
         )
 
 
+def regime_of(sparsity: float) -> float:
+    """The regime that a sparsity falls into."""
+    return max(start for start in REGIMES if start <= max(sparsity, 0.0))
+
+
 def fit(launch: Launch, inputs: int, outputs: int, programs: int = 0) -> Launch:
     """Shrink a tile to a small matrix, and until there are as many programs as asked for."""
     block_k = min(launch.block_k, max(16, triton.next_power_of_2(inputs)))
     block_n = min(launch.block_n, max(16, triton.next_power_of_2(outputs)))
     while block_n > 128 and triton.cdiv(inputs, block_k) * triton.cdiv(outputs, block_n) < programs:
         block_n //= 2
-    # Rows are fetched ahead in lines of 128 bytes.
-    ahead = launch.ahead if block_n >= 64 else 0
-    return launch._replace(block_k=block_k, block_n=block_n, ahead=ahead)
+    # Rows are fetched ahead in lines of 128 bytes, and lines start at multiples of them.
+    ahead = launch.ahead if block_n >= 64 and outputs % 64 == 0 else 0
+    slots, more = (launch.slots, launch.more) if block_k >= 32 else (0, 0)
+    return Launch(block_k, block_n, launch.num_warps, launch.registers, ahead, slots, more)

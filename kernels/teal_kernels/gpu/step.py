@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from teal_kernels.gpu.chain import Chain
-from teal_kernels.gpu.launch import StepLaunches
+from teal_kernels.gpu.launch import StepLaunches, regime_of
 from teal_kernels.gpu.sample import Choice
 
 # Positions that the first graphs of a step cover; each further set covers 4 times as many.
@@ -23,7 +25,8 @@ class DecodeStep(Chain):
     token, and reach: how many positions attention's programs cover, so that the first tokens in a
     long cache do not pay for its length.
 
-    Sums are float32 and their order varies from run to run, so logits do in their last bits.
+    Sums are float32 and their order varies from run to run, so logits do in their last bits,
+    unless the step is deterministic (see `Chain`).
     """
 
     def __init__(self, *, capture: bool = True, **tensors: Any) -> None:
@@ -39,13 +42,15 @@ class DecodeStep(Chain):
         self.set_thresholds(None)
 
     def set_thresholds(self, thresholds: Tensor | None) -> None:
-        """Change the sparsity of the tokens to come ([layers, 7] float32; None is dense)."""
-        sparse = thresholds is not None and bool((thresholds > 0).any())
-        self.launches = self.choices[sparse]
+        """Change the thresholds of the tokens to come ([layers, 7] float32; None is dense)."""
         if thresholds is None:
             self.thresholds.fill_(-torch.inf)
         else:
             self.thresholds.copy_(thresholds)
+
+    def expect(self, sparsity: float) -> None:
+        """Use the launches that are fastest at about this sparsity; any give the right result."""
+        self.launches = self.choices[regime_of(sparsity)]
 
     @property
     def kept(self) -> Tensor:
@@ -138,7 +143,18 @@ class DecodeStep(Chain):
         with torch.cuda.device_of(self.h):
             self.launch_all(choice)
             if self.capture:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    self.launch_all(choice)
-                self._graphs[kind] = graph
+                self._graphs[kind] = _captured(lambda: self.launch_all(choice))
+
+
+def _captured(launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A graph of what `launch` launches."""
+    graph = torch.cuda.CUDAGraph()
+    # What the collector frees during a capture can end it: memory or graphs of older steps.
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            launch()
+    finally:
+        gc.enable()
+    return graph
