@@ -114,7 +114,7 @@ def _rows(
     projection: Projection = (GpuProjection if on_gpu else CpuProjection)(decoder, name)
     choices: dict[float, StepLaunches] = {}
     if isinstance(projection, GpuProjection):
-        choices = stored_launches(decoder, projection.context, Silent()) or projection.choices
+        choices = stored_launches(decoder, Silent()) or projection.choices
     inputs, outputs = shapes(decoder)[name]
     rows = []
     for level in levels if name != "logits" else levels[:1]:

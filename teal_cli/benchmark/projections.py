@@ -103,11 +103,6 @@ class GpuProjection:
 
         return choices[regime_of(sparsity)]
 
-    @property
-    def context(self) -> int:
-        """Length of the cache that the kernels are launched for."""
-        return int(self._step.context)
-
     def use(self, launches: StepLaunches) -> None:
         """Launch like this from now on.
 
@@ -160,7 +155,7 @@ class GpuProjection:
         if self._name == "down":
             return gated_activation(step.gate_up)
         if self._name == "o":
-            chunk, position = step.launches.attention_chunk, int(step.position)
+            chunk, position = step.chunk, int(step.position)
             window = step.geometry.sliding_windows[index] or position + 1
             first = max(position - window + 1, 0) // chunk
             return step.parts[first : position // chunk + 1].mean(0)

@@ -48,7 +48,7 @@ def matrix_key(decoder: Decoder, name: str, regime: float) -> str:
     return f"{_dtype(decoder)} {name} {inputs}x{outputs}{start}"
 
 
-def table_launches(decoder: Decoder, context: int) -> dict[float, StepLaunches]:
+def table_launches(decoder: Decoder) -> dict[float, StepLaunches]:
     """What the kernels' own table says, by the sparsity from which it holds."""
     from teal_kernels.gpu.launch import REGIMES, DeviceClass, StepLaunches
 
@@ -56,7 +56,6 @@ def table_launches(decoder: Decoder, context: int) -> dict[float, StepLaunches]:
         regime: StepLaunches.choose(
             shapes(decoder),
             decoder.dtype.itemsize,
-            context,
             regime=regime,
             device=DeviceClass.of(decoder.device),
         )
@@ -64,20 +63,17 @@ def table_launches(decoder: Decoder, context: int) -> dict[float, StepLaunches]:
     }
 
 
-def stored_launches(
-    decoder: Decoder, context: int, reporter: Reporter
-) -> dict[float, StepLaunches] | None:
+def stored_launches(decoder: Decoder, reporter: Reporter) -> dict[float, StepLaunches] | None:
     """What was found on this device for these shapes; None where nothing was.
 
     Args:
         decoder: the model.
-        context: length of the cache.
         reporter: told of a file that cannot be used.
     """
     entries = read(decoder, reporter)
     if not entries:
         return None
-    table = table_launches(decoder, context)
+    table = table_launches(decoder)
     found = {
         regime: merged(decoder, entries, launches, regime) for regime, launches in table.items()
     }

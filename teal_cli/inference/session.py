@@ -19,9 +19,9 @@ from teal_cli.progress import Reporter, Silent
 
 Backend = Literal["auto", "reference"]
 
-# Positions that prefill takes at a time, so that attention's scores stay near 1 GB at 32 heads
-# and 8192 positions of context.
-_PREFILL_CHUNK = 1024
+# Positions that prefill takes at a time. A CPU's attention may hold the scores, near 1 GB at 32
+# heads and 8192 positions; a GPU's does not, and there the layers' widest activations count.
+_PREFILL_CHUNK = {"cpu": 1024, "cuda": 2048}
 
 # Where the fused step of a device is, and what it is written in.
 _FUSED_STEPS = {"cuda": ("teal_kernels.gpu", "triton"), "cpu": ("teal_kernels.cpu", "numba")}
@@ -200,7 +200,7 @@ class Session:
                 f"{self.position + len(ids)} tokens do not fit into a context of {self.max_length}",
                 hint="Shorten the text, or choose a longer context.",
             )
-        for chunk in ids.split(_PREFILL_CHUNK):
+        for chunk in ids.split(_PREFILL_CHUNK[self.decoder.device.type]):
             hidden = self.decoder.forward(chunk, cache=self.cache, position=self.position)
             self.tokens += chunk.tolist()
         return self.decoder.logits(hidden[-1:])[0]
@@ -326,7 +326,7 @@ def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter:
     module = importlib.import_module(name)
     options: dict[str, Any] = {}
     if language == "triton":
-        options["launches"] = stored_launches(decoder, cache.length, reporter)
+        options["launches"] = stored_launches(decoder, reporter)
         options["deterministic"] = deterministic
     step: _Step = module.DecodeStep(**step_tensors(decoder, cache), **options)
     step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches

@@ -236,6 +236,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Ten
         mask = seen <= last
         if limited and window is not None:
             mask &= seen > last - window
+    if mask is not None and (shared := q.shape[0] // k.shape[0]) > 1:
+        # With a mask, only the kernels that hold all scores share keys between heads themselves.
+        k, v = k.repeat_interleave(shared, dim=0), v.repeat_interleave(shared, dim=0)
     out = F.scaled_dot_product_attention(
         q[None],
         k[None],

@@ -53,11 +53,11 @@ def test_a_session_decodes_with_the_launches_that_are_stored(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.setenv("TEAL_HOME", str(tmp_path))
-    table = launches.table_launches(decoder, 64)
+    table = launches.table_launches(decoder)
     other = table[SPARSE].down._replace(block_k=16, block_n=32)
     entries = {launches.matrix_key(decoder, "down", SPARSE): other._asdict()}
     launches.write(decoder, entries)
-    found = launches.stored_launches(decoder, 64, Silent())
+    found = launches.stored_launches(decoder, Silent())
     assert found is not None
     assert found[DENSE] == table[DENSE]
     assert found[SPARSE] == table[SPARSE]._replace(down=other)

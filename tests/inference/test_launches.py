@@ -34,21 +34,21 @@ def decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Decoder:
 
 
 def entry(decoder: Decoder, name: str = "qkv", **changes: Any) -> dict[str, Any]:
-    launch = getattr(launches.table_launches(decoder, 64)[SPARSE], name)
+    launch = getattr(launches.table_launches(decoder)[SPARSE], name)
     return launch._replace(**changes)._asdict()
 
 
 def test_nothing_stored_leaves_the_table(decoder: Decoder) -> None:
     notes = Notes()
-    assert launches.stored_launches(decoder, 64, notes) is None
+    assert launches.stored_launches(decoder, notes) is None
     assert notes.said == []
 
 
 def test_what_is_stored_takes_its_own_place_only(decoder: Decoder) -> None:
-    table = launches.table_launches(decoder, 64)
+    table = launches.table_launches(decoder)
     key = launches.matrix_key(decoder, "qkv", SPARSE)
     launches.write(decoder, {key: entry(decoder, num_warps=8, registers=96)})
-    found = launches.stored_launches(decoder, 64, Silent())
+    found = launches.stored_launches(decoder, Silent())
     assert found is not None
     assert found[DENSE] == table[DENSE]
     assert found[SPARSE].qkv == table[SPARSE].qkv._replace(num_warps=8, registers=96)
@@ -59,7 +59,7 @@ def test_the_lm_head_has_one_launch_for_both_steps(decoder: Decoder) -> None:
     key = launches.matrix_key(decoder, "logits", DENSE)
     assert key == launches.matrix_key(decoder, "logits", SPARSE)
     launches.write(decoder, {key: entry(decoder, "logits", num_warps=2)})
-    found = launches.stored_launches(decoder, 64, Silent())
+    found = launches.stored_launches(decoder, Silent())
     assert found is not None
     assert found[DENSE].logits.num_warps == found[SPARSE].logits.num_warps == 2
 
@@ -67,7 +67,7 @@ def test_the_lm_head_has_one_launch_for_both_steps(decoder: Decoder) -> None:
 def test_another_dtype_or_shape_is_left_alone(decoder: Decoder) -> None:
     key = launches.matrix_key(decoder, "qkv", SPARSE)
     launches.write(decoder, {key.replace("float16", "bfloat16"): entry(decoder, num_warps=8)})
-    assert launches.stored_launches(decoder, 64, Silent()) is None
+    assert launches.stored_launches(decoder, Silent()) is None
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_ignored_with_a_note(decoder: Decoder, change: dict
     file = launches.write(decoder, {key: entry(decoder, num_warps=8)})
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     notes = Notes()
-    assert launches.stored_launches(decoder, 64, notes) is None
+    assert launches.stored_launches(decoder, notes) is None
     assert len(notes.said) == 1
     assert "teal bench --tune" in notes.said[0]
 
@@ -95,5 +95,5 @@ def test_a_damaged_file_is_ignored_with_a_note(decoder: Decoder) -> None:
     file = launches.write(decoder, {})
     file.write_bytes(b"\xff{")
     notes = Notes()
-    assert launches.stored_launches(decoder, 64, notes) is None
+    assert launches.stored_launches(decoder, notes) is None
     assert len(notes.said) == 1

@@ -176,7 +176,7 @@ def test_a_long_prompt_is_prefilled_in_chunks(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Session(decoder, max_length=40).prefill(PROMPT)
-    monkeypatch.setattr("teal_cli.inference.session._PREFILL_CHUNK", 8)
+    monkeypatch.setattr("teal_cli.inference.session._PREFILL_CHUNK", {"cpu": 8})
     close(Session(decoder, max_length=40).prefill(PROMPT), whole)
 
 

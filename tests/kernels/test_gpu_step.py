@@ -142,7 +142,7 @@ def test_attention(position: int, window: int | None, device: str) -> None:
 
     _close(cache.keys[0], keys)
     _close(cache.values[0], values)
-    chunk = step.launches.attention_chunk
+    chunk = step.chunk
     first = 0 if window is None else max(position - window + 1, 0)
     splits = range(first // chunk, position // chunk + 1)
     maxima = step.maxima[splits.start : splits.stop]
@@ -201,7 +201,7 @@ def test_launches_reach_what_is_used_and_no_further(
     other = decoder.new_cache(150)
     other.keys.copy_(cache.keys)
     other.values.copy_(cache.values)
-    for position, reach in ((0, 32), (31, 32), (32, 128), (127, 128), (128, 150), (149, 150)):
+    for position, reach in ((0, 32), (31, 32), (32, 64), (127, 128), (128, 150), (149, 150)):
         step.parts.fill_(torch.nan)
         hidden = decoder.forward(torch.tensor([3], device=device), cache=other, position=position)
         _close(step(3, position), decoder.logits(hidden)[0])

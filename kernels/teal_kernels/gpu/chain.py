@@ -11,7 +11,14 @@ import triton
 from torch import Tensor
 
 from teal_kernels.gpu import attention, decode
-from teal_kernels.gpu.launch import DENSE, REGIMES, DeviceClass, Launch, StepLaunches
+from teal_kernels.gpu.launch import (
+    DENSE,
+    REGIMES,
+    DeviceClass,
+    Launch,
+    StepLaunches,
+    attention_chunk,
+)
 from teal_kernels.gpu.projection import INTERPRETED
 from teal_kernels.gpu.sample import Choice, Chooser
 from teal_kernels.gpu.tensors import Geometry, LayerTensors
@@ -85,7 +92,6 @@ class Chain:
             regime: StepLaunches.choose(
                 shapes,
                 embed_tokens.element_size(),
-                self.context,
                 regime=regime,
                 device=DeviceClass.of(device),
             )
@@ -106,8 +112,8 @@ class Chain:
     def _allocate(self, accumulator: torch.dtype) -> None:
         g = self.geometry
         heads, dim = g.num_attention_heads, g.head_dim
-        chunk = min(launches.attention_chunk for launches in self.choices.values())
-        splits = triton.cdiv(self.context, chunk)
+        # The most that there are at any reach.
+        splits = min(32, triton.cdiv(self.context, min(64, self.chunk)))
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -152,6 +158,11 @@ class Chain:
         self.project("logits")
         if choice is not None:
             self.chooser.launch(choice)
+
+    @property
+    def chunk(self) -> int:
+        """Positions that one program of attention takes."""
+        return attention_chunk(self.reach)
 
     def project(self, name: str, index: int = 0) -> None:
         """Launch one matrix of a layer ("qkv", "o", "gate_up", "down"), or "logits"."""
@@ -227,12 +238,11 @@ class Chain:
 
     def _attention(self, index: int, layer: LayerTensors) -> None:
         g = self.geometry
-        launches = self.launches
         group = g.num_attention_heads // g.num_key_value_heads
         self._launch(
             attention.attention_kernel,
-            (g.num_key_value_heads, triton.cdiv(self.reach, launches.attention_chunk)),
-            launches.attention_warps,
+            (g.num_key_value_heads, triton.cdiv(self.reach, self.chunk)),
+            4,
             self.parts,
             self.maxima,
             self.sums,
@@ -254,8 +264,8 @@ class Chain:
             BIAS=layer.qkv_bias is not None,
             QK_NORM=layer.q_norm is not None,
             WINDOW=g.sliding_windows[index] or 0,
-            CHUNK=launches.attention_chunk,
-            BLOCK_T=launches.attention_tile,
+            CHUNK=self.chunk,
+            BLOCK_T=min(64, self.chunk),
             BLOCK_G=max(16, triton.next_power_of_2(group)),
             BLOCK_HALF=max(16, triton.next_power_of_2(g.head_dim // 2)),
             # The interpreter's dot is wrong in bfloat16.
@@ -264,7 +274,7 @@ class Chain:
 
     def _combine_project(self, index: int, layer: LayerTensors) -> None:
         g = self.geometry
-        launch, chunk = self.launches.o, self.launches.attention_chunk
+        launch, chunk = self.launches.o, self.chunk
         grid = launch.grid(layer.o.shape[0], self.hidden)
         self._launch(
             decode.combine_project_kernel,

@@ -13,7 +13,7 @@ from teal_kernels.gpu.chain import Chain
 from teal_kernels.gpu.launch import StepLaunches, regime_of
 from teal_kernels.gpu.sample import Choice
 
-# Positions that the first graphs of a step cover; each further set covers 4 times as many.
+# Positions that the first graphs of a step cover; each further set covers twice as many.
 _FIRST_REACH = 1024
 
 
@@ -134,7 +134,7 @@ class DecodeStep(Chain):
         """The first time launches kernel by kernel, which compiles them, then captures."""
         self.reach = _FIRST_REACH
         while self.reach <= position:
-            self.reach *= 4
+            self.reach *= 2
         self.reach = min(self.reach, self.context)
         kind = (self.launches, choice, self.reach)
         if graph := self._graphs.get(kind):
