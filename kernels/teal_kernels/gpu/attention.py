@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from teal_kernels.gpu.decode import _read, _wait
+from teal_kernels.gpu.handover import _read, _wait
 
 
 @triton.jit

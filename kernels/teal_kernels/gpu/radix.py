@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from teal_kernels.gpu.decode import _wait
+from teal_kernels.gpu.handover import _wait
 
 LEVELS = 4  # of 8 bits each, in a selection
 BINS = 256

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teal_kernels.gpu.decode import _wait
+from teal_kernels.gpu.handover import _wait
 from teal_kernels.gpu.radix import BINS, LEVELS, _descend, _keys, peak_kernel, select_kernel
 
 _BLOCK = 256  # logits a program

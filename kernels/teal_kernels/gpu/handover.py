@@ -1,0 +1,52 @@
+# mypy: allow-untyped-defs
+# Triton reads annotations of a kernel's parameters as types of its own.
+"""What one kernel of the step leaves to the next: the wait for it, and its sums.
+
+Accumulators are float32, or int64 in fixed point, and added to by relaxed atomics; each is zeroed
+by an earlier kernel of the chain.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# Deterministic accumulators are int64: sums of integers do not depend on their order. 36 bits are
+# fraction, so that the residual stream may reach 1e8 and the error of a sum stays near 1e-11.
+_FIXED_POINT = tl.constexpr(float(1 << 36))
+
+
+@triton.jit
+def _wait(PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _read(ptr, mask):
+    """Sums as float32, from an accumulator of either kind."""
+    value = tl.load(ptr, mask=mask, other=0)
+    if value.dtype == tl.int64:
+        value = value.to(tl.float32) * (1.0 / _FIXED_POINT)
+    return value
+
+
+@triton.jit
+def _fixed(ptr, value):
+    """A float32 value as the accumulator behind ptr holds it."""
+    if ptr.dtype.element_ty == tl.int64:
+        value = (value * _FIXED_POINT).to(tl.int64)
+    return value
+
+
+@triton.jit
+def _zero(zero_ptr, zero_size, ZERO: tl.constexpr):
+    """Clear this program's part of a buffer that a later kernel adds to."""
+    if ZERO > 0:
+        pid = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        offs = pid * ZERO + tl.arange(0, ZERO)
+        tl.store(
+            zero_ptr + offs, tl.zeros((ZERO,), zero_ptr.dtype.element_ty), mask=offs < zero_size
+        )

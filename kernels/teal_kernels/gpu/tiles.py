@@ -1,0 +1,179 @@
+# mypy: allow-untyped-defs
+# Triton reads annotations of a kernel's parameters as types of its own.
+"""One program's tile of a projection: its columns, the rows that survive, their product."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from teal_kernels.gpu.handover import _fixed
+from teal_kernels.gpu.projection import INTERPRETED
+
+_COMPILED = tl.constexpr(not INTERPRETED)
+
+
+@triton.jit
+def _columns(pid, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, SPAN: tl.constexpr):
+    """Which of three matrices side by side a program works on, its first column, and their end."""
+    SPANS_0: tl.constexpr = (N0 + SPAN - 1) // SPAN
+    SPANS_1: tl.constexpr = (N1 + SPAN - 1) // SPAN
+    second = pid - SPANS_0
+    third = second - SPANS_1
+    block = (second >= 0).to(tl.int32)
+    start = tl.where(second >= 0, N0 + second * SPAN, pid * SPAN)
+    end = tl.where(second >= 0, N0 + N1, N0)
+    if N2 > 0:
+        block = tl.where(third >= 0, 2, block)
+        start = tl.where(third >= 0, N0 + N1 + third * SPAN, start)
+        end = tl.where(third >= 0, N0 + N1 + N2, end)
+    if N0 % 16 == 0 and N1 % 16 == 0 and N2 % 16 == 0 and SPAN % 16 == 0:
+        start = tl.multiple_of(start, 16)
+        end = tl.multiple_of(end, 16)
+    return block, start, end
+
+
+@triton.jit
+def _fetch_ahead(
+    w_ptr,
+    row,
+    K,
+    start,
+    end,
+    stride_wk,
+    ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Ask for this program's first rows before it is known which of them survive.
+
+    Between two kernels the memory would idle: the last programs of one drain, those of the next
+    wait and work out what to read. Only the programs that can start in that gap ask, and only
+    into the L2 cache; a row that is dropped after all has cost idle time.
+    """
+    if ROWS > 0:  # noqa: SIM102 - known when it is compiled, unlike the other
+        if tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) < PROGRAMS:
+            LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            offs_k = row + tl.arange(0, ROWS)
+            offs_n = start + tl.arange(0, BLOCK_N // LINE) * LINE
+            rows = w_ptr + offs_k.to(tl.int64)[:, None] * stride_wk
+            inside = (offs_k < K)[:, None] & (offs_n + LINE <= end)[None, :]
+            tl.inline_asm_elementwise(
+                """{
+                .reg .pred p;
+                setp.ne.s32 p, $2, 0;
+                @p cp.async.bulk.prefetch.L2.global [$1], 128;
+                mov.u32 $0, 0;
+                }""",
+                "=r,l,r",
+                [(rows + offs_n[None, :]).to(tl.int64), inside.to(tl.int32)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+
+
+@triton.jit
+def _count_bits(bits):
+    """Set bits of uint32; LLVM knows this form and makes one instruction of it."""
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return (bits * 0x01010101) >> 24
+
+
+@triton.jit
+def _halve(bits, n, index, WIDTH: tl.constexpr):
+    """One step of `_nth_bit`: into the upper half where the lower one has too few bits."""
+    low = _count_bits((bits >> index) & ((1 << WIDTH) - 1))
+    return tl.where(n >= low, n - low, n), tl.where(n >= low, index + WIDTH, index)
+
+
+@triton.jit
+def _nth_bit(bits, n):
+    """Index of the n-th set bit of uint32, from 0; 31 where there are not so many."""
+    n, index = _halve(bits, n.to(tl.uint32), tl.zeros_like(n).to(tl.uint32), 16)
+    n, index = _halve(bits, n, index, 8)
+    n, index = _halve(bits, n, index, 4)
+    n, index = _halve(bits, n, index, 2)
+    n, index = _halve(bits, n, index, 1)
+    return index.to(tl.int32)
+
+
+@triton.jit
+def _rows(w_ptr, rows, mask, offs_n, end, stride_wk):
+    """Rows of w, each read only where `mask` says so; weights pass through the cache once."""
+    offs = rows.to(tl.int64)[:, None] * stride_wk + offs_n[None, :]
+    inside = mask[:, None] & (offs_n < end)[None, :]
+    return tl.load(w_ptr + offs, mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _gather(x, bits, counts, w_ptr, row, offs_n, end, stride_wk, first, SLOTS: tl.constexpr):
+    """The survivors from `first` on, SLOTS of every 32 channels: their x, and their rows of w."""
+    GROUPS: tl.constexpr = x.shape[0]
+    n = first + tl.arange(0, SLOTS)[None, :]
+    index = _nth_bit(bits[:, None], n)
+    if _COMPILED:
+        # Something that the compiler does not repeat: every thread would find every index.
+        index = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [index], dtype=tl.int32, is_pure=False, pack=1
+        )
+    there = n < counts[:, None]
+    values = tl.reshape(tl.where(there, tl.gather(x, index, 1), 0.0), (GROUPS * SLOTS,))
+    rows = tl.reshape(row + tl.arange(0, GROUPS)[:, None] * 32 + index, (GROUPS * SLOTS,))
+    there = tl.reshape(there, (GROUPS * SLOTS,))
+    return values, _rows(w_ptr, rows, there, offs_n, end, stride_wk)
+
+
+@triton.jit
+def _accumulate(
+    y_ptr,
+    x,
+    w_ptr,
+    threshold,
+    kept_ptr,
+    count,
+    row,
+    mask_k,
+    start,
+    end,
+    stride_wk,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MORE: tl.constexpr,
+):
+    """Add one tile's product to y float32; channels with abs(x) <= threshold are never loaded.
+
+    With SLOTS the survivors are found first, and the tile is of them alone: SLOTS + MORE of every
+    32 channels at once, and in a loop those beyond.
+    """
+    keep = (tl.abs(x) > threshold) & mask_k
+    offs_n = start + tl.arange(0, BLOCK_N)
+    if SLOTS == 0:
+        kept = tl.sum(keep.to(tl.int32), axis=0)
+        w = _rows(w_ptr, row + tl.arange(0, BLOCK_K), keep, offs_n, end, stride_wk)
+        y = tl.sum(tl.where(keep, x, 0.0)[:, None] * w.to(tl.float32), axis=0)
+    else:
+        GROUPS: tl.constexpr = BLOCK_K // 32
+        keep = tl.reshape(keep, (GROUPS, 32)).to(tl.uint32)
+        x = tl.reshape(x, (GROUPS, 32))
+        bits = tl.sum(keep << tl.arange(0, 32)[None, :].to(tl.uint32), axis=1)
+        counts = _count_bits(bits).to(tl.int32)
+        kept = tl.sum(counts, axis=0)
+        x1, w1 = _gather(x, bits, counts, w_ptr, row, offs_n, end, stride_wk, 0, SLOTS)
+        if MORE > 0:
+            x2, w2 = _gather(x, bits, counts, w_ptr, row, offs_n, end, stride_wk, SLOTS, MORE)
+        y = tl.sum(x1[:, None] * w1.to(tl.float32), axis=0)
+        if MORE > 0:
+            y += tl.sum(x2[:, None] * w2.to(tl.float32), axis=0)
+        most = tl.max(counts, axis=0)
+        first = SLOTS + MORE
+        while first < most:
+            x1, w1 = _gather(x, bits, counts, w_ptr, row, offs_n, end, stride_wk, first, SLOTS)
+            y += tl.sum(x1[:, None] * w1.to(tl.float32), axis=0)
+            first += SLOTS
+    tl.atomic_add(y_ptr + offs_n, _fixed(y_ptr, y), mask=offs_n < end, sem="relaxed")
+    if count:
+        tl.atomic_add(kept_ptr, kept, sem="relaxed")
