@@ -1,0 +1,103 @@
+"""Every kernel of the step compiles for the devices that Triton supports, without one at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from teal_cli.inference.session import step_tensors
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.random_weights import random_decoder
+
+triton = pytest.importorskip("triton")
+
+_CONFIG = {
+    "model_type": "qwen3",
+    "attention_bias": True,
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+}
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+class _Compiler:
+    """Takes the place of a launch: compiles the kernel, once for each way that it is launched."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+        self.compiled: dict[str, set[str]] = {}
+
+    def __call__(
+        self, pdl: bool, kernel: Any, grid: Any, num_warps: int, *args: Any, **constants: Any
+    ) -> None:
+        from triton.compiler import ASTSource
+
+        registers = constants.pop("maxnreg", None)
+        values = dict(zip(kernel.arg_names, args, strict=False)) | constants | {"PDL": pdl}
+        signature, constexprs = {}, {}
+        for index, name in enumerate(kernel.arg_names):
+            value = values[name]
+            if isinstance(value, torch.Tensor):
+                signature[name] = "*" + _TYPES[value.dtype]
+            elif isinstance(value, float) and name not in constants:
+                signature[name] = "fp32"
+            elif isinstance(value, int) and name not in constants and name != "PDL":
+                signature[name] = "i32"
+            else:
+                signature[name] = "constexpr"
+                constexprs[(index,)] = value
+        key = repr((signature, constexprs, num_warps, registers))
+        if key in self.compiled.setdefault(kernel.__name__, set()):
+            return
+        options = {"num_warps": num_warps, "num_stages": 1, "launch_pdl": pdl}
+        if registers:
+            options["maxnreg"] = registers
+        source = ASTSource(kernel, signature, constexprs, {})
+        binary = triton.compile(source, target=self.target, options=options)
+        assert binary.asm["cubin"]
+        self.compiled[kernel.__name__].add(key)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(75, torch.float16), (80, torch.bfloat16), (90, torch.float16)],
+    ids=["sm75", "sm80", "sm90"],
+)
+def test_all_kernels_compile(
+    capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from teal_kernels.gpu import DecodeStep, chain, launch
+    from teal_kernels.gpu.sample import Choice
+
+    device = launch.DeviceClass((capability // 10, capability % 10), 132)
+    compiler = _Compiler(capability)
+    monkeypatch.setattr(chain, "_launch", compiler)
+    monkeypatch.setattr(launch.DeviceClass, "of", lambda _: device)
+    decoder = random_decoder(ModelConfig.from_dict(_CONFIG), device="cpu", dtype=dtype, seed=0)
+    tensors = step_tensors(decoder, decoder.new_cache(256))
+    step = DecodeStep(**tensors, dependent_launch=capability >= 90, deterministic=capability == 80)
+    for regime in launch.REGIMES if capability == 90 else (launch.SPARSE,):
+        step.expect(regime)
+        for choice in (None, Choice(), Choice(top_k=True, top_p=True)):
+            step.launch_all(choice)
+    kernels = {"embed_kernel", "norm_project_kernel", "attention_kernel", "combine_project_kernel"}
+    kernels |= {"activate_project_kernel", "logits_kernel", "best_kernel", "advance_kernel"}
+    assert set(compiler.compiled) == kernels | {"peak_kernel", "select_kernel"}
