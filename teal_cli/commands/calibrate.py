@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -39,6 +39,15 @@ SeqLenOption = Annotated[
 CalibrationSeedOption = Annotated[
     int | None, typer.Option("--seed", help="Chooses the windows. [default: 0]")
 ]
+CalibrationMethodOption = Annotated[
+    Literal["sensitivity", "greedy", "uniform"] | None,
+    typer.Option(
+        "--method",
+        help="How to share sparsity out over layers and projections; a profile holds several."
+        " 'sensitivity' by what it does to the loss, 'greedy' by each block's output error,"
+        " 'uniform' equally, which every profile can. [default: sensitivity]",
+    ),
+]
 ImportOption = Annotated[
     Path | None,
     typer.Option(
@@ -57,6 +66,7 @@ def calibrate(
     samples: SamplesOption = None,
     seq_len: SeqLenOption = None,
     seed: CalibrationSeedOption = None,
+    method: CalibrationMethodOption = None,
     import_dir: ImportOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Calibrate again even if it is up to date.")
@@ -71,13 +81,16 @@ def calibrate(
     """Learn a model's activation thresholds from text, and store them as its profile.
 
     Does nothing when the model has a profile that was made with the options given. An
-    interrupted calibration goes on where it was.
+    interrupted calibration goes on where it was, and another method of the same text adds to the
+    profile what it lacks.
     """
     asked = {"dataset": dataset, "column": column, "samples": samples, "seq_len": seq_len}
     given: dict[str, Any] = {k: v for k, v in {**asked, "seed": seed}.items() if v is not None}
     if import_dir is not None and given:
         option = next(iter(given)).replace("_", "-")
         raise UsageError(f"--import reads no text: leave out --{option}")
+    if import_dir is not None and method is not None:
+        raise UsageError("--import brings the release's own allocation: leave out --method")
     reporter = console.reporter()
 
     from teal_cli import pipeline
@@ -106,15 +119,20 @@ def calibrate(
         )
         with artifacts.lock(path, reporter):
             profile.save(path)
-    elif not force and (found := _up_to_date(checkpoint, given)) is not None:
+    elif (found := None if force else _made_as_asked(checkpoint, given)) is not None and (
+        method is None or method in found.methods
+    ):
         profile = found
         if not path.exists():
             path = None
         reporter.note("up to date: --force calibrates again")
     else:
+        before = found.provenance.get("settings", {}) if found is not None else {}
         profile = pipeline.make_profile(
             checkpoint,
-            pipeline.CalibrationSettings(**given),
+            pipeline.CalibrationSettings(**(before | given)),
+            method=method,
+            force=force,
             device=device,
             offline=offline,
             reporter=reporter,
@@ -126,7 +144,7 @@ def calibrate(
         reporter.note(f"profile: {path or 'built into teal'}")
 
 
-def _up_to_date(checkpoint: Checkpoint, given: dict[str, Any]) -> Profile | None:
+def _made_as_asked(checkpoint: Checkpoint, given: dict[str, Any]) -> Profile | None:
     """The profile that is there, if it belongs to the checkpoint and was made as asked."""
     from teal_cli import pipeline
     from teal_cli.progress import Silent
