@@ -105,7 +105,7 @@ def make_profile(
         reporter: follows the layers.
     """
     from teal_cli.inference.device import pick_device
-    from teal_cli.sparsity import presets
+    from teal_cli.sparsity import presets, streaming
     from teal_cli.sparsity.calibrate import METHODS, calibrate
     from teal_cli.text.corpora import load_corpus
     from teal_cli.text.windows import windows
@@ -142,7 +142,7 @@ def make_profile(
         )
         known = presets.allocations_for(checkpoint.name)
         profile = calibrate(
-            checkpoint.load(pick_device(device)),
+            streaming.load(checkpoint, pick_device(device), reporter),
             tokens,
             model=checkpoint.name,
             fingerprint=checkpoint.fingerprint,
