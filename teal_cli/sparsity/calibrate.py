@@ -74,9 +74,9 @@ def calibrate(
                 known = {**profile.allocations, method: table}
                 ordered = {name: known[name] for name in METHODS if name in known}
                 profile = dataclasses.replace(profile, allocations=ordered)
-            if method not in profile.offsets:
-                offsets = refine(decoder, windows, profile, method, workspace, reporter)
-                profile = dataclasses.replace(profile, offsets={**profile.offsets, method: offsets})
+        if missing := [method for method in methods if method not in profile.offsets]:
+            found = refine(decoder, windows, profile, missing, workspace, reporter)
+            profile = dataclasses.replace(profile, offsets={**profile.offsets, **found})
     made = {
         "samples": len(windows),
         "seq_len": windows.shape[1],

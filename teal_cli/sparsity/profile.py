@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -222,13 +223,13 @@ class Profile:
         return (rows.mean(1) * self.shape.weight_shares).sum(-1)
 
     def _offset(self, sparsity: float, offsets: Tensor) -> Tensor:
-        """Offsets at a target: nothing at 0, those of the last refined target beyond it."""
-        targets = (0.0, *REFINED_TARGETS)
-        rows = torch.cat([torch.zeros_like(offsets[:1]), offsets]).double()
-        for index in range(1, len(targets)):
-            if sparsity <= targets[index]:
-                low, high = targets[index - 1], targets[index]
-                return torch.lerp(rows[index - 1], rows[index], (sparsity - low) / (high - low))
+        """Offsets at a target; they grow with its square up to the first refined one."""
+        first, rows = REFINED_TARGETS[0], offsets.double()
+        if sparsity <= first:
+            return rows[0] * (sparsity / first) ** 2
+        for index, (low, high) in enumerate(itertools.pairwise(REFINED_TARGETS)):
+            if sparsity <= high:
+                return torch.lerp(rows[index], rows[index + 1], (sparsity - low) / (high - low))
         return rows[-1]
 
 

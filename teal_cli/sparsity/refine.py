@@ -7,6 +7,8 @@ what is asked of the dense distribution to realise it is stored as an offset.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,18 +27,41 @@ def refine(
     decoder: Decoder,
     windows: Tensor,
     profile: Profile,
+    methods: Sequence[str],
+    workspace: Workspace,
+    reporter: Reporter,
+) -> dict[str, Tensor]:
+    """Offsets of methods at REFINED_TARGETS, float64 [targets, num_hidden_layers, 7] each.
+
+    The sparse model is compared with the dense one on the same few windows, whose own
+    distribution is not quite the profile's.
+    """
+    windows = windows[:_WINDOWS]
+    states = workspace.states("dense", decoder, windows)
+    counts = collect(decoder, windows, states, label="dense", reporter=reporter)
+    dense = Quantiles.from_counts(counts)
+    return {
+        method: _offsets(decoder, windows, profile, dense, method, workspace, reporter)
+        for method in methods
+    }
+
+
+def _offsets(
+    decoder: Decoder,
+    windows: Tensor,
+    profile: Profile,
+    dense: Quantiles,
     method: str,
     workspace: Workspace,
     reporter: Reporter,
 ) -> Tensor:
-    """Offsets of a method at REFINED_TARGETS, float64 [targets, num_hidden_layers, 7].
+    """One method's offsets.
 
     The sparse model runs once a target, at thresholds that the target before suggests; their own
     error is small and falls out, because the quantiles are taken of what was then seen.
     """
-    windows = windows[:_WINDOWS]
-    offsets = torch.zeros(len(REFINED_TARGETS), *profile.quantiles.limit.shape).double()
-    guess, before = torch.zeros_like(profile.quantiles.limit), REFINED_TARGETS[0]
+    offsets = torch.zeros(len(REFINED_TARGETS), *dense.limit.shape, dtype=torch.float64)
+    guess, before = torch.zeros_like(dense.limit), REFINED_TARGETS[0]
     for index, target in enumerate(REFINED_TARGETS):
         if target > profile.reach(method):
             offsets[index:] = guess
@@ -44,13 +69,13 @@ def refine(
         allocation = profile.allocation(target, method)
         # Error grows with the square of the threshold, and the offset with it.
         asked = allocation + guess * (target / before) ** 2
-        thresholds = profile.quantiles.thresholds(asked.clamp(0, 1)).float()
+        thresholds = dense.thresholds(asked.clamp(0, 1)).float()
         states = workspace.states(f"{method}-{target:g}", decoder, windows, depends_on=thresholds)
         label = f"{method} at {target:g}"
         counts = collect(
             decoder, windows, states, thresholds=thresholds, label=label, reporter=reporter
         )
         own = Quantiles.from_counts(counts).thresholds(allocation)
-        guess, before = profile.quantiles.sparsity(own) - allocation, target
+        guess, before = dense.sparsity(own) - allocation, target
         offsets[index] = guess
     return offsets

@@ -29,9 +29,9 @@ def test_streamed_layers_give_the_same_profile(
     found = calibrate(streamed, tokens, model="tiny", methods=METHODS, reporter=QUIET)
     for target in (0.3, 0.6):
         assert torch.equal(found.thresholds(target), expected.thresholds(target))
-    # Histograms, forward, backward and four refined targets of two methods; a backward pass
-    # begins with the layer that the forward pass ended with, and ends where the next one begins.
-    assert len(moves) == 4 * (1 + 2 + 2 * 4) - 2
+    # Histograms, forward, backward, dense again and four targets of two methods; backward begins
+    # with the layer that forward ended with, and ends with the one that the next pass begins with.
+    assert len(moves) == 4 * (1 + 2 + 1 + 2 * 4) - 2
 
 
 def test_what_does_not_fit_is_streamed(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
