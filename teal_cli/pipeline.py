@@ -83,6 +83,30 @@ def ensure_profile(
     )
 
 
+def stored_profile(ref: ModelRef, dtype: str | None = None) -> tuple[Profile, Path | None]:
+    """A model's profile as it is, and its file; the built-in one has none. Makes nothing.
+
+    Raises:
+        MissingError: the model has no profile yet.
+        TealError: the profile that is there belongs to other weights, or is damaged.
+    """
+    from teal_cli.sparsity import presets
+    from teal_cli.sparsity.profile import Profile
+
+    checkpoint = _converted(ref, dtype)
+    if checkpoint is not None and (path := profile_path(checkpoint)).exists():
+        profile = Profile.load(path)
+        profile.check(checkpoint.config, checkpoint.fingerprint)
+        return profile, path
+    preset = presets.preset_for(ref.name)
+    if preset is None:
+        named = ref.path or ref.name
+        raise MissingError(
+            f"{named} has no profile yet", hint=f"Make one with: teal calibrate {named}"
+        )
+    return preset, None
+
+
 def make_profile(
     checkpoint: Checkpoint,
     settings: CalibrationSettings,
