@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_one_sentence(profile: Profile) -> None:
         "phi3", hidden_size=size, intermediate_size=96, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, vocab_size=97, pad_token_id=0,
     )  # fmt: skip
-    with pytest.raises(UnsupportedError, match="no module self_attn.q_proj"):
+    with pytest.raises(UnsupportedError, match=r"no module self_attn\.q_proj"):
         teal_cli.sparsify(AutoModelForCausalLM.from_config(fused), profile, 0.5)
     with pytest.raises(UnsupportedError, match="no decoder layers"):
         teal_cli.sparsify(torch.nn.Linear(3, 3), profile, 0.5)

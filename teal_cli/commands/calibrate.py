@@ -20,6 +20,7 @@ from teal_cli.options import (
     OfflineOption,
     RevisionOption,
     TokenOption,
+    check_sparsity,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +58,35 @@ ImportOption = Annotated[
         " instead of reading text.",
     ),
 ]
+ShowOption = Annotated[
+    bool,
+    typer.Option(
+        "--show",
+        help="Show what the stored profile holds, and calibrate nothing: the sparsity that"
+        " --method gives each layer and projection, or the histograms of --layer.",
+    ),
+]
+ShownSparsityOption = Annotated[
+    float | None,
+    typer.Option(
+        "--sparsity",
+        "-s",
+        help="With --show: the target to look up. [default: 0.5]",
+        callback=check_sparsity,
+    ),
+]
+LayerOption = Annotated[
+    int | None,
+    typer.Option("--layer", min=0, help="With --show: show this layer's histograms of abs(x)."),
+]
+SiteOption = Annotated[
+    Literal["attn_in", "attn_out", "mlp_in", "mlp_act"] | None,
+    typer.Option("--site", help="With --layer: only this input site. [default: all four]"),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", help="With --show: also draw it, as a .png, .pdf or .svg file."),
+]
 
 
 def calibrate(
@@ -71,6 +101,11 @@ def calibrate(
     force: Annotated[
         bool, typer.Option("--force", help="Calibrate again even if it is up to date.")
     ] = False,
+    show: ShowOption = False,
+    sparsity: ShownSparsityOption = None,
+    layer: LayerOption = None,
+    site: SiteOption = None,
+    plot: PlotOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
@@ -91,6 +126,13 @@ def calibrate(
         raise UsageError(f"--import reads no text: leave out --{option}")
     if import_dir is not None and method is not None:
         raise UsageError("--import brings the release's own allocation: leave out --method")
+    looked_up = {"sparsity": sparsity, "layer": layer, "site": site, "plot": plot}
+    if show:
+        _check_show(given, import_dir=import_dir, force=force, layer=layer, site=site)
+        _show(model, revision, dtype, method, **looked_up, json=json)
+        return
+    if (option := next((k for k, v in looked_up.items() if v is not None), None)) is not None:
+        raise UsageError(f"--{option} goes with --show")
     reporter = console.reporter()
 
     from teal_cli import pipeline
@@ -142,6 +184,60 @@ def calibrate(
     else:
         _print_summary(profile)
         reporter.note(f"profile: {path or 'built into teal'}")
+
+
+def _check_show(
+    given: dict[str, Any],
+    *,
+    import_dir: Path | None,
+    force: bool,
+    layer: int | None,
+    site: str | None,
+) -> None:
+    others = given | ({"import": True} if import_dir else {}) | ({"force": True} if force else {})
+    if others:
+        option = next(iter(others)).replace("_", "-")
+        raise UsageError(f"--show looks at the profile that is there: leave out --{option}")
+    if site is not None and layer is None:
+        raise UsageError("--site goes with --layer")
+
+
+def _show(
+    model: str | None,
+    revision: str | None,
+    dtype: str | None,
+    method: str | None,
+    *,
+    sparsity: float | None,
+    layer: int | None,
+    site: str | None,
+    plot: Path | None,
+    json: bool,
+) -> None:
+    """Print, and draw, what the model's profile holds."""
+    from teal_cli import pipeline, profile_view
+    from teal_cli.benchmark.plot import SUFFIXES, require_matplotlib
+    from teal_cli.benchmark.report import check_suffix
+    from teal_cli.sparsity.summary import summarise
+    from teal_cli.store import artifacts, models
+
+    if plot is not None:
+        check_suffix(plot, SUFFIXES, "--plot")
+        require_matplotlib()
+    profile, path = pipeline.stored_profile(models.resolve(model, revision), dtype)
+    summary = summarise(
+        profile, 0.5 if sparsity is None else sparsity, method, layer=layer, site=site
+    )
+    if json:
+        console.print_json({"profile": path, **summary.document()})
+    else:
+        profile_view.print_summary(summary)
+        console.reporter().note(f"profile: {path or 'built into teal'}")
+    if plot is not None:
+        from teal_cli.sparsity.plot import draw
+
+        artifacts.atomic_write(plot, draw(summary, plot.suffix.lower()))
+        console.reporter().note(f"plot: {plot}")
 
 
 def _made_as_asked(checkpoint: Checkpoint, given: dict[str, Any]) -> Profile | None:
