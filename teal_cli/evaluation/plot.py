@@ -1,0 +1,76 @@
+"""A comparison's result as a figure."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from teal_cli.benchmark.plot import require_matplotlib
+from teal_cli.evaluation.comparison import QualityReport
+from teal_cli.evaluation.statistics import Estimate
+
+# Okabe and Ito's palette without its yellow, which is faint on white; the markers tell the
+# methods apart in grey too.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def draw(report: QualityReport, suffix: str) -> bytes:
+    """Perplexity and KL against realised sparsity, a line for each method.
+
+    Bars are standard errors over the windows. Perplexity's is paired with the dense model's: it
+    is the error of the distance to the horizontal line.
+
+    Args:
+        report: what to draw.
+        suffix: the format, .png, .pdf or .svg.
+
+    Raises:
+        MissingError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.1), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    dense = report.result.dense
+    left.axhline(dense.perplexity.value, color="#555555", linewidth=1.1, linestyle="--", zorder=1)
+    right.axhline(0, color="#555555", linewidth=1.1, linestyle="--", zorder=1, label="dense")
+    for number, method in enumerate(report.methods):
+        style: dict[str, Any] = {
+            "color": _COLOURS[number % len(_COLOURS)],
+            "marker": _MARKERS[number % len(_MARKERS)],
+            "markersize": 4.5,
+            "linewidth": 1.4,
+            "capsize": 2.5,
+            "elinewidth": 0.9,
+            "zorder": 3,
+        }
+        rows = [row for row in report.rows if row.method == method]
+        found = sorted((row.quality for row in rows), key=lambda q: q.realised_sparsity)
+        realised = [quality.realised_sparsity for quality in found]
+        for axes, values, errors in (
+            (left, [q.perplexity.value for q in found], [_error(q.perplexity_gap) for q in found]),
+            (right, [q.kl.value for q in found], [_error(q.kl) for q in found]),
+        ):
+            axes.errorbar(realised, values, yerr=errors, label=method, **style)
+    _finish(left, "perplexity")
+    _finish(right, "KL to dense (nats per token)")
+    handles, labels = right.get_legend_handles_labels()
+    left.legend(handles[::-1], labels[::-1], loc="upper left", fontsize=8, frameon=False)
+    title = report.heading().replace(", protocol", "\nprotocol", 1)
+    figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    content = io.BytesIO()
+    figure.savefig(content, format=suffix.removeprefix("."), dpi=200)
+    return content.getvalue()
+
+
+def _finish(axes: Any, label: str) -> None:
+    axes.set_xlabel("realised sparsity")
+    axes.set_ylabel(label)
+    axes.grid(color="#DDDDDD", linewidth=0.6, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _error(estimate: Estimate) -> float:
+    return estimate.standard_error or 0.0
