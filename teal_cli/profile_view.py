@@ -27,7 +27,7 @@ _CELL, _LABEL = 5, 4
 _ONE_PANEL = 60  # layers; more stand in two panels, side by side in 80 columns
 _HEIGHT = 8
 _BLOCKS = " ▁▂▃▄▅▆▇█"
-_AXIS = 8  # columns left of a histogram
+_AXIS = 10  # columns left of a histogram
 
 
 def print_summary(summary: Summary) -> None:
@@ -52,9 +52,13 @@ def heat_map(rows: list[list[float]], *, panels: int = 1) -> list[Text]:
     """Lines that show a [num_hidden_layers, 7] table of shares in percent, a row a layer."""
     flat = [value for row in rows for value in row]
     low, high = min(flat), max(flat)
-    header = "layer".ljust(_LABEL) + "".join(name.rjust(_CELL) for name in PROJECTIONS)[1:]
+    names = "".join(name.rjust(_CELL - 1) + " " for name in PROJECTIONS)
+    header = " " * _LABEL + names
     length = math.ceil(len(rows) / panels)
-    lines = [_text("percent of the inputs skipped", "dim"), _text("  ".join([header] * panels))]
+    lines = [
+        _text("percent of the inputs skipped, by layer and projection", "dim"),
+        _text("  ".join([header] * panels)),
+    ]
     for top in range(length):
         line = _text("")
         for layer in range(top, len(rows), length):
@@ -80,7 +84,9 @@ def histogram_lines(histogram: SiteHistogram) -> list[Text]:
         for share in histogram.shares
     ]
     lines = [
-        _text(f"layer {histogram.layer}, {histogram.site}: share of the activations by abs(x)"),
+        _text(
+            f"layer {histogram.layer}, {histogram.site}: share of the dense activations by abs(x)"
+        ),
     ]
     for row in reversed(range(_HEIGHT)):
         share = math.exp(bottom + (row + 1) / _HEIGHT * (top - bottom))
@@ -95,16 +101,19 @@ def histogram_lines(histogram: SiteHistogram) -> list[Text]:
         lines.append(line)
     last = f"{histogram.edges[-1]:.3g}"
     width = len(heights)
+    ends = "0" + last.rjust(width - 1)
     lines.append(_text(" " * (_AXIS - 1) + "└" + "─" * width))
-    lines.append(_text(" " * _AXIS + "0" + last.rjust(width - 1)))
     places = {
         name: min(int(level / histogram.edges[-1] * width), width - 1)
         for name, level in histogram.thresholds.items()
     }
     marks = "".join("▲" if column in places.values() else " " for column in range(width))
-    lines.insert(-1, _text((" " * _AXIS + marks).rstrip()))
+    names = ""
+    for name, column in sorted(places.items(), key=lambda place: place[1]):
+        names = names.ljust(column if not names else max(column, len(names) + 1)) + name
+    lines += [_text((" " * _AXIS + line).rstrip()) for line in (marks, names, ends)]
     lines += [
-        _text(f"▲ {name} at {level:.4g} skips {100 * histogram.below[name]:.1f} %")
+        _text(f"{name} at {level:.4g} skips {100 * histogram.below[name]:.1f} % of them")
         for name, level in histogram.thresholds.items()
     ]
     beyond = f"{100 * histogram.beyond:.2g} % lie beyond {last}, the largest at"
@@ -152,7 +161,7 @@ def _colours(value: float, low: float, high: float) -> str:
         round(int(_RAMP[at][i : i + 2], 16) * (1 - part) + int(_RAMP[at + 1][i : i + 2], 16) * part)
         for i in (0, 2, 4)
     )
-    front = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 120 else "white"
+    front = "#000000" if 0.3 * red + 0.59 * green + 0.11 * blue > 120 else "#ffffff"
     return f"{front} on #{red:02x}{green:02x}{blue:02x}"
 
 

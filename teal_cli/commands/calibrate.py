@@ -129,10 +129,21 @@ def calibrate(
     looked_up = {"sparsity": sparsity, "layer": layer, "site": site, "plot": plot}
     if show:
         _check_show(given, import_dir=import_dir, force=force, layer=layer, site=site)
-        _show(model, revision, dtype, method, **looked_up, json=json)
+        _show(
+            model,
+            revision,
+            dtype,
+            method,
+            sparsity=sparsity,
+            layer=layer,
+            site=site,
+            plot=plot,
+            json=json,
+        )
         return
-    if (option := next((k for k, v in looked_up.items() if v is not None), None)) is not None:
-        raise UsageError(f"--{option} goes with --show")
+    for name, value in looked_up.items():
+        if value is not None:
+            raise UsageError(f"--{name} goes with --show")
     reporter = console.reporter()
 
     from teal_cli import pipeline

@@ -30,7 +30,7 @@ def draw(summary: Summary, suffix: str) -> bytes:
     height = max(3.2, 1.2 + 0.17 * min(layers, _NUMBERED), 0.6 + 1.75 * count)
     figure = Figure(figsize=(4.4 + (4.2 if count else 0), height), layout="constrained")
     if count:
-        left, right = figure.subfigures(1, 2, width_ratios=(4.4, 4.2))
+        left, right = figure.subfigures(1, 2, width_ratios=(4.4, 4.2), squeeze=False)[0]
         panels = right.subplots(count, 1, squeeze=False)[:, 0]
         for axes, histogram in zip(panels, summary.histograms, strict=True):
             _draw_histogram(axes, histogram)
@@ -55,15 +55,8 @@ def _draw_heat_map(figure: Any, summary: Summary) -> None:
         for layer, row in enumerate(table):
             for column, value in enumerate(row):
                 colour = "black" if value > middle else "white"
-                axes.text(
-                    column,
-                    layer,
-                    f"{value:.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize=6,
-                    color=colour,
-                )
+                at = {"ha": "center", "va": "center", "fontsize": 6}
+                axes.text(column, layer, f"{value:.2f}", color=colour, **at)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label("share of the inputs skipped", fontsize=8)
     bar.ax.tick_params(labelsize=7)

@@ -14,9 +14,9 @@ from teal_cli.model.sites import PROJECTIONS, SITE_OF, SITES
 from teal_cli.sparsity.profile import Profile
 
 _COLUMNS = 64
-# A histogram ends where all but a thousandth of the activations lie: outliers reach a hundred
-# times as far, and would leave the rest one column.
-_DRAWN_SHARE = 0.999
+# A histogram ends where all but a hundredth of the activations lie: outliers reach a hundred times
+# as far, and would leave the rest one column.
+_DRAWN_SHARE = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,8 @@ def summarise(
 def _histogram(profile: Profile, thresholds: Tensor, layer: int, site: str) -> SiteHistogram:
     shares = profile.quantiles.shares[layer, SITES.index(site)].numpy()
     values = profile.quantiles.values[layer, SITES.index(site)].numpy()
-    last = float(numpy.interp(_DRAWN_SHARE * shares[-1], shares, values))
+    # A site that is always zero still needs an axis.
+    last = float(numpy.interp(_DRAWN_SHARE * shares[-1], shares, values)) or 1.0
     edges = numpy.linspace(0.0, last, _COLUMNS + 1)
     cumulative = numpy.interp(edges, values, shares)
     cumulative[0] = 0.0  # exact zeros belong to the first column
