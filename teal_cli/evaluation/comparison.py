@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from teal_cli.evaluation.perplexity import EvalResult, Quality, scores
 from teal_cli.evaluation.report import Table, cell
 from teal_cli.evaluation.statistics import Estimate
 from teal_cli.sparsity.profile import Profile
+from teal_cli.text.corpora import is_file
 
 _SCHEMA = 2
 
@@ -88,9 +90,10 @@ class QualityReport:
     def heading(self) -> str:
         """What was measured on what, in one line."""
         model, text = self.inputs["model"]["name"], self.inputs["dataset"]
+        name = Path(text["name"]).name if is_file(text["name"]) else text["name"]
         plan = self.result.protocol
         return (
-            f"{model} on {text['name']} ({text['part']}), protocol {plan.name}: "
+            f"{model} on {name} ({text['part']}), protocol {plan.name}: "
             f"{self.result.windows} windows of {plan.window} tokens, "
             f"{self.result.scored_tokens} scored"
         )

@@ -66,8 +66,9 @@ def draw(report: QualityReport, suffix: str) -> bytes:
 
 
 def _finish(axes: Any, label: str) -> None:
-    axes.set_xlabel("realised sparsity")
-    axes.set_ylabel(label)
+    axes.set_xlabel("realised sparsity", fontsize=9)
+    axes.set_ylabel(label, fontsize=9)
+    axes.tick_params(labelsize=8)
     axes.grid(color="#DDDDDD", linewidth=0.6, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
 

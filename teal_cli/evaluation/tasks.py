@@ -62,7 +62,7 @@ class TasksReport:
 
     inputs: dict[str, Any]
     tasks: dict[str, dict[str, Any]]  # name → version, few-shot examples, documents, config
-    shown: tuple[str, ...]  # groups, and the tasks that are in none
+    groups: dict[str, list[str]]  # name → its tasks and groups
     rows: tuple[TaskScores, ...]
 
     def document(self) -> dict[str, Any]:
@@ -72,6 +72,7 @@ class TasksReport:
             "schema": _SCHEMA,
             **self.inputs,
             "tasks": self.tasks,
+            "groups": self.groups,
             "scores": [
                 {
                     **self._place(row),
@@ -94,8 +95,9 @@ class TasksReport:
         ]
 
     def tables(self) -> Iterator[tuple[str, Table]]:
-        """A table for each task, a row for each setting."""
-        for name in self.shown:
+        """A table for each group and each task that is in none, a row for each setting."""
+        grouped = {name for children in self.groups.values() for name in children}
+        for name in dict.fromkeys(row.task for row in self.rows if row.task not in grouped):
             rows = [row for row in self.rows if row.task == name]
             columns = ["", "target", "realised"]
             for score in rows[0].scores:
@@ -112,7 +114,10 @@ class TasksReport:
     def _title(self, name: str) -> str:
         about = self.tasks.get(name, {})
         shots = about.get("few_shot")
-        counted = [f"{about['documents']} documents"] if "documents" in about else ["a group"]
+        if about:
+            counted = [f"{about['documents']} documents"]
+        else:
+            counted = [f"a group of {len(self.groups[name])} tasks"]
         counted += [f"{shots} examples in the prompt"] if shots else []
         return f"{self.inputs['model']['name']}, {name}: {', '.join(counted)}"
 
@@ -185,11 +190,12 @@ def run(
                 scores = _scores(name, results, dense.get(name))
                 if scores:
                     rows.append(TaskScores(name, method, target, realised, scores))
-    grouped = {name for children in loaded["group_map"].values() for name in children}
     return TasksReport(
-        inputs=inputs | {"lm_eval": metadata.version("lm_eval"), "limit": limit, "seed": _SEED},
+        inputs=inputs
+        | {name: metadata.version(name) for name in ("lm_eval", "datasets")}
+        | {"limit": limit, "seed": _SEED},
         tasks={name: _about(name, results) for name in loaded["tasks"]},
-        shown=tuple(n for n in dict.fromkeys(row.task for row in rows) if n not in grouped),
+        groups=loaded["group_map"],
         rows=tuple(rows),
     )
 

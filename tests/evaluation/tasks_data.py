@@ -69,3 +69,18 @@ def write_task(folder: Path, kind: str) -> Path:
     path = folder / f"tiny_{kind}.yaml"
     path.write_text(_COMMON.format(name=f"tiny_{kind}", data=data, kind=output_type) + rest)
     return path
+
+
+def write_group(folder: Path) -> Path:
+    """A group of two tasks of choices, its accuracy weighted by their documents."""
+    import yaml
+
+    task = yaml.safe_load(write_task(folder, "choice").read_text())
+    group = {
+        "group": "tiny_group",
+        "task": [task | {"task": f"tiny_{name}"} for name in ("one", "two")],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    path = folder / "tiny_group.yaml"
+    path.write_text(yaml.safe_dump(group))
+    return path

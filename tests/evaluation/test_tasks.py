@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from benchmark.commands import Command
-from evaluation.tasks_data import DOCUMENTS, write_task
+from evaluation.tasks_data import DOCUMENTS, write_group, write_task
 from torch import Tensor
 
 from teal_cli.errors import TealError
@@ -189,6 +190,22 @@ def test_task_files_of_every_kind_dense_and_sparse(
     assert scores["tiny_choice", "acc", "dense"]["to_dense"] is None
     assert scores["tiny_choice", "acc", "uniform"]["to_dense_standard_error"] is not None
     assert scores["tiny_choice", "acc", "uniform"]["realised_sparsity"] > 0.2
+
+
+def test_a_group_is_shown_for_its_tasks(
+    evaluate: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "group.csv"
+    group = write_group(tmp_path)
+    code, out, _ = evaluate(tiny_model, "--tasks", group, "-s", "0.5", "--output", saved)
+    assert code == 0
+    assert "tiny_group: a group of 2 tasks" in out
+    assert "tiny_one" not in out
+    rows = list(csv.DictReader(saved.read_text().splitlines()))
+    acc = {(r["task"], r["method"]): float(r["value"]) for r in rows if r["metric"] == "acc"}
+    for method in ("dense", "sensitivity"):
+        parts = [acc[f"tiny_{name}", method] for name in ("one", "two")]
+        assert acc["tiny_group", method] == pytest.approx(sum(parts) / 2)
 
 
 def test_accuracy_is_the_share_of_likeliest_choices(
