@@ -8,6 +8,7 @@ import hashlib
 import io
 import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _SCHEMA = 1
 _SEED = 1234  # lm-eval's default; chooses the examples of few-shot prompts
+_GROUP = re.compile(r"^group:", re.MULTILINE)
 _BOOTSTRAP = 1000  # resamplings, for metrics whose standard error has no closed form
 
 
@@ -201,28 +203,37 @@ def run(
 
 
 def _manager(specs: Sequence[str], reporter: Reporter) -> Any:
+    """lm-eval's index of tasks: of its own where one is named, and of groups in files."""
     from lm_eval.tasks import TaskManager
 
-    if all(_is_file(spec) for spec in specs):
-        return TaskManager(include_defaults=False)
-    reporter.note("reading lm-eval's index of tasks (14 000 files: up to half a minute)")
-    return TaskManager()
+    files = [_path(spec) for spec in specs if _is_file(spec)]
+    for path in files:
+        if not path.is_file():
+            raise MissingError(f"there is no task file {path}")
+    # A group names tasks in files beside its own; a single task needs no search of its folder.
+    folders = {path.parent: None for path in files if _GROUP.search(path.read_text("utf-8"))}
+    if len(files) < len(specs):
+        reporter.note("reading lm-eval's index of tasks (14 000 files: up to half a minute)")
+    return TaskManager(include_path=list(folders), include_defaults=len(files) < len(specs))
 
 
 def _load(manager: Any, specs: Sequence[str]) -> Any:
+    in_files = {entry.yaml_path: name for name, entry in manager.task_index.items()}
+    wanted = []
     for spec in specs:
         if _is_file(spec):
-            if not Path(spec).expanduser().is_file():
-                raise MissingError(f"there is no task file {spec}")
-        elif spec not in manager.task_index:
+            path = _path(spec)
+            wanted.append(in_files.get(path, str(path)))
+        elif spec in manager.task_index:
+            wanted.append(spec)
+        else:
             near = difflib.get_close_matches(spec, manager.all_tasks, n=3)
             raise UsageError(
                 f"lm-eval has no task {spec!r}",
                 hint=f"Near it: {', '.join(near)}." if near else "See them: lm-eval ls tasks",
             )
-    paths = [str(Path(s).expanduser().resolve()) if _is_file(s) else s for s in specs]
     try:
-        loaded = manager.load(paths)
+        loaded = manager.load(wanted)
     except Exception as error:  # a task is a file of the user's or code of lm-eval's
         raise TealError(
             f"{', '.join(specs)} cannot be loaded: {_first_line(error)}",
@@ -241,6 +252,10 @@ def _load(manager: Any, specs: Sequence[str]) -> Any:
 
 def _is_file(spec: str) -> bool:
     return spec.endswith((".yaml", ".yml"))
+
+
+def _path(spec: str) -> Path:
+    return Path(spec).expanduser().resolve()
 
 
 def _scores(name: str, results: Any, dense: TaskScores | None) -> tuple[Score, ...]:

@@ -204,7 +204,7 @@ def test_a_group_is_shown_for_its_tasks(
     rows = list(csv.DictReader(saved.read_text().splitlines()))
     acc = {(r["task"], r["method"]): float(r["value"]) for r in rows if r["metric"] == "acc"}
     for method in ("dense", "sensitivity"):
-        parts = [acc[f"tiny_{name}", method] for name in ("one", "two")]
+        parts = [acc[f"tiny_group::tiny_{name}", method] for name in ("one", "two")]
         assert acc["tiny_group", method] == pytest.approx(sum(parts) / 2)
 
 
