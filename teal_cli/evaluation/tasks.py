@@ -8,6 +8,7 @@ import hashlib
 import io
 import logging
 import math
+import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -181,6 +182,7 @@ def run(
     with _silenced(), network(not offline):
         manager = _manager(specs, reporter)
         for method, target, label, thresholds in plan:
+            _seed()
             loaded = _load(manager, specs)  # anew: a task keeps the answers that it has been given
             lm = TealLM(subject, label, thresholds, reporter)
             results = lm_eval.evaluate(
@@ -200,6 +202,16 @@ def run(
         groups=loaded["group_map"],
         rows=tuple(rows),
     )
+
+
+def _seed() -> None:
+    """Let tasks that shuffle choices or documents do it alike for every setting."""
+    import numpy
+    import torch
+
+    random.seed(0)
+    numpy.random.seed(_SEED)
+    torch.manual_seed(_SEED)
 
 
 def _manager(specs: Sequence[str], reporter: Reporter) -> Any:
@@ -237,7 +249,9 @@ def _load(manager: Any, specs: Sequence[str]) -> Any:
     except Exception as error:  # a task is a file of the user's or code of lm-eval's
         raise TealError(
             f"{', '.join(specs)} cannot be loaded: {_first_line(error)}",
-            hint="A task of lm-eval's fetches its documents from the Hub, once.",
+            hint=None
+            if all(_is_file(spec) for spec in specs)
+            else "A task of lm-eval's fetches its documents from the Hub, once.",
         ) from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "MULTIMODAL", False):

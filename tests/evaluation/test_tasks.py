@@ -208,6 +208,23 @@ def test_a_group_is_shown_for_its_tasks(
         assert acc["tiny_group", method] == pytest.approx(sum(parts) / 2)
 
 
+def test_a_task_that_shuffles_does_so_alike_for_every_setting(
+    evaluate: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    task = write_task(tmp_path, "choice")
+    task.write_text(task.read_text() + "process_docs: !function shuffled.shuffle\n")
+    (tmp_path / "shuffled.py").write_text(
+        "import random\n\n\ndef shuffle(documents):\n"
+        "    return documents.select(random.sample(range(len(documents)), len(documents)))\n"
+    )
+    code, out, _ = evaluate(tiny_model, "--tasks", task, "-s", "0", "--json")
+    assert code == 0
+    dense, exact = (s for s in json.loads(out)["scores"] if s["metric"] == "acc")
+    assert exact["by_document"] == dense["by_document"]
+    assert len(set(dense["by_document"])) == 2  # so that another order would show
+    assert exact["to_dense"] == exact["to_dense_standard_error"] == 0
+
+
 def test_accuracy_is_the_share_of_likeliest_choices(
     evaluate: Command, tiny_model: Path, tmp_path: Path, checkpoint: Checkpoint
 ) -> None:
