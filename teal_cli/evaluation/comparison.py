@@ -123,11 +123,11 @@ class QualityReport:
     def records(self) -> list[dict[str, Any]]:
         """One flat record a row, the dense one first."""
         document = self.document()
-        records = []
-        for row in ({"method": "dense", "target_sparsity": None}, *document["sparse"]):
-            figures = {**document["dense"], **row} if row["method"] == "dense" else row
-            records.append({k: v for k, v in figures.items() if not isinstance(v, dict)})
-        return records
+        dense = {"method": "dense", "target_sparsity": None, **document["dense"]}
+        return [
+            {name: value for name, value in row.items() if not isinstance(value, dict)}
+            for row in (dense, *document["sparse"])
+        ]
 
     def tables(self) -> Iterator[tuple[str, Table]]:
         """The figures, then where the sparsity is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from teal_cli.benchmark.plot import require_matplotlib
@@ -12,6 +13,7 @@ from teal_cli.evaluation.statistics import Estimate
 # Okabe and Ito's palette without its yellow, which is faint on white; the markers tell the
 # methods apart in grey too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_WIDE = 4  # times the smallest value from which on an axis is logarithmic
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -19,7 +21,8 @@ def draw(report: QualityReport, suffix: str) -> bytes:
     """Perplexity and KL against realised sparsity, a line for each method.
 
     Bars are standard errors over the windows. Perplexity's is paired with the dense model's: it
-    is the error of the distance to the horizontal line.
+    is the error of the distance to the horizontal line. An axis whose values differ by much is
+    logarithmic; KL's then has no place for the dense model's zero.
 
     Args:
         report: what to draw.
@@ -34,8 +37,9 @@ def draw(report: QualityReport, suffix: str) -> bytes:
     figure = Figure(figsize=(7.2, 3.1), layout="constrained")
     left, right = figure.subplots(1, 2)
     dense = report.result.dense
-    left.axhline(dense.perplexity.value, color="#555555", linewidth=1.1, linestyle="--", zorder=1)
-    right.axhline(0, color="#555555", linewidth=1.1, linestyle="--", zorder=1, label="dense")
+    line: dict[str, Any] = {"color": "#555555", "linewidth": 1.1, "linestyle": "--", "zorder": 1}
+    left.axhline(dense.perplexity.value, label="dense", **line)
+    right.axhline(0, **line)
     for number, method in enumerate(report.methods):
         style: dict[str, Any] = {
             "color": _COLOURS[number % len(_COLOURS)],
@@ -54,9 +58,10 @@ def draw(report: QualityReport, suffix: str) -> bytes:
             (right, [q.kl.value for q in found], [_error(q.kl) for q in found]),
         ):
             axes.errorbar(realised, values, yerr=errors, label=method, **style)
-    _finish(left, "perplexity")
-    _finish(right, "KL to dense (nats per token)")
-    handles, labels = right.get_legend_handles_labels()
+    found = [row.quality for row in report.rows]
+    _finish(left, "perplexity", [dense.perplexity.value, *(q.perplexity.value for q in found)])
+    _finish(right, "KL to dense (nats per token)", [quality.kl.value for quality in found])
+    handles, labels = left.get_legend_handles_labels()
     left.legend(handles[::-1], labels[::-1], loc="upper left", fontsize=8, frameon=False)
     title = report.heading().replace(", protocol", "\nprotocol", 1)
     figure.suptitle(title, fontsize=8, x=0.01, ha="left")
@@ -65,7 +70,15 @@ def draw(report: QualityReport, suffix: str) -> bytes:
     return content.getvalue()
 
 
-def _finish(axes: Any, label: str) -> None:
+def _finish(axes: Any, label: str, values: Sequence[float]) -> None:
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    # Damage grows faster than sparsity: high targets would press the low ones to the floor.
+    if min(values) > 0 and max(values) > _WIDE * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("realised sparsity", fontsize=9)
     axes.set_ylabel(label, fontsize=9)
     axes.tick_params(labelsize=8)
