@@ -19,8 +19,6 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
 
-Setting = tuple[str, Tensor | None]  # label, thresholds [num_hidden_layers, 7] or None for dense
-
 # Logits held at a time for one setting: 64 MB of float32.
 LOGITS_CHUNK = 1 << 24
 
@@ -77,7 +75,7 @@ class _Tally:
 def evaluate(
     decoder: Decoder,
     windows: Tensor,
-    settings: Sequence[Setting],
+    settings: Sequence[tuple[str, Tensor]],
     protocol: Protocol,
     reporter: Reporter,
 ) -> EvalResult:
@@ -86,7 +84,8 @@ def evaluate(
     Args:
         decoder: the model.
         windows: int64 [N, protocol.window].
-        settings: what to compare with the dense model.
+        settings: what to compare with the dense model: labels, and thresholds
+            [num_hidden_layers, 7].
         protocol: which positions are sparse, and which tokens are scored.
         reporter: follows the passes through the model.
 
