@@ -17,7 +17,7 @@ from teal_cli.sparsity.workspace import Workspace
 # A step is so much of a block's weights: steps of k and v, with a thirtieth of the weights each
 # where heads are grouped, still are a third of their own.
 _STEP = 0.01
-_STEPS = 95
+_STEPS = 85
 _MOST = 0.99
 _WINDOWS = 2
 

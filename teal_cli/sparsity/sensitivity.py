@@ -23,7 +23,7 @@ from teal_cli.sparsity.profile import ModelShape, Profile
 from teal_cli.sparsity.spool import sweep
 from teal_cli.sparsity.workspace import Workspace
 
-_WINDOWS = 8
+_WINDOWS = 16
 LEVELS = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
 _TARGETS = torch.linspace(0, 0.95, 96, dtype=torch.float64)
 
