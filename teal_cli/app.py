@@ -142,6 +142,7 @@ def _set_up_libraries() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "DATASETS_VERBOSITY": "error",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
     }.items():
         os.environ.setdefault(name, value)
 

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teal_cli.errors import MissingError
+from teal_cli.errors import MissingError, TealError
 from teal_cli.model.checkpoint import MANIFEST, Checkpoint
 from teal_cli.progress import Reporter
 from teal_cli.store import artifacts, hub, models, paths
@@ -83,19 +83,54 @@ def ensure_profile(
     )
 
 
+def stored_profile(ref: ModelRef, dtype: str | None = None) -> tuple[Profile, Path | None]:
+    """A model's profile as it is, and its file; the built-in one has none. Makes nothing.
+
+    Raises:
+        MissingError: the model has no profile yet.
+        TealError: the profile that is there belongs to other weights, or is damaged.
+    """
+    from teal_cli.sparsity import presets
+    from teal_cli.sparsity.profile import Profile
+
+    checkpoint = _converted(ref, dtype)
+    if checkpoint is not None and (path := profile_path(checkpoint)).exists():
+        profile = Profile.load(path)
+        profile.check(checkpoint.config, checkpoint.fingerprint)
+        return profile, path
+    preset = presets.preset_for(ref.name)
+    if preset is None:
+        named = ref.path or ref.name
+        raise MissingError(
+            f"{named} has no profile yet", hint=f"Make one with: teal calibrate {named}"
+        )
+    return preset, None
+
+
 def make_profile(
     checkpoint: Checkpoint,
     settings: CalibrationSettings,
     *,
+    method: str | None = None,
+    force: bool = False,
     device: str = "auto",
     offline: bool = False,
     reporter: Reporter,
 ) -> Profile:
-    """Calibrate a checkpoint and store its profile; resumes what an earlier, killed run began."""
+    """Calibrate a checkpoint and store its profile; resumes what an earlier, killed run began.
+
+    Args:
+        checkpoint: the model.
+        settings: the text.
+        method: how to share sparsity out, by default the best; `uniform` comes with each.
+        force: leave aside a profile of the same text, whose histograms would serve again.
+        device: where the model runs.
+        offline: ask no server for the text.
+        reporter: follows the layers.
+    """
     from teal_cli.inference.device import pick_device
-    from teal_cli.sparsity import presets
-    from teal_cli.sparsity.calibrate import calibrate
-    from teal_cli.sparsity.profile import Profile
+    from teal_cli.sparsity import presets, streaming
+    from teal_cli.sparsity.calibrate import METHODS, calibrate
     from teal_cli.text.corpora import load_corpus
     from teal_cli.text.windows import windows
 
@@ -117,21 +152,27 @@ def make_profile(
     )
     work_dir = paths.cache_dir() / "calibration" / path.parent.name / path.stem
     with artifacts.lock(path, reporter):
-        if _modified(path) != before:  # another process made one while this one waited
-            profile = Profile.load(path)
-            if profile.provenance.get("settings") == dataclasses.asdict(settings):
-                return profile
+        method = method or METHODS[0]
+        base = _same_text(path, checkpoint, settings, corpus.fingerprint)
+        # Another process may have made one while this one waited.
+        if base is not None and method in base.offsets and _modified(path) != before:
+            return base
+        if force:
+            base = None
         artifacts.remove_leftovers(path)
         reporter.note(
             f"calibrating {checkpoint.name} on {corpus.name} ({corpus.part}): "
             f"{len(tokens)} windows of {tokens.shape[1]} tokens → {path}"
         )
+        known = presets.allocations_for(checkpoint.name)
         profile = calibrate(
-            checkpoint.load(pick_device(device)),
+            streaming.load(checkpoint, pick_device(device), reporter),
             tokens,
             model=checkpoint.name,
             fingerprint=checkpoint.fingerprint,
-            allocations=presets.allocations_for(checkpoint.name),
+            methods=tuple(dict.fromkeys((method, *known, "uniform"))),
+            base=base,
+            allocations=known,
             provenance={
                 "dataset": corpus.name,
                 "dataset_part": corpus.part,
@@ -150,6 +191,22 @@ def make_profile(
 def profile_path(checkpoint: Checkpoint) -> Path:
     """Where the checkpoint's profile is, or will be."""
     return paths.profile_path(checkpoint.folder.parent.name, checkpoint.folder.name)
+
+
+def _same_text(
+    path: Path, checkpoint: Checkpoint, settings: CalibrationSettings, text: str
+) -> Profile | None:
+    """The profile that is there, if it is of these weights and of this text."""
+    from teal_cli.sparsity.profile import Profile
+
+    try:
+        profile = Profile.load(path)
+        profile.check(checkpoint.config, checkpoint.fingerprint)
+    except TealError:
+        return None
+    made = profile.provenance
+    same = made.get("settings") == dataclasses.asdict(settings)
+    return profile if same and made.get("dataset_fingerprint") == text else None
 
 
 def _modified(path: Path) -> int | None:

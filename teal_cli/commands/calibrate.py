@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +20,7 @@ from teal_cli.options import (
     OfflineOption,
     RevisionOption,
     TokenOption,
+    check_sparsity,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +40,15 @@ SeqLenOption = Annotated[
 CalibrationSeedOption = Annotated[
     int | None, typer.Option("--seed", help="Chooses the windows. [default: 0]")
 ]
+CalibrationMethodOption = Annotated[
+    Literal["sensitivity", "greedy", "uniform"] | None,
+    typer.Option(
+        "--method",
+        help="How to share sparsity out over layers and projections; a profile holds several."
+        " 'sensitivity' by what it does to the loss, 'greedy' by each block's output error,"
+        " 'uniform' equally, which every profile can. [default: sensitivity]",
+    ),
+]
 ImportOption = Annotated[
     Path | None,
     typer.Option(
@@ -47,6 +57,35 @@ ImportOption = Annotated[
         help="Take a copy of the TEAL release for this model (folders histograms and lookup)"
         " instead of reading text.",
     ),
+]
+ShowOption = Annotated[
+    bool,
+    typer.Option(
+        "--show",
+        help="Show what the stored profile holds, and calibrate nothing: the sparsity that"
+        " --method gives each layer and projection, or the histograms of --layer.",
+    ),
+]
+ShownSparsityOption = Annotated[
+    float | None,
+    typer.Option(
+        "--sparsity",
+        "-s",
+        help="With --show: the target to look up. [default: 0.5]",
+        callback=check_sparsity,
+    ),
+]
+LayerOption = Annotated[
+    int | None,
+    typer.Option("--layer", min=0, help="With --show: show this layer's histograms of abs(x)."),
+]
+SiteOption = Annotated[
+    Literal["attn_in", "attn_out", "mlp_in", "mlp_act"] | None,
+    typer.Option("--site", help="With --layer: only this input site. [default: all four]"),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", help="With --show: also draw it, as a .png, .pdf or .svg file."),
 ]
 
 
@@ -57,10 +96,16 @@ def calibrate(
     samples: SamplesOption = None,
     seq_len: SeqLenOption = None,
     seed: CalibrationSeedOption = None,
+    method: CalibrationMethodOption = None,
     import_dir: ImportOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Calibrate again even if it is up to date.")
     ] = False,
+    show: ShowOption = False,
+    sparsity: ShownSparsityOption = None,
+    layer: LayerOption = None,
+    site: SiteOption = None,
+    plot: PlotOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
@@ -71,13 +116,34 @@ def calibrate(
     """Learn a model's activation thresholds from text, and store them as its profile.
 
     Does nothing when the model has a profile that was made with the options given. An
-    interrupted calibration goes on where it was.
+    interrupted calibration goes on where it was, and another method of the same text adds to the
+    profile what it lacks.
     """
     asked = {"dataset": dataset, "column": column, "samples": samples, "seq_len": seq_len}
     given: dict[str, Any] = {k: v for k, v in {**asked, "seed": seed}.items() if v is not None}
     if import_dir is not None and given:
         option = next(iter(given)).replace("_", "-")
         raise UsageError(f"--import reads no text: leave out --{option}")
+    if import_dir is not None and method is not None:
+        raise UsageError("--import brings the release's own allocation: leave out --method")
+    looked_up = {"sparsity": sparsity, "layer": layer, "site": site, "plot": plot}
+    if show:
+        _check_show(given, import_dir=import_dir, force=force, layer=layer, site=site)
+        _show(
+            model,
+            revision,
+            dtype,
+            method,
+            sparsity=sparsity,
+            layer=layer,
+            site=site,
+            plot=plot,
+            json=json,
+        )
+        return
+    for name, value in looked_up.items():
+        if value is not None:
+            raise UsageError(f"--{name} goes with --show")
     reporter = console.reporter()
 
     from teal_cli import pipeline
@@ -106,15 +172,20 @@ def calibrate(
         )
         with artifacts.lock(path, reporter):
             profile.save(path)
-    elif not force and (found := _up_to_date(checkpoint, given)) is not None:
+    elif (found := None if force else _made_as_asked(checkpoint, given)) is not None and (
+        method is None or method in found.methods
+    ):
         profile = found
         if not path.exists():
             path = None
         reporter.note("up to date: --force calibrates again")
     else:
+        before = found.provenance.get("settings", {}) if found is not None else {}
         profile = pipeline.make_profile(
             checkpoint,
-            pipeline.CalibrationSettings(**given),
+            pipeline.CalibrationSettings(**(before | given)),
+            method=method,
+            force=force,
             device=device,
             offline=offline,
             reporter=reporter,
@@ -126,7 +197,61 @@ def calibrate(
         reporter.note(f"profile: {path or 'built into teal'}")
 
 
-def _up_to_date(checkpoint: Checkpoint, given: dict[str, Any]) -> Profile | None:
+def _check_show(
+    given: dict[str, Any],
+    *,
+    import_dir: Path | None,
+    force: bool,
+    layer: int | None,
+    site: str | None,
+) -> None:
+    others = given | ({"import": True} if import_dir else {}) | ({"force": True} if force else {})
+    if others:
+        option = next(iter(others)).replace("_", "-")
+        raise UsageError(f"--show looks at the profile that is there: leave out --{option}")
+    if site is not None and layer is None:
+        raise UsageError("--site goes with --layer")
+
+
+def _show(
+    model: str | None,
+    revision: str | None,
+    dtype: str | None,
+    method: str | None,
+    *,
+    sparsity: float | None,
+    layer: int | None,
+    site: str | None,
+    plot: Path | None,
+    json: bool,
+) -> None:
+    """Print, and draw, what the model's profile holds."""
+    from teal_cli import pipeline, profile_view
+    from teal_cli.benchmark.plot import SUFFIXES, require_matplotlib
+    from teal_cli.benchmark.report import check_suffix
+    from teal_cli.sparsity.summary import summarise
+    from teal_cli.store import artifacts, models
+
+    if plot is not None:
+        check_suffix(plot, SUFFIXES, "--plot")
+        require_matplotlib()
+    profile, path = pipeline.stored_profile(models.resolve(model, revision), dtype)
+    summary = summarise(
+        profile, 0.5 if sparsity is None else sparsity, method, layer=layer, site=site
+    )
+    if json:
+        console.print_json({"profile": path, **summary.document()})
+    else:
+        profile_view.print_summary(summary)
+        console.reporter().note(f"profile: {path or 'built into teal'}")
+    if plot is not None:
+        from teal_cli.sparsity.plot import draw
+
+        artifacts.atomic_write(plot, draw(summary, plot.suffix.lower()))
+        console.reporter().note(f"plot: {plot}")
+
+
+def _made_as_asked(checkpoint: Checkpoint, given: dict[str, Any]) -> Profile | None:
     """The profile that is there, if it belongs to the checkpoint and was made as asked."""
     from teal_cli import pipeline
     from teal_cli.progress import Silent

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from teal_cli import console
+from teal_cli.errors import UsageError
 from teal_cli.options import (
     ColumnOption,
     DatasetOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
-    MethodOption,
     ModelArgument,
     OfflineOption,
     RevisionOption,
@@ -23,9 +25,24 @@ from teal_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from teal_cli.evaluation.perplexity import EvalResult, Quality
-    from teal_cli.evaluation.statistics import Estimate
+    import torch
 
+    from teal_cli.evaluation.comparison import QualityReport, Setting
+    from teal_cli.evaluation.protocols import ProtocolName
+    from teal_cli.evaluation.tasks import TasksReport
+    from teal_cli.model.checkpoint import Checkpoint
+    from teal_cli.progress import Reporter
+    from teal_cli.sparsity.profile import Profile
+
+MethodsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="LIST",
+        help="How the profile shares the sparsity out over layers and projections; several are"
+        " separated by commas, and compared with the first. [default: the profile's best]",
+    ),
+]
 ProtocolOption = Annotated[
     Literal["standard", "teal"],
     typer.Option(
@@ -42,8 +59,32 @@ ContextOption = Annotated[
     int | None,
     typer.Option(
         "--context",
-        help="Tokens in a window of the standard protocol."
-        " [default: 2048, or the model's if shorter]",
+        help="Tokens in a window of the standard protocol, and at most in a task."
+        " [default: 2048, or the model's if shorter; in a task the model's]",
+    ),
+]
+TasksOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        metavar="LIST",
+        help="Run tasks of lm-eval instead of measuring perplexity: names such as arc_easy, or"
+        " task files (./mine.yaml), separated by commas.",
+    ),
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, help="Documents of each task to run. [default: all]"),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Also write the result to a .json, .csv or .md file."),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot",
+        help="Also draw perplexity and KL against sparsity, as a .png, .pdf or .svg file.",
     ),
 ]
 
@@ -51,35 +92,49 @@ ContextOption = Annotated[
 def evaluate(
     model: ModelArgument = None,
     sparsity: SparsitiesOption = "0.25,0.4,0.5",
+    method: MethodsOption = None,
     protocol: ProtocolOption = "standard",
     dataset: DatasetOption = None,
     column: ColumnOption = None,
     samples: SamplesOption = 8,
     context: ContextOption = None,
-    method: MethodOption = None,
+    tasks: TasksOption = None,
+    limit: LimitOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
     token: TokenOption = None,
     offline: OfflineOption = False,
+    output: OutputOption = None,
+    plot: PlotOption = None,
     json: JsonOption = False,
 ) -> None:
     """Compare a model's quality, dense and sparse, on text that calibration did not see.
 
     Perplexity, KL divergence to the dense model in nats a token, and the share of positions
     where both find the same token likeliest, each with its standard error over the windows.
+    Every method at every sparsity reads the same windows, so that their differences are paired.
+
+    With --tasks, lm-eval's tasks instead. A text that a task scores is sparse where --protocol
+    says, its context included; of an answer that is generated, every token after the prompt.
     """
     sparsities = parse_sparsities(sparsity)
+    methods = None if method is None else _entries(method, "--method")
+    specs = None if tasks is None else _entries(tasks, "--tasks")
+    text_only = {"dataset": dataset, "column": column, "plot": plot}
+    if specs and (given := [name for name, value in text_only.items() if value is not None]):
+        raise UsageError(f"--{given[0]} is for perplexity: leave it out, or --tasks")
+    if limit is not None and not specs:
+        raise UsageError("--limit counts the documents of a task: it needs --tasks")
     reporter = console.reporter()
 
     from teal_cli import pipeline
-    from teal_cli.environment import environment
-    from teal_cli.evaluation import perplexity, protocols
+    from teal_cli.evaluation import comparison, report
     from teal_cli.inference.device import pick_device
     from teal_cli.store import models
-    from teal_cli.text.corpora import load_corpus
-    from teal_cli.text.windows import windows
+    from teal_cli.store.artifacts import atomic_write
 
+    _check_extras(output, plot, tasks=specs is not None)
     target_device = pick_device(device)
     checkpoint = pipeline.ensure_checkpoint(
         models.resolve(model, revision),
@@ -88,108 +143,148 @@ def evaluate(
         offline=offline,
         reporter=reporter,
     )
-    plan = protocols.protocol(protocol, checkpoint.config, context)
     profile = pipeline.ensure_profile(checkpoint, device=device, offline=offline, reporter=reporter)
-    settings = [(f"sparse {value:.4g}", profile.thresholds(value, method)) for value in sparsities]
+    settings = comparison.settings_for(profile, methods or (profile.default_method,), sparsities)
+    run = _Run(checkpoint, profile, settings, target_device, offline, reporter)
+    found: report.Report
+    if specs:
+        found = _on_tasks(run, specs, protocol, context, limit)
+    else:
+        found = _on_text(run, dataset, column, samples, protocol, context)
+        if plot is not None:
+            from teal_cli.evaluation.plot import draw
+
+            atomic_write(plot, draw(found, plot.suffix.lower()))
+    if json:
+        console.print_json(found.document())
+    else:
+        for number, (title, (columns, lines)) in enumerate(found.tables()):
+            if number:
+                print()
+            console.print_table(columns, lines, title=title)
+    if output is not None:
+        atomic_write(output, report.render(found, output.suffix.lower()).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What is evaluated, and where."""
+
+    checkpoint: Checkpoint
+    profile: Profile
+    settings: tuple[Setting, ...]
+    device: torch.device
+    offline: bool
+    reporter: Reporter
+
+    def inputs(self) -> dict[str, Any]:
+        """What a report needs to say for the run to be repeated."""
+        from teal_cli.environment import environment
+
+        return {
+            "model": {
+                "name": self.checkpoint.name,
+                "revision": self.checkpoint.revision,
+                "fingerprint": self.checkpoint.fingerprint,
+                "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
+            },
+            "profile": {
+                "methods": list(dict.fromkeys(setting.method for setting in self.settings)),
+                "provenance": dict(self.profile.provenance),
+            },
+            "environment": environment(self.device),
+        }
+
+
+def _on_text(
+    run: _Run,
+    dataset: str | None,
+    column: str | None,
+    samples: int,
+    protocol: ProtocolName,
+    context: int | None,
+) -> QualityReport:
+    from teal_cli.evaluation import comparison, perplexity, protocols
+    from teal_cli.text.corpora import load_corpus
+    from teal_cli.text.windows import windows
+
+    plan = protocols.protocol(protocol, run.checkpoint.config, context)
     corpus = load_corpus(
         dataset,
         split_role="evaluation",
         column=column,
-        offline=offline,
-        calibrated_on=profile.provenance.get("dataset_fingerprint"),
-        reporter=reporter,
+        offline=run.offline,
+        calibrated_on=run.profile.provenance.get("dataset_fingerprint"),
+        reporter=run.reporter,
     )
-    tokenizer = checkpoint.tokenizer()
+    tokenizer = run.checkpoint.tokenizer()
     text = plan.cut(
         lambda length, count: windows(tokenizer, corpus, seq_len=length, samples=count),
         samples or None,
     )
-    decoder = checkpoint.load(target_device)
-    result = perplexity.evaluate(decoder, text, settings, plan, reporter)
-    if not json:
-        _print_tables(f"{checkpoint.name} on {corpus.name} ({corpus.part})", result)
-        return
-    inputs = {
-        "model": {
-            "name": checkpoint.name,
-            "revision": checkpoint.revision,
-            "fingerprint": checkpoint.fingerprint,
-            "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        },
-        "dataset": {
-            "name": corpus.name,
-            "part": corpus.part,
-            "column": column,
-            "fingerprint": corpus.fingerprint,
-        },
-        "profile": {
-            "method": method or profile.default_method,
-            "provenance": dict(profile.provenance),
-        },
-        "environment": environment(target_device),
-    }
-    console.print_json(_document(inputs, result, sparsities))
-
-
-def _document(
-    inputs: dict[str, Any], result: EvalResult, sparsities: tuple[float, ...]
-) -> dict[str, Any]:
-    """The result with everything that is needed to repeat it."""
-    from dataclasses import asdict
-
-    from teal_cli.evaluation.perplexity import scores
-
-    return {
-        "kind": "eval",
-        "schema": 1,
-        **inputs,
-        "protocol": asdict(result.protocol),
-        "windows": result.windows,
-        "scored_tokens": result.scored_tokens,
-        "dense": scores(result.dense),
-        "sparse": [
-            {"target_sparsity": target, **scores(quality)}
-            for target, quality in zip(sparsities, result.sparse, strict=True)
-        ],
-    }
-
-
-def _print_tables(title: str, result: EvalResult) -> None:
-    plan = result.protocol
-    console.print_table(
-        ["", "realised", "perplexity", "to dense", "KL (nats/token)", "same top token"],
-        [_line(quality, dense=quality is result.dense) for quality in _all(result)],
-        title=f"{title}, protocol {plan.name}: {result.windows} windows of {plan.window} tokens, "
-        f"{result.scored_tokens} scored",
+    result = perplexity.evaluate(
+        run.checkpoint.load(run.device),
+        text,
+        [(setting.label, setting.thresholds) for setting in run.settings],
+        plan,
+        run.reporter,
     )
-    print()
-    console.print_table(
-        ["realised by site", *result.dense.realised_by_site],
-        [
-            [quality.label, *(f"{share:.3f}" for share in quality.realised_by_site.values())]
-            for quality in result.sparse
-        ],
+    read = {
+        "name": corpus.name,
+        "part": corpus.part,
+        "column": column,
+        "fingerprint": corpus.fingerprint,
+    }
+    return comparison.QualityReport.of(run.inputs() | {"dataset": read}, run.settings, result)
+
+
+def _on_tasks(
+    run: _Run,
+    specs: tuple[str, ...],
+    protocol: ProtocolName,
+    context: int | None,
+    limit: int | None,
+) -> TasksReport:
+    from teal_cli.evaluation import harness, protocols, tasks
+
+    room = protocols.task_context(run.checkpoint.config, context)
+    subject = harness.Subject(
+        run.checkpoint.load(run.device),
+        run.checkpoint.tokenizer(),
+        run.checkpoint.eos_token_ids,
+        protocol,
+        room,
+    )
+    return tasks.run(
+        subject,
+        specs,
+        run.settings,
+        run.inputs() | {"protocol": protocol, "context": room},
+        limit=limit,
+        offline=run.offline,
+        reporter=run.reporter,
     )
 
 
-def _all(result: EvalResult) -> tuple[Quality, ...]:
-    return (result.dense, *result.sparse)
+def _check_extras(output: Path | None, plot: Path | None, *, tasks: bool) -> None:
+    """Fail before anything is measured for a file that cannot be written."""
+    from teal_cli.benchmark.plot import SUFFIXES, require_matplotlib
+    from teal_cli.benchmark.report import check_suffix
+    from teal_cli.evaluation import report
+    from teal_cli.evaluation.tasks import require_lm_eval
+
+    if output is not None:
+        check_suffix(output, report.SUFFIXES, "--output")
+    if plot is not None:
+        check_suffix(plot, SUFFIXES, "--plot")
+        require_matplotlib()
+    if tasks:
+        require_lm_eval()
 
 
-def _line(quality: Quality, *, dense: bool) -> list[str]:
-    shown = [quality.label, f"{quality.realised_sparsity:.3f}", _estimate(quality.perplexity, 2)]
-    if dense:
-        return [*shown, "", "", ""]
-    return [
-        *shown,
-        _estimate(quality.perplexity_gap, 2, sign=True),
-        _estimate(quality.kl, 4),
-        _estimate(quality.agreement, 3),
-    ]
-
-
-def _estimate(estimate: Estimate, digits: int, *, sign: bool = False) -> str:
-    value = f"{estimate.value:{'+' if sign else ''}.{digits}f}"
-    if estimate.standard_error is None:
-        return value
-    return f"{value} ± {estimate.standard_error:.{digits}f}"
+def _entries(text: str, option: str) -> tuple[str, ...]:
+    """The entries of a comma-separated list, without repeats."""
+    found = tuple(dict.fromkeys(entry.strip() for entry in text.split(",") if entry.strip()))
+    if not found:
+        raise UsageError(f"{option} names nothing")
+    return found

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from teal_cli.errors import TealError
-from teal_cli.evaluation import statistics
+from teal_cli.evaluation import skipped, statistics
 from teal_cli.evaluation.protocols import Protocol
+from teal_cli.evaluation.skipped import SkipCount
 from teal_cli.evaluation.statistics import Estimate
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
-from teal_cli.model.sites import PROJECTIONS, SITE_OF, SITES
 from teal_cli.progress import Reporter
 
-Setting = tuple[str, Tensor | None]  # label, thresholds [num_hidden_layers, 7] or None for dense
-
 # Logits held at a time for one setting: 64 MB of float32.
-_LOGITS_CHUNK = 1 << 24
+LOGITS_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class WindowScores:
+    """One entry a window, in the text's order: means over its scored tokens."""
+
+    nll: tuple[float, ...]
+    kl: tuple[float, ...]
+    agreement: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,7 @@ class Quality:
     realised_sparsity: float  # weighted by the weights that each input feeds
     realised_by_site: dict[str, float]
     realised_by_projection: dict[str, float]
+    by_window: WindowScores
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +61,11 @@ class EvalResult:
 
 @dataclass(slots=True)
 class _Tally:
-    """What one setting has shown so far: one entry a window, and the channels that were kept."""
+    """What one setting has shown so far: one entry a window, and the inputs that it skipped."""
 
     label: str
     thresholds: Tensor | None
-    kept: Tensor  # int64 [num_hidden_layers, 7]
+    skips: SkipCount
     nll: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     agreement: list[float] = field(default_factory=list)
@@ -66,7 +75,7 @@ class _Tally:
 def evaluate(
     decoder: Decoder,
     windows: Tensor,
-    settings: Sequence[Setting],
+    settings: Sequence[tuple[str, Tensor]],
     protocol: Protocol,
     reporter: Reporter,
 ) -> EvalResult:
@@ -75,16 +84,16 @@ def evaluate(
     Args:
         decoder: the model.
         windows: int64 [N, protocol.window].
-        settings: what to compare with the dense model.
+        settings: what to compare with the dense model: labels, and thresholds
+            [num_hidden_layers, 7].
         protocol: which positions are sparse, and which tokens are scored.
         reporter: follows the passes through the model.
 
     Raises:
         TealError: a loss is not finite.
     """
-    shape = (decoder.config.num_hidden_layers, len(PROJECTIONS))
     tallies = [
-        _Tally(label, thresholds, torch.zeros(shape, dtype=torch.int64, device=decoder.device))
+        _Tally(label, thresholds, SkipCount(decoder, thresholds))
         for label, thresholds in (("dense", None), *settings)
     ]
     passes = len(windows) * len(tallies)
@@ -95,10 +104,7 @@ def evaluate(
                 hidden.append(_scored_states(decoder, window, tally, protocol))
                 task.advance()
             _score(decoder, hidden, window[protocol.scored_from :].to(decoder.device), tallies)
-    sparse_positions = len(windows) * (protocol.window - 1 - protocol.sparse_from)
-    dense, *sparse = (
-        _quality(tally, tallies[0].nll, decoder.config, sparse_positions) for tally in tallies
-    )
+    dense, *sparse = (_quality(tally, tallies[0].nll, decoder.config) for tally in tallies)
     return EvalResult(
         protocol, len(windows), len(windows) * protocol.scored, dense=dense, sparse=tuple(sparse)
     )
@@ -106,24 +112,11 @@ def evaluate(
 
 def _scored_states(decoder: Decoder, window: Tensor, tally: _Tally, protocol: Protocol) -> Tensor:
     """Final hidden states that predict the scored tokens, [scored, hidden_size]."""
-    thresholds = tally.thresholds
-
-    def count(layer: int, site: str, x: Tensor) -> None:
-        assert thresholds is not None
-        size = x[protocol.sparse_from :].abs().float()
-        counted: dict[float, Tensor] = {}  # projections of a site often share a threshold
-        for index, name in enumerate(PROJECTIONS):
-            if SITE_OF[name] == site:
-                level = float(thresholds[layer, index])
-                if level not in counted:
-                    counted[level] = (size > level).sum()
-                tally.kept[layer, index] += counted[level]
-
     hidden = decoder.forward(
         window[:-1],  # nothing is asked of the last token
-        thresholds=thresholds,
+        thresholds=tally.thresholds,
         sparse_from=protocol.sparse_from,
-        observe=None if thresholds is None else count,
+        observe=tally.skips.observer(protocol.sparse_from),
     )
     return hidden[protocol.scored_from - 1 :]
 
@@ -135,7 +128,7 @@ def _score(
 
     The logits of a few positions are computed at a time, and of one sparse setting.
     """
-    rows = max(1, _LOGITS_CHUNK // decoder.config.vocab_size)
+    rows = max(1, LOGITS_CHUNK // decoder.config.vocab_size)
     sums = torch.zeros(3, len(tallies), dtype=torch.float64, device=decoder.device)
     for start in range(0, len(targets), rows):
         wanted = targets[start : start + rows, None]
@@ -151,30 +144,30 @@ def _score(
             # Row sums in float32 stay exact to 1e-6 nats; the rows are then added in float64.
             sums[1, index] += torch.sub(dense, ours).mul_(shares).sum(-1).double().sum()
     for tally, (nll, kl, agreement) in zip(tallies, (sums / len(targets)).T.tolist(), strict=True):
-        if nll != nll or abs(nll) == float("inf"):
-            raise TealError(
-                f"the loss of the {tally.label} model is not finite",
-                hint="The weights overflow in this dtype: try --dtype bfloat16 or float32."
-                if tally.thresholds is None
-                else "Ask for less sparsity.",
-            )
+        check_finite(nll, tally.label, dense=tally.thresholds is None)
         tally.nll.append(nll)
         tally.kl.append(kl)
         tally.agreement.append(agreement)
 
 
-def _quality(tally: _Tally, dense_nll: list[float], config: ModelConfig, positions: int) -> Quality:
-    sizes = {name: i * o for name, (i, o) in config.projection_shapes.items()}
-    inputs = torch.tensor([i for i, _ in config.projection_shapes.values()])
-    realised = torch.zeros(len(PROJECTIONS), dtype=torch.float64)
-    if tally.thresholds is not None:
-        realised = 1 - tally.kept.cpu().double().mean(0) / (positions * inputs)
-    by_projection = dict(zip(PROJECTIONS, realised.tolist(), strict=True))
+def check_finite(loss: float, label: str, *, dense: bool) -> None:
+    """Make sure that a loss is a number.
 
-    def weighted(names: Sequence[str]) -> float:
-        total = sum(sizes[name] for name in names)
-        return sum(by_projection[name] * sizes[name] for name in names) / total
+    Raises:
+        TealError: it is not; the message names the setting.
+    """
+    if not math.isfinite(loss):
+        name = "dense model" if dense else f"sparse model ({label})"
+        raise TealError(
+            f"the loss of the {name} is not finite",
+            hint="The weights overflow in this dtype: try --dtype bfloat16 or float32."
+            if dense
+            else "Ask for less sparsity, or for another --method.",
+        )
 
+
+def _quality(tally: _Tally, dense_nll: list[float], config: ModelConfig) -> Quality:
+    by_projection = tally.skips.by_projection()
     return Quality(
         label=tally.label,
         nll=statistics.mean(tally.nll),
@@ -182,12 +175,10 @@ def _quality(tally: _Tally, dense_nll: list[float], config: ModelConfig, positio
         perplexity_gap=statistics.perplexity_gap(tally.nll, dense_nll),
         kl=statistics.mean(tally.kl),
         agreement=statistics.mean(tally.agreement),
-        realised_sparsity=weighted(PROJECTIONS),
-        realised_by_site={
-            site: weighted([name for name in PROJECTIONS if SITE_OF[name] == site])
-            for site in SITES
-        },
+        realised_sparsity=skipped.weighted(by_projection, config),
+        realised_by_site=skipped.by_site(by_projection, config),
         realised_by_projection=by_projection,
+        by_window=WindowScores(tuple(tally.nll), tuple(tally.kl), tuple(tally.agreement)),
     )
 
 
@@ -196,11 +187,11 @@ def scores(quality: Quality) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name in ("perplexity", "perplexity_gap", "nll", "kl", "agreement"):
         estimate: Estimate = getattr(quality, name)
-        flat[name] = estimate.value
-        flat[f"{name}_standard_error"] = estimate.standard_error
+        flat |= statistics.flat(name, estimate)
     return {
         **flat,
         "realised_sparsity": quality.realised_sparsity,
         "realised_by_site": quality.realised_by_site,
         "realised_by_projection": quality.realised_by_projection,
+        "by_window": asdict(quality.by_window),
     }

@@ -60,6 +60,23 @@ class Protocol:
         return rows.flatten().unfold(0, self.window, self.stride)
 
 
+def sparse_from(name: ProtocolName, length: int) -> int:
+    """The first sparse position of a sequence of `length` tokens that the model is fed at once.
+
+    `standard`: all but the first few positions are sparse. `teal`: the last half is.
+    """
+    return _DENSE_POSITIONS if name == "standard" else length - length // 2
+
+
+def task_context(config: ModelConfig, context: int | None) -> int:
+    """Tokens that a model sees at most in a task; by default all that it has room for.
+
+    Raises:
+        UsageError: the model has no room for `context`.
+    """
+    return _checked(config.max_position_embeddings if context is None else context, config)
+
+
 def protocol(name: ProtocolName, config: ModelConfig, context: int | None = None) -> Protocol:
     """A protocol at a model's size.
 
@@ -86,11 +103,17 @@ def protocol(name: ProtocolName, config: ModelConfig, context: int | None = None
                 f"the protocol 'teal' needs a context of {window} tokens, this model has {longest}",
                 hint="Use --protocol standard.",
             )
-        return Protocol(name, window, _TEAL_SCORED, window // 2, _TEAL_CONTEXT)
+        return Protocol(name, window, _TEAL_SCORED, sparse_from(name, window - 1), _TEAL_CONTEXT)
     window = min(_DEFAULT_CONTEXT, longest) if context is None else context
-    if not _DENSE_POSITIONS < window <= longest:
+    _checked(window, config)
+    return Protocol(name, window, window, sparse_from(name, window - 1), 1)
+
+
+def _checked(context: int, config: ModelConfig) -> int:
+    longest = config.max_position_embeddings
+    if not _DENSE_POSITIONS < context <= longest:
         raise UsageError(
-            f"a context of {window} tokens is out of range: "
+            f"a context of {context} tokens is out of range: "
             f"{_DENSE_POSITIONS + 1} to {longest} fit this model"
         )
-    return Protocol(name, window, window, _DENSE_POSITIONS, 1)
+    return context

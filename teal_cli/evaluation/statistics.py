@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,21 @@ def perplexity_gap(nll: Sequence[float], dense_nll: Sequence[float]) -> Estimate
     ours, dense = _exp(fmean(nll)), _exp(fmean(dense_nll))
     pairs = zip(nll, dense_nll, strict=True)
     return Estimate(ours - dense, _error_of_mean([ours * a - dense * b for a, b in pairs]))
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """Mean of what the same windows or documents score here and there, ours minus theirs.
+
+    Paired: what is hard for both does not count as noise.
+    """
+    return mean([a - b for a, b in zip(ours, theirs, strict=True)])
+
+
+def flat(name: str, estimate: Estimate | None) -> dict[str, Any]:
+    """An estimate as two entries of a document; a value that is no number becomes None."""
+    value = estimate.value if estimate is not None and math.isfinite(estimate.value) else None
+    error = estimate.standard_error if estimate is not None and value is not None else None
+    return {name: value, f"{name}_standard_error": error}
 
 
 def _error_of_mean(values: Sequence[float]) -> float | None:

@@ -108,6 +108,10 @@ class Decoder:
         hidden = self.embed(tokens)
         for index in range(self.config.num_hidden_layers):
             hidden = self._layer(index, hidden, run)
+        return self.final_norm(hidden)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What follows the last layer: hidden [T, hidden_size] → [T, hidden_size]."""
         return self._norm(hidden, self.weights.norm)
 
     def layer(

@@ -1,4 +1,4 @@
-"""Calibration: text through the model layer by layer, into histograms of abs(x).
+"""Calibration: text through the model layer by layer, into histograms of abs(x), then methods.
 
 Windows go through one layer at a time, one after the other, so that memory holds one layer's
 activations of one window; histograms are all that stays of them.
@@ -6,8 +6,8 @@ activations of one window; histograms are all that stays of them.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from teal_cli import __version__
-from teal_cli.errors import TealError, UsageError
+from teal_cli.errors import UsageError
 from teal_cli.model.decoder import Decoder
-from teal_cli.model.sites import SITES
 from teal_cli.progress import Reporter
-from teal_cli.sparsity import histogram
+from teal_cli.sparsity import greedy, sensitivity
+from teal_cli.sparsity.observe import SKIPPED_POSITIONS, collect
 from teal_cli.sparsity.profile import ModelShape, Profile
 from teal_cli.sparsity.quantiles import Quantiles
-from teal_cli.sparsity.spool import DiskStates, MemoryStates, States
+from teal_cli.sparsity.refine import refine
+from teal_cli.sparsity.workspace import Workspace
 
-# The first positions of a context are attention sinks (arXiv 2309.17453): activations there are
-# up to a thousand times the usual ones, and decoding after a prompt never sees them.
-SKIPPED_POSITIONS = 4
+METHODS = ("sensitivity", "greedy", "uniform")  # the best one first
+
+_ALLOCATE = {"sensitivity": sensitivity.allocate, "greedy": greedy.allocate}
 
 
 def calibrate(
@@ -36,18 +37,23 @@ def calibrate(
     *,
     model: str,
     fingerprint: str | None = None,
+    methods: Sequence[str] = (),
+    base: Profile | None = None,
     allocations: Mapping[str, Tensor] | None = None,
     provenance: Mapping[str, Any] | None = None,
     work_dir: Path | None = None,
     reporter: Reporter,
 ) -> Profile:
-    """Make a profile from a model's activations on `windows`, dense.
+    """Make a profile from a model's activations on `windows`.
 
     Args:
         decoder: the model.
         windows: int64 [N, T], more than SKIPPED_POSITIONS tokens each.
         model: its name.
         fingerprint: its checkpoint's.
+        methods: of METHODS; each gets its allocation, and thresholds that realise their target
+            on the sparse model. None takes histograms of the dense model only.
+        base: a profile of these windows, whose histograms and methods are kept.
         allocations: tables that are known already, as in `Profile`.
         provenance: what the windows are; tokens, date and versions are added.
         work_dir: keeps hidden states, and resumes what an earlier, killed run left in it with
@@ -55,88 +61,63 @@ def calibrate(
         reporter: follows the layers.
 
     Raises:
-        UsageError: the windows are too short, or longer than the model's context.
-        TealError: an activation is not finite, or the disk is full.
+        UsageError: the windows are too short, or longer than the model's context; no such method.
+        TealError: an activation or the loss is not finite, or the disk is full.
     """
-    count, length = windows.shape
+    _check(decoder, windows, methods)
+    workspace = Workspace(work_dir, fingerprint)
+    with torch.no_grad():
+        profile = base or _dense(decoder, windows, model, workspace, allocations, reporter)
+        for method in methods:
+            if method in _ALLOCATE and method not in profile.allocations:
+                table = _ALLOCATE[method](decoder, windows, profile, workspace, reporter)
+                known = {**profile.allocations, method: table}
+                ordered = {name: known[name] for name in METHODS if name in known}
+                profile = dataclasses.replace(profile, allocations=ordered)
+        if missing := [method for method in methods if method not in profile.offsets]:
+            found = refine(decoder, windows, profile, missing, workspace, reporter)
+            profile = dataclasses.replace(profile, offsets={**profile.offsets, **found})
+    made = {
+        "samples": len(windows),
+        "seq_len": windows.shape[1],
+        "tokens": len(windows) * (windows.shape[1] - SKIPPED_POSITIONS),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "teal": __version__,
+        "torch": torch.__version__,
+        "device": str(decoder.device),
+    }
+    return dataclasses.replace(profile, provenance={**(provenance or {}), **made})
+
+
+def _check(decoder: Decoder, windows: Tensor, methods: Iterable[str]) -> None:
+    length = windows.shape[1]
     if not SKIPPED_POSITIONS < length <= decoder.config.max_position_embeddings:
         raise UsageError(
             f"windows of {length} tokens are out of range: from {SKIPPED_POSITIONS + 1} to "
             f"{decoder.config.max_position_embeddings} fit this model"
         )
-    with torch.no_grad():
-        states: States = MemoryStates()
-        if work_dir is not None:
-            like = decoder.embed(windows[0])
-            key = _run_key(decoder, windows, fingerprint)
-            states = DiskStates(work_dir, key=key, like=like, count=count)
-        counts = _collect(decoder, windows, states, reporter)
+    for method in methods:
+        if method not in METHODS:
+            raise UsageError(
+                f"there is no method {method!r}", hint=f"There are: {', '.join(METHODS)}."
+            )
+
+
+def _dense(
+    decoder: Decoder,
+    windows: Tensor,
+    model: str,
+    workspace: Workspace,
+    allocations: Mapping[str, Tensor] | None,
+    reporter: Reporter,
+) -> Profile:
+    states = workspace.states("histograms", decoder, windows)
+    counts = collect(decoder, windows, states, label="calibrating", reporter=reporter)
     return Profile(
         model=model,
-        fingerprint=fingerprint,
+        fingerprint=workspace.fingerprint,
         shape=ModelShape.of(decoder.config),
         quantiles=Quantiles.from_counts(counts),
         counts=counts,
         allocations=allocations or {},
-        provenance={
-            **(provenance or {}),
-            "samples": count,
-            "seq_len": length,
-            "tokens": count * (length - SKIPPED_POSITIONS),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "teal": __version__,
-            "torch": torch.__version__,
-            "device": str(decoder.device),
-        },
     )
-
-
-def _collect(decoder: Decoder, windows: Tensor, states: States, reporter: Reporter) -> Tensor:
-    """Histograms of every layer and site, int64 [num_hidden_layers, 4, BINS] on the CPU."""
-    layers = decoder.config.num_hidden_layers
-    counts = torch.zeros(layers, len(SITES), histogram.BINS, dtype=torch.int64)
-    done = states.resume()
-    first = 0 if done is None else len(done)
-    if done is not None:
-        counts[:first] = done
-        reporter.note(f"resuming at layer {first + 1} of {layers}")
-    with reporter.task("calibrating", total=layers, unit="layers") as task:
-        task.advance(first)
-        for layer in range(first, layers):
-            inputs = (decoder.embed(row) for row in windows) if layer == 0 else states.read(layer)
-            outputs = _observed(decoder, layer, inputs, counts[layer])
-            if layer + 1 < layers:
-                states.write(layer + 1, outputs)
-                states.finish_layer(counts[: layer + 1])
-            else:
-                for _ in outputs:
-                    pass
-            task.advance()
-    return counts
-
-
-def _observed(
-    decoder: Decoder, layer: int, inputs: Iterator[Tensor], counts: Tensor
-) -> Iterator[Tensor]:
-    """A layer's outputs; what it sees at its sites is added to `counts`, [4, BINS]."""
-
-    def observe(_: int, site: str, x: Tensor) -> None:
-        seen = x[SKIPPED_POSITIONS:]
-        # The sum tells as much as isfinite() does of every element, in a tenth of the time.
-        if not seen.sum(dtype=torch.float32).isfinite():
-            raise TealError(
-                f"layer {layer}, site {site}: an activation is not finite",
-                hint="The weights overflow in this dtype; try --dtype bfloat16 or float32.",
-            )
-        counts[SITES.index(site)] += histogram.count(seen).cpu()
-
-    for hidden in inputs:
-        yield decoder.layer(layer, hidden, observe=observe)
-
-
-def _run_key(decoder: Decoder, windows: Tensor, fingerprint: str | None) -> str:
-    """Names everything that the hidden states between layers depend on."""
-    what = f"{fingerprint} {decoder.config} {decoder.device} {decoder.dtype} {torch.__version__}"
-    digest = hashlib.sha256(what.encode())
-    digest.update(windows.contiguous().numpy().tobytes())
-    return digest.hexdigest()

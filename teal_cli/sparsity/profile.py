@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,12 @@ from teal_cli.model.sites import PROJECTIONS, SITES
 from teal_cli.sparsity.histogram import BINS
 from teal_cli.sparsity.quantiles import Quantiles
 
-_KIND, _SCHEMA = "profile", 1
-_ALLOCATION = "allocation."  # prefix of the tensors that hold allocations
+_KIND, _SCHEMA = "profile", 2
+# Prefixes of the tensors that hold what belongs to a method.
+_ALLOCATION, _OFFSETS = "allocation.", "offsets."
+
+# Where thresholds are refined on the sparse model; in between, offsets are interpolated.
+REFINED_TARGETS = (0.4, 0.5, 0.65, 0.8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,10 @@ class Profile:
     `allocations` maps a method to the sparsities [A, num_hidden_layers, 7] that it gives the
     projections, in A steps from nothing to the most that it reaches. The method `uniform`
     (TEAL, arXiv 2408.14690, section 4.3) needs none: every projection gets the same.
+
+    `offsets` maps a method to [REFINED_TARGETS, num_hidden_layers, 7]: how much more must be
+    asked of the dense distributions for the sparse model to realise what the method allots.
+    A method without offsets gets thresholds that are right on dense activations.
     """
 
     model: str
@@ -56,6 +65,7 @@ class Profile:
     quantiles: Quantiles
     counts: Tensor | None = None  # int64 [num_hidden_layers, 4, BINS], where calibrated here
     allocations: Mapping[str, Tensor] = field(default_factory=dict)
+    offsets: Mapping[str, Tensor] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -84,8 +94,35 @@ class Profile:
         """
         if not 0.0 <= sparsity < 1.0:
             raise UsageError(f"sparsity must be at least 0 and below 1, got {sparsity:g}")
-        allocation = self._allocation(sparsity, method or self.default_method)
-        return self.quantiles.thresholds(allocation).float()
+        method = method or self.default_method
+        asked = self.allocation(sparsity, method)
+        if method in self.offsets:
+            asked = (asked + self._offset(sparsity, self.offsets[method])).clamp(0, 1)
+        return self.quantiles.thresholds(asked).float()
+
+    def allocation(self, sparsity: float, method: str) -> Tensor:
+        """The sparsity of each projection at a target, float64 [num_hidden_layers, 7].
+
+        Raises:
+            UsageError: there is no such method.
+            TealError: the method does not reach the sparsity.
+        """
+        rows = self._rows(method)
+        totals = self._totals(rows)
+        if sparsity > totals[-1] + 1e-9:  # a mean of equal numbers rounds
+            raise TealError(
+                f"the {method} allocation of {self.model} ends at sparsity {totals[-1]:.2f}",
+                hint="Ask for less, or for --method uniform." if method != "uniform" else None,
+            )
+        after = int(torch.searchsorted(totals, torch.tensor(sparsity, dtype=torch.float64)))
+        if after in (0, len(totals)):
+            return rows[min(after, len(totals) - 1)]
+        part = (sparsity - totals[after - 1]) / (totals[after] - totals[after - 1])
+        return torch.lerp(rows[after - 1], rows[after], part)
+
+    def reach(self, method: str) -> float:
+        """The largest target that a method has an allocation for."""
+        return float(self._totals(self._rows(method))[-1])
 
     def sparsity_at(self, thresholds: Tensor) -> Tensor:
         """The share of inputs that thresholds [num_hidden_layers, 7] skip, same shape, float64.
@@ -121,6 +158,7 @@ class Profile:
         from teal_cli.store import artifacts
 
         tensors = {_ALLOCATION + name: table.float() for name, table in self.allocations.items()}
+        tensors |= {_OFFSETS + name: table.float() for name, table in self.offsets.items()}
         if self.counts is not None:
             tensors["counts"] = self.counts
         else:
@@ -135,6 +173,7 @@ class Profile:
             "num_hidden_layers": self.shape.num_hidden_layers,
             "projections": self.shape.projections,
             "methods": list(self.allocations),
+            "refined": list(self.offsets),
             "provenance": dict(self.provenance),
         }
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -166,30 +205,32 @@ class Profile:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise TealError(f"the profile {path} is damaged: {error}", hint=remake) from None
 
-    def _allocation(self, sparsity: float, method: str) -> Tensor:
-        """The sparsity of each projection, [num_hidden_layers, 7], whose mean is the target."""
+    def _rows(self, method: str) -> Tensor:
+        """A method's allocations from nothing upwards, float64 [A, num_hidden_layers, 7]."""
         limit = self.quantiles.limit
         if method == "uniform":
-            rows = torch.stack([torch.zeros_like(limit), limit.min().expand_as(limit)])
-        else:
-            if method not in self.allocations:
-                raise UsageError(
-                    f"the profile of {self.model} has no allocation {method!r}",
-                    hint=f"It has: {', '.join(self.methods)}.",
-                )
-            # A published search may ask for more than the published histograms can tell.
-            rows = torch.minimum(self.allocations[method].double(), limit)
-        totals = (rows.mean(1) * self.shape.weight_shares).sum(-1)
-        if sparsity > totals[-1] + 1e-9:  # a mean of equal numbers rounds
-            raise TealError(
-                f"the {method} allocation of {self.model} ends at sparsity {totals[-1]:.2f}",
-                hint="Ask for less, or for --method uniform." if method != "uniform" else None,
+            return torch.stack([torch.zeros_like(limit), limit.min().expand_as(limit)])
+        if method not in self.allocations:
+            raise UsageError(
+                f"the profile of {self.model} has no allocation {method!r}",
+                hint=f"It has: {', '.join(self.methods)}. "
+                f"Add one with: teal calibrate --method {method}",
             )
-        after = int(torch.searchsorted(totals, torch.tensor(sparsity, dtype=torch.float64)))
-        if after in (0, len(totals)):
-            return rows[min(after, len(totals) - 1)]
-        part = (sparsity - totals[after - 1]) / (totals[after] - totals[after - 1])
-        return torch.lerp(rows[after - 1], rows[after], part)
+        # A published search may ask for more than the published histograms can tell.
+        return torch.minimum(self.allocations[method].double(), limit)
+
+    def _totals(self, rows: Tensor) -> Tensor:
+        return (rows.mean(1) * self.shape.weight_shares).sum(-1)
+
+    def _offset(self, sparsity: float, offsets: Tensor) -> Tensor:
+        """Offsets at a target; they grow with its square up to the first refined one."""
+        first, rows = REFINED_TARGETS[0], offsets.double()
+        if sparsity <= first:
+            return rows[0] * (sparsity / first) ** 2
+        for index, (low, high) in enumerate(itertools.pairwise(REFINED_TARGETS)):
+            if sparsity <= high:
+                return torch.lerp(rows[index], rows[index + 1], (sparsity - low) / (high - low))
+        return rows[-1]
 
 
 def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Profile:
@@ -209,6 +250,9 @@ def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Pro
     allocations = {name: tensors[_ALLOCATION + name] for name in header["methods"]}
     for name, table in allocations.items():
         _check_size(name, table, (table.shape[0], layers, len(PROJECTIONS)))
+    offsets = {name: tensors[_OFFSETS + name] for name in header["refined"]}
+    for name, table in offsets.items():
+        _check_size(name, table, (len(REFINED_TARGETS), layers, len(PROJECTIONS)))
     return Profile(
         model=str(header["model"]),
         fingerprint=header["fingerprint"],
@@ -216,6 +260,7 @@ def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Pro
         quantiles=quantiles,
         counts=counts,
         allocations=allocations,
+        offsets=offsets,
         provenance=header["provenance"],
     )
 

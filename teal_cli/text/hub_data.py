@@ -47,7 +47,7 @@ def read_hub(
             hint="Install it (pip install datasets), or name a local file with --dataset.",
         ) from None
     online = not offline and _reachable()
-    with _translated(path), _network(online):
+    with _translated(path), network(online):
         name = config or None
         names = datasets.get_dataset_split_names(path, name)
         splits = {role: _choose(role, names) for role in _SPLITS}
@@ -61,7 +61,7 @@ def _choose(role: str, names: list[str]) -> str:
 
 
 def _texts(rows: Any, path: str, column: str | None, online: bool) -> Iterator[str]:
-    with _translated(path), _network(online):
+    with _translated(path), network(online):
         for row in rows:
             yield text_of(row, column, list(row), f"the data set {path}")
 
@@ -81,7 +81,7 @@ def _reachable() -> bool:
 
 
 @contextmanager
-def _network(online: bool) -> Iterator[None]:
+def network(online: bool) -> Iterator[None]:
     """Without a network, let the libraries go to their cache at once instead of retrying."""
     import datasets.config
     from huggingface_hub import constants

@@ -17,8 +17,8 @@ from teal_cli.store import models
 Command = Callable[..., tuple[int, str, str]]
 
 
-def prepare(model: Path) -> None:
-    """Convert a model and store a profile made from random tokens."""
+def prepare(model: Path, methods: tuple[str, ...] = ()) -> None:
+    """Convert a model, and store a profile with `methods` that is made from random tokens."""
     checkpoint = pipeline.ensure_checkpoint(models.resolve(str(model)), reporter=Silent())
     decoder = checkpoint.load()
     tokens = torch.randint(3, 200, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -27,6 +27,7 @@ def prepare(model: Path) -> None:
         tokens,
         model=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
+        methods=methods,
         provenance={"dataset": "random tokens"},
         reporter=Silent(),
     )

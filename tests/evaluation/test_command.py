@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
+import statistics
 from pathlib import Path
 
 import pytest
-from benchmark.commands import Command, prepare, runner
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TEAL_HOME", str(folder))
-        prepare(tiny_model)
-    return folder
-
-
-@pytest.fixture
-def evaluate(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Command:
-    monkeypatch.setenv("TEAL_HOME", str(home))
-    return runner("eval", monkeypatch, capsys)
+from benchmark.commands import Command
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +45,8 @@ def test_json_holds_everything_to_repeat_it(
     assert 0 < low["kl"] < high["kl"]
     assert set(low["realised_by_site"]) == {"attn_in", "attn_out", "mlp_in", "mlp_act"}
     assert document["dense"]["perplexity_standard_error"] > 0
+    assert len(low["by_window"]["nll"]) == 3
+    assert low["compared_with"] is None
 
 
 def test_table_has_dense_and_sparse_side_by_side(
@@ -70,11 +58,59 @@ def test_table_has_dense_and_sparse_side_by_side(
     assert code == 0
     title, columns, dense, sparse, *_ = out.splitlines()
     assert "protocol standard: 2 windows of 64 tokens, 126 scored" in title
-    assert columns.split()[:2] == ["realised", "perplexity"]
+    assert columns.split()[:3] == ["target", "realised", "perplexity"]
     assert dense.startswith("dense")
-    assert sparse.startswith("sparse 0.5")
+    assert sparse.split()[:2] == ["sensitivity", "0.5"]
     assert "±" in sparse
     assert "mlp_act" in out
+
+
+def test_methods_are_compared_in_pairs_with_the_first(
+    evaluate: Command, tiny_model: Path, text: Path, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"out.{suffix}" for suffix in ("json", "csv", "md")]
+    arguments = (tiny_model, "--dataset", text, "--context", 64, "--samples", 3, "-s", "0.3,0.6")
+    for path in files:
+        code, out, _ = evaluate(*arguments, "--method", "uniform,sensitivity", "--output", path)
+        assert code == 0
+    assert "NLL to uniform" in out
+    document = json.loads(files[0].read_text())
+    rows = {(row["method"], row["target_sparsity"]): row for row in document["sparse"]}
+    assert len(rows) == 4
+    for target in (0.3, 0.6):
+        uniform, other = rows["uniform", target], rows["sensitivity", target]
+        pairs = zip(other["by_window"]["nll"], uniform["by_window"]["nll"], strict=True)
+        differences = [a - b for a, b in pairs]
+        assert other["nll_difference"] == pytest.approx(statistics.fmean(differences))
+        error = statistics.stdev(differences) / math.sqrt(3)
+        assert other["nll_difference_standard_error"] == pytest.approx(error)
+        assert (uniform["nll_difference"], other["compared_with"]) == (None, "uniform")
+    records = list(csv.DictReader(files[1].read_text().splitlines()))
+    assert [r["method"] for r in records] == ["dense", *["uniform", "sensitivity"] * 2]
+    assert float(records[3]["kl"]) == rows["uniform", 0.6]["kl"]
+    assert files[2].read_text().count("| uniform | 0.3 |") == 2
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_plot_in_every_format(
+    evaluate: Command, tiny_model: Path, text: Path, tmp_path: Path, suffix: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"quality.{suffix}"
+    arguments = ("--dataset", text, "--context", 64, "--samples", 2, "--plot", path)
+    code, _, _ = evaluate(tiny_model, *arguments, "--method", "uniform,sensitivity")
+    assert code == 0
+    start = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix]
+    assert path.read_bytes().startswith(start)
+
+
+def test_plot_without_matplotlib_names_the_extra(
+    evaluate: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teal_cli.benchmark.plot.find_spec", lambda name: None)
+    code, _, said = evaluate(tiny_model, "--plot", "quality.png")
+    assert code == 3
+    assert "pip install 'teal-cli[plot]'" in said
 
 
 def test_samples_0_is_the_whole_text(evaluate: Command, tiny_model: Path, text: Path) -> None:
@@ -90,7 +126,10 @@ def test_samples_0_is_the_whole_text(evaluate: Command, tiny_model: Path, text: 
         (("-s", "half"), 2, "not a number"),
         (("--context", "513"), 2, "a context of 513 tokens is out of range"),
         (("--protocol", "teal"), 2, "needs a context of 2560 tokens, this model has 512"),
-        (("--method", "magic"), 2, "no allocation 'magic'"),
+        (("--method", "uniform,greedy"), 2, "teal calibrate --method greedy"),
+        (("--method", ","), 2, "--method names nothing"),
+        (("--output", "quality.txt"), 2, "must end in .json, .csv or .md"),
+        (("--plot", "quality.jpg"), 2, "must end in .png, .pdf or .svg"),
         (("--context", "512", "--dataset", "SHORT"), 1, "fewer than one window of 512"),
         (("--dataset", "missing.txt"), 3, "there is no file"),
     ],

@@ -102,6 +102,8 @@ def test_every_figure_agrees_with_float64(
     assert half.perplexity.value == pytest.approx(math.exp(sum(nll) / 3), rel=1e-5)
     assert half.kl.value == pytest.approx(sum(kl) / 3, rel=1e-4)
     assert half.agreement.value == pytest.approx(sum(agreement) / 3, abs=1e-9)
+    assert half.by_window.nll == pytest.approx(nll, rel=1e-5)
+    assert half.by_window.kl == pytest.approx(kl, rel=1e-4)
     by_projection = torch.stack(shares).mean((0, 1))
     realised = torch.tensor(list(half.realised_by_projection.values()))
     assert torch.allclose(realised.double(), by_projection, atol=1e-6)
@@ -129,7 +131,7 @@ def test_chunks_of_positions_change_nothing(
 ) -> None:
     windows = torch.randint(VOCAB, (2, 40), generator=torch.Generator().manual_seed(7))
     whole = evaluate(decoder, windows, [("half", thresholds)], STANDARD, Silent())
-    monkeypatch.setattr("teal_cli.evaluation.perplexity._LOGITS_CHUNK", 7 * VOCAB)
+    monkeypatch.setattr("teal_cli.evaluation.perplexity.LOGITS_CHUNK", 7 * VOCAB)
     chunked = evaluate(decoder, windows, [("half", thresholds)], STANDARD, Silent())
     assert chunked.sparse[0].nll.value == pytest.approx(whole.sparse[0].nll.value, rel=1e-6)
     assert chunked.sparse[0].kl.value == pytest.approx(whole.sparse[0].kl.value, rel=1e-5)
@@ -145,3 +147,18 @@ def test_a_loss_that_is_not_finite_is_an_error(decoder: Decoder) -> None:
     windows = torch.randint(VOCAB, (1, 40), generator=torch.Generator().manual_seed(8))
     with pytest.raises(TealError, match="dense model is not finite"):
         evaluate(broken, windows, [], STANDARD, Silent())
+
+
+def test_a_setting_whose_loss_is_not_finite_is_named(decoder: Decoder) -> None:
+    windows = torch.randint(VOCAB, (1, 40), generator=torch.Generator().manual_seed(8))
+    logits = decoder.logits
+    broken = Decoder(decoder.config, decoder.weights)
+    calls: list[int] = []
+
+    def second_is_nan(hidden: Tensor) -> Tensor:
+        calls.append(1)
+        return logits(hidden) * (float("nan") if len(calls) == 2 else 1)
+
+    broken.logits = second_is_nan  # type: ignore[method-assign]
+    with pytest.raises(TealError, match=r"sparse model \(greedy 0\.5\) is not finite"):
+        evaluate(broken, windows, [("greedy 0.5", torch.zeros(LAYERS, 7))], STANDARD, Silent())

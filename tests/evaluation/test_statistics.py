@@ -52,3 +52,17 @@ def test_the_same_model_has_no_gap() -> None:
 
 def test_a_hopeless_model_is_infinitely_perplexed() -> None:
     assert statistics.perplexity([800.0]).value == math.inf
+
+
+def test_difference_is_paired_and_signed() -> None:
+    estimate = statistics.difference([2.0, 3.0, 5.0], [1.0, 2.5, 3.0])
+    assert estimate.value == pytest.approx(3.5 / 3)
+    assert estimate.standard_error == pytest.approx(np.std([1.0, 0.5, 2.0], ddof=1) / math.sqrt(3))
+
+
+def test_flat_has_no_infinity() -> None:
+    assert statistics.flat("x", statistics.Estimate(math.inf, math.inf)) == {
+        "x": None,
+        "x_standard_error": None,
+    }
+    assert statistics.flat("x", statistics.Estimate(1.0, 0.5))["x_standard_error"] == 0.5

@@ -9,7 +9,6 @@ import torch
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.hf_layout import assemble, parts
-from teal_cli.model.sites import PROJECTIONS
 from teal_cli.model.weights import build_weights, tensor_shapes
 
 _BASE = {
@@ -94,18 +93,3 @@ def our_decoder(model: Any, dtype: torch.dtype = torch.float32) -> Decoder:
         config, lambda name: assemble(name, shapes[name], (state[part] for part in parts(name)))
     )
     return Decoder(config, weights)
-
-
-def threshold_inputs(model: Any, levels: torch.Tensor, first: int) -> None:
-    """Make transformers zero the small inputs of every projection from position `first` on."""
-    for index, layer in enumerate(model.model.layers):
-        for column, name in enumerate(PROJECTIONS):
-            parent = layer.self_attn if name in "qkvo" else layer.mlp
-            level = levels[index, column].item()
-
-            def hook(_: Any, args: tuple[torch.Tensor], level: float = level) -> torch.Tensor:
-                x = args[0].clone()
-                x[:, first:][x[:, first:].float().abs() <= level] = 0
-                return x
-
-            getattr(parent, f"{name}_proj").register_forward_pre_hook(hook)

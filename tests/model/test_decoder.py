@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from model.families import FAMILIES, hf_model, our_decoder, threshold_inputs
+from model.families import FAMILIES, hf_model, our_decoder
 
 from teal_cli.errors import UsageError
 from teal_cli.model.decoder import Decoder, attend, threshold
+from teal_cli.sparsified import put_thresholds
 
 LENGTH = 50
 
@@ -94,7 +95,7 @@ def test_thresholds_equal_zeroed_inputs(
     ids = tokens()
     dense = full_logits(decoder, ids)
     levels = random_thresholds(decoder, per_projection=per_projection)
-    threshold_inputs(model, levels, sparse_from)
+    put_thresholds(model, levels, sparse_from=sparse_from)
     expected = model(ids[None]).logits[0]
     options = {"thresholds": levels, "sparse_from": sparse_from}
     torch.testing.assert_close(full_logits(decoder, ids, **options), expected, atol=5e-5, rtol=1e-4)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model.families import hf_model, our_decoder, threshold_inputs
+from model.families import hf_model, our_decoder
 
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.weights import build_weights
+from teal_cli.sparsified import put_thresholds
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +31,7 @@ def test_as_exact_as_transformers(family: str, sparse: bool, dtype: torch.dtype)
     thresholds = None
     if sparse:
         thresholds = 0.2 + 0.05 * torch.arange(21.0).view(3, 7).cuda() / 3
-        threshold_inputs(model, thresholds, 0)
+        put_thresholds(model, thresholds, sparse_from=0)
 
     full = device.logits(device.forward(ids, thresholds=thresholds))
     cache = device.new_cache(LENGTH)

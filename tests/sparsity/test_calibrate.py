@@ -6,51 +6,23 @@ import dataclasses
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sparsity.interrupts import QUIET, Stop, StopsAfter
 
 from teal_cli.errors import TealError, UsageError
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.random_weights import random_decoder
 from teal_cli.model.sites import PROJECTIONS, SITE_OF, SITES
-from teal_cli.progress import Silent, Task
+from teal_cli.progress import Silent
 from teal_cli.sparsity import histogram
 from teal_cli.sparsity.calibrate import SKIPPED_POSITIONS, calibrate
 from teal_cli.sparsity.profile import Profile
 from teal_cli.store import artifacts
-
-QUIET = Silent()
-
-
-class Stop(Exception):
-    """What ends a run early here."""
-
-
-class StopsAfter(Silent):
-    """Fails once so many layers are done, and keeps the notes."""
-
-    def __init__(self, layers: int | None) -> None:
-        self.left = layers
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    @contextmanager
-    def task(self, label: str, total: int | None = None, unit: str = "it") -> Iterator[Task]:
-        yield self
-
-    def advance(self, amount: int = 1) -> None:
-        if self.left is not None and amount:
-            self.left -= amount
-            if self.left <= 0:
-                raise Stop
 
 
 def activations(decoder: Decoder, windows: torch.Tensor) -> dict[tuple[int, str], torch.Tensor]:
@@ -158,7 +130,8 @@ def test_what_cannot_be_resumed_starts_afresh(
 ) -> None:
     with pytest.raises(Stop):
         run(decoder, tokens, tmp_path, StopsAfter(2))
-    hidden, state = tmp_path / "hidden-0.bin", tmp_path / "state.safetensors"
+    folder = tmp_path / "histograms"
+    hidden, state = folder / "hidden-0.bin", folder / "state.safetensors"
     if harm == "other windows":
         tokens = tokens.flip(0)
     elif harm == "short file":

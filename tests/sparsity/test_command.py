@@ -89,7 +89,7 @@ def test_without_a_network_or_named_data(calibrate: Command, tiny_model: Path) -
     document = json.loads(out)
     assert document["provenance"]["dataset"] == "pydoc"
     assert document["provenance"]["seq_len"] == 512
-    assert document["methods"] == ["uniform"]
+    assert document["methods"] == ["sensitivity", "uniform"]
     assert torch.tensor(document["thresholds"]["0.5"]).shape == (3, len(PROJECTIONS))
 
 
@@ -102,22 +102,50 @@ def test_without_a_network_or_named_data(calibrate: Command, tiny_model: Path) -
         (("--samples", "0"), 2, "samples"),
         (("--import", "nowhere"), 3, "no folder 'histograms'"),
         (("--import", "nowhere", "--seq-len", "64"), 2, "leave out --seq-len"),
+        (("--import", "nowhere", "--method", "greedy"), 2, "leave out --method"),
+        (("--method", "best"), 2, "best"),
+        (("--dataset", "SHORT"), 1, "fewer than one window of 512"),
+        (("--dataset", "ROWS", "--column", "body"), 2, "body"),
     ],
 )
 def test_bad_input_is_one_error(
     calibrate: Command,
     teal_home: Path,
     tiny_model: Path,
+    tmp_path: Path,
     arguments: tuple[str, ...],
     code: int,
     message: str,
 ) -> None:
-    found, out, err = calibrate(str(tiny_model), *arguments)
+    (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "rows.jsonl").write_text('{"text": "A row."}\n')
+    files = {"SHORT": tmp_path / "short.txt", "ROWS": tmp_path / "rows.jsonl"}
+    found, out, err = calibrate(str(tiny_model), *(str(files.get(a, a)) for a in arguments))
     assert found == code
     assert message in err
     assert "Traceback" not in err
     assert out == ""
     assert not (teal_home / "data" / "profiles").exists() or not stored(teal_home)
+
+
+def test_another_method_adds_to_the_profile(
+    calibrate: Command, teal_home: Path, tiny_model: Path, text: Path
+) -> None:
+    options = ("--dataset", str(text), "--samples", "2", "--seq-len", "64")
+    code, _, err = calibrate(str(tiny_model), *options, "--method", "uniform")
+    assert code == 0
+    (path,) = stored(teal_home)
+    assert Profile.load(path).methods == ("uniform",)
+    code, _, err = calibrate(str(tiny_model), "--method", "sensitivity")
+    assert code == 0
+    assert "backward through 2 windows" in err
+    assert "calibrating (3 layers)" not in err
+    profile = Profile.load(path)
+    assert profile.methods == ("sensitivity", "uniform")
+    assert profile.provenance["seq_len"] == 64
+    code, _, err = calibrate(str(tiny_model), *options, "--method", "sensitivity")
+    assert code == 0
+    assert "up to date" in err
 
 
 def test_damaged_profile_is_made_again(

@@ -1,0 +1,167 @@
+"""Methods at sparsities: what is compared, and what the comparison found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from teal_cli.evaluation import statistics
+from teal_cli.evaluation.perplexity import EvalResult, Quality, scores
+from teal_cli.evaluation.report import Table, cell
+from teal_cli.evaluation.statistics import Estimate
+from teal_cli.sparsity.profile import Profile
+from teal_cli.text.corpora import is_file
+
+_SCHEMA = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One method at one target sparsity."""
+
+    method: str
+    target_sparsity: float
+    thresholds: Tensor  # [num_hidden_layers, 7] float32
+
+    @property
+    def label(self) -> str:
+        """As tables, figures and errors name it."""
+        return f"{self.method} {self.target_sparsity:.4g}"
+
+
+def settings_for(
+    profile: Profile, methods: Sequence[str], sparsities: Sequence[float]
+) -> tuple[Setting, ...]:
+    """Every method at every sparsity; those of one sparsity stand side by side.
+
+    Raises:
+        UsageError: the profile lacks a method; the hint is the command that adds it.
+        TealError: a method does not reach a sparsity.
+    """
+    return tuple(
+        Setting(method, sparsity, profile.thresholds(sparsity, method))
+        for sparsity in sparsities
+        for method in methods
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one setting scored, and how it differs from the first method at the same target."""
+
+    method: str
+    target_sparsity: float
+    quality: Quality
+    nll_difference: Estimate | None  # nats a token, paired over windows; None for that method
+
+
+@dataclass(frozen=True, slots=True)
+class QualityReport:
+    """A comparison's rows, and what is needed to repeat it."""
+
+    inputs: dict[str, Any]
+    result: EvalResult
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def of(
+        cls, inputs: dict[str, Any], settings: Sequence[Setting], result: EvalResult
+    ) -> QualityReport:
+        """Pair the settings with the results that `perplexity.evaluate` gave for them."""
+        first: dict[float, Quality] = {}
+        rows = []
+        for setting, quality in zip(settings, result.sparse, strict=True):
+            reference = first.setdefault(setting.target_sparsity, quality)
+            difference = None
+            if reference is not quality:
+                difference = statistics.difference(quality.by_window.nll, reference.by_window.nll)
+            rows.append(Row(setting.method, setting.target_sparsity, quality, difference))
+        return cls(inputs, result, tuple(rows))
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """In the order in which they were asked for; the first is the reference."""
+        return tuple(dict.fromkeys(row.method for row in self.rows))
+
+    def heading(self) -> str:
+        """What was measured on what, in one line."""
+        model, text = self.inputs["model"]["name"], self.inputs["dataset"]
+        name = Path(text["name"]).name if is_file(text["name"]) else text["name"]
+        plan = self.result.protocol
+        return (
+            f"{model} on {name} ({text['part']}), protocol {plan.name}: "
+            f"{self.result.windows} windows of {plan.window} tokens, "
+            f"{self.result.scored_tokens} scored"
+        )
+
+    def document(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "kind": "eval",
+            "schema": _SCHEMA,
+            **self.inputs,
+            "protocol": asdict(self.result.protocol),
+            "windows": self.result.windows,
+            "scored_tokens": self.result.scored_tokens,
+            "dense": scores(self.result.dense),
+            "sparse": [
+                {
+                    "method": row.method,
+                    "target_sparsity": row.target_sparsity,
+                    **scores(row.quality),
+                    "compared_with": self.methods[0] if row.nll_difference else None,
+                    **statistics.flat("nll_difference", row.nll_difference),
+                }
+                for row in self.rows
+            ],
+        }
+
+    def records(self) -> list[dict[str, Any]]:
+        """One flat record a row, the dense one first."""
+        document = self.document()
+        dense = {"method": "dense", "target_sparsity": None, **document["dense"]}
+        return [
+            {name: value for name, value in row.items() if not isinstance(value, dict)}
+            for row in (dense, *document["sparse"])
+        ]
+
+    def tables(self) -> Iterator[tuple[str, Table]]:
+        """The figures, then where the sparsity is."""
+        compared = len(self.methods) > 1
+        columns = ["", "target", "realised", "perplexity", "to dense", "KL (nats/token)"]
+        columns += ["same top token", *([f"NLL to {self.methods[0]}"] if compared else [])]
+        dense = self.result.dense
+        lines = [["dense", "", "0.000", cell(dense.perplexity, 2), *[""] * (len(columns) - 4)]]
+        for row in self.rows:
+            quality = row.quality
+            line = [
+                row.method,
+                f"{row.target_sparsity:.4g}",
+                f"{quality.realised_sparsity:.3f}",
+                cell(quality.perplexity, 2),
+                cell(quality.perplexity_gap, 2, sign=True),
+                cell(quality.kl, 4),
+                cell(quality.agreement, 3),
+            ]
+            if compared:
+                line.append(cell(row.nll_difference, 4, sign=True))
+            lines.append(line)
+        yield self.heading(), (columns, lines)
+        yield (
+            "",
+            (
+                ["realised by site", "target", *dense.realised_by_site],
+                [
+                    [
+                        row.method,
+                        f"{row.target_sparsity:.4g}",
+                        *(f"{share:.3f}" for share in row.quality.realised_by_site.values()),
+                    ]
+                    for row in self.rows
+                ],
+            ),
+        )
