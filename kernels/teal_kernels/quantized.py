@@ -129,7 +129,7 @@ class QuantizedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedRows:
-    """An lm_head [V, H] of int8, one scale a row of the vocabulary: w[v, h] = rows[v, h] * scales[v].
+    """An lm_head [V, H] of int8 with a scale a row: w[v, h] = rows[v, h] * scales[v].
 
     Raises:
         ValueError: rows are not [V, H] int8, or scales not [V].
