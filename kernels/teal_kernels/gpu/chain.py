@@ -21,7 +21,8 @@ from teal_kernels.gpu.launch import (
 )
 from teal_kernels.gpu.projection import INTERPRETED
 from teal_kernels.gpu.sample import Choice, Chooser
-from teal_kernels.gpu.tensors import Geometry, LayerTensors
+from teal_kernels.gpu.tensors import Geometry, LayerTensors, Stored, bits_of
+from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
 
 PROJECTIONS = 7  # q k v o gate up down: columns of the thresholds and of the counters
 _FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}
@@ -36,7 +37,7 @@ class Chain:
         layers: Sequence[LayerTensors],
         embed_tokens: Tensor,
         norm: Tensor,
-        lm_head: Tensor,
+        lm_head: Tensor | QuantizedRows,
         keys: Tensor,
         values: Tensor,
         cos: Tensor,
@@ -51,7 +52,8 @@ class Chain:
         """Bind the step to tensors, which it reads (and of the cache, writes) in place.
 
         Args:
-            layers: objects with the attributes of `LayerTensors`, all of one dtype and device.
+            layers: objects with the attributes of `LayerTensors`, all of one dtype and device;
+                quantized matrices all of one kind.
             embed_tokens: [vocab_size, hidden_size].
             norm: [hidden_size].
             lm_head: [vocab_size, hidden_size].
@@ -72,7 +74,10 @@ class Chain:
             num_attention_heads, keys.shape[1], keys.shape[3], rms_norm_eps, sliding_windows
         )
         self.layers = layers
-        self.embed_tokens, self.norm, self.lm_head = embed_tokens, norm, lm_head
+        self.embed_tokens, self.norm = embed_tokens, norm
+        quantized = isinstance(lm_head, QuantizedRows)
+        self.lm_head = lm_head.rows if quantized else lm_head
+        self.lm_head_scales = lm_head.scales if quantized else None
         self.cos, self.sin, self.keys, self.values = cos, sin, keys, values
         device = embed_tokens.device
         self.device = device
@@ -91,7 +96,8 @@ class Chain:
         self.choices = launches or {
             regime: StepLaunches.choose(
                 shapes,
-                embed_tokens.element_size(),
+                bits_of(first.qkv),
+                logits_bits=8 * self.lm_head.element_size(),
                 regime=regime,
                 device=DeviceClass.of(device),
             )
@@ -193,6 +199,7 @@ class Chain:
             self.h,
             self.norm,
             self.lm_head,
+            self.lm_head_scales,
             self.geometry.rms_norm_eps,
             self.hidden,
             self.vocab,
@@ -206,13 +213,14 @@ class Chain:
         name: str,
         index: int,
         norm: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantizedMatrix,
         out: Tensor,
         widths: tuple[int, int, int],
         zero: Tensor | None = None,
     ) -> None:
         launch: Launch = getattr(self.launches, name)
         grid = launch.grid(self.hidden, *widths)
+        stored = Stored.of(weight)
         self._launch(
             decode.norm_project_kernel,
             grid,
@@ -221,19 +229,19 @@ class Chain:
             self.h,
             self.scales[index, int(name == "gate_up") :],
             norm,
-            weight,
+            *stored[:3],
             *self._buffers(name, index),
             zero,
             0 if zero is None else zero.numel(),
             self.geometry.rms_norm_eps,
             self.hidden,
-            weight.stride(0),
-            N0=widths[0],
-            N1=widths[1],
-            N2=widths[2],
+            stored.elements.stride(0),
+            N0=widths[0] // stored.pack,
+            N1=widths[1] // stored.pack,
+            N2=widths[2] // stored.pack,
             ZERO=_share(zero, grid),
             BLOCK_H=triton.next_power_of_2(self.hidden),
-            **self._tile(launch),
+            **self._tile(launch, stored),
         )
 
     def _attention(self, index: int, layer: LayerTensors) -> None:
@@ -276,6 +284,7 @@ class Chain:
         g = self.geometry
         launch, chunk = self.launches.o, self.chunk
         grid = launch.grid(layer.o.shape[0], self.hidden)
+        stored = Stored.of(layer.o)
         self._launch(
             decode.combine_project_kernel,
             grid,
@@ -285,13 +294,13 @@ class Chain:
             self.maxima,
             self.sums,
             self.position,
-            layer.o,
+            *stored[:3],
             layer.o_bias,
             *self._buffers("o", index),
             self.gate_up,
             self.gate_up.numel(),
-            self.hidden,
-            layer.o.stride(0),
+            self.hidden // stored.pack,
+            stored.elements.stride(0),
             HEADS=g.num_attention_heads,
             HEAD_DIM=g.head_dim,
             BIAS=layer.o_bias is not None,
@@ -299,31 +308,32 @@ class Chain:
             CHUNK=chunk,
             SPLITS=triton.next_power_of_2(triton.cdiv(self.reach, chunk)),
             ZERO=_share(self.gate_up, grid),
-            **self._tile(launch),
+            **self._tile(launch, stored),
         )
 
     def _activate_project(self, index: int, layer: LayerTensors) -> None:
-        launch = self.launches.down
+        launch, stored = self.launches.down, Stored.of(layer.down)
         self._launch(
             decode.activate_project_kernel,
             launch.grid(layer.down.shape[0], self.hidden),
             launch.num_warps,
             self.h,
             self.gate_up,
-            layer.down,
+            *stored[:3],
             *self._buffers("down", index),
             layer.down.shape[0],
-            self.hidden,
-            layer.down.stride(0),
-            **self._tile(launch),
+            self.hidden // stored.pack,
+            stored.elements.stride(0),
+            **self._tile(launch, stored),
         )
 
-    def _tile(self, launch: Launch) -> dict[str, Any]:
+    def _tile(self, launch: Launch, stored: Stored) -> dict[str, Any]:
         return {
+            "GROUP": stored.group,
             "AHEAD": launch.ahead if self.pdl else 0,
             "PROGRAMS": self.resident,
             "BLOCK_K": launch.block_k,
-            "BLOCK_N": launch.block_n,
+            "BLOCK_N": launch.block_n // stored.pack,
             "SLOTS": launch.slots,
             "MORE": launch.more,
             "maxnreg": launch.registers,
