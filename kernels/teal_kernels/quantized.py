@@ -118,12 +118,17 @@ class QuantizedMatrix:
         group = torch.arange(start, end, device=self.device) // self.group
         return torch.addcmul(offsets[:, group], codes.float(), scales[:, group]).to(dtype)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """x [T, K] → [T, N] in the dtype of x, never holding more than a tile of floats."""
-        y = x.new_empty(x.shape[0], self.columns)
-        for start in range(0, self.columns, _TILE):
-            end = min(start + _TILE, self.columns)
-            torch.matmul(x, self.dequantize(start, end, dtype=x.dtype), out=y[:, start:end])
+    def multiply(self, x: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+        """x [T, K] → its product with columns start to end, in the dtype of x.
+
+        It never holds more than a tile of floats, and so has no gradient.
+        """
+        end = self.columns if end is None else end
+        y = x.new_empty(x.shape[0], end - start)
+        for first in range(start, end, _TILE):
+            last = min(first + _TILE, end)
+            tile = self.dequantize(first, last, dtype=x.dtype)
+            torch.matmul(x, tile, out=y[:, first - start : last - start])
         return y
 
 
