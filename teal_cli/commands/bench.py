@@ -172,6 +172,8 @@ def bench(
         checkpoint = pipeline.ensure_checkpoint(
             models.resolve(model, revision),
             dtype=dtype,
+            quantize=quantize,
+            device=device,
             token=token,
             offline=offline,
             reporter=reporter,

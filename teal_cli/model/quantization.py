@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor
 
 from teal_cli.errors import UnsupportedError, UsageError
 from teal_cli.model.config import ModelConfig
+from teal_cli.model.shards import Stored
 from teal_cli.model.sites import FUSED
 
 # Rows or columns that are rounded at a time: rounding holds a few float32 copies of them.
 _BLOCK = 1024
 _MULTIPLE = 8  # of columns, that rows of integers need
+
+Quantized = QuantizedMatrix | QuantizedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,27 @@ class Quantization:
                     f"{kind} of this model has {outputs}"
                 )
 
-    def round(self, name: str, weight: Tensor) -> QuantizedMatrix | QuantizedRows:
+    def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, Stored]:
+        """What the files hold of a tensor that is quantized; scales, if apart, come first.
+
+        An odd number of bytes could otherwise put the scales where no float may begin.
+        """
+        if name == "lm_head":
+            scales, rows = Stored(shape[:1], torch.float32), Stored(shape, torch.int8)
+        elif self.group:
+            return {name: Stored((shape[0], self.row_bytes(shape[1])), torch.uint8)}
+        else:
+            scales, rows = Stored(shape[1:], torch.float32), Stored(shape, torch.int8)
+        return {_scales(name): scales, name: rows}
+
+    def load(self, name: str, tensors: Mapping[str, Tensor], columns: int) -> Quantized:
+        """The tensor of this name out of what the files hold; `columns` is its last size."""
+        if name == "lm_head":
+            return QuantizedRows(tensors[name], tensors[_scales(name)])
+        scales = None if self.group else tensors[_scales(name)]
+        return QuantizedMatrix(tensors[name], scales, columns, self.group)
+
+    def round(self, name: str, weight: Tensor) -> Quantized:
         """Round the tensor of this name in a checkpoint to the nearest integers."""
         if name == "lm_head":
             heads = [QuantizedRows.int8(rows) for rows in weight.split(_BLOCK)]
@@ -103,3 +127,13 @@ def quantization(name: str | None) -> Quantization | None:
             f"there is no quantization {name!r}", hint=f"There are: {', '.join(QUANTIZATIONS)}."
         )
     return QUANTIZATIONS[name]
+
+
+def tensors_of(quantized: Quantized) -> list[Tensor]:
+    """What is stored of it, in the order of `Quantization.stored`."""
+    scales = [] if quantized.scales is None else [quantized.scales]
+    return [*scales, quantized.rows]
+
+
+def _scales(name: str) -> str:
+    return f"{name}.scales"

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
 from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
-from teal_cli.model.quantization import Quantization
+from teal_cli.model.quantization import Quantization, Quantized
 from teal_cli.model.weights import build_weights, tensor_shapes
 
 
@@ -36,7 +35,7 @@ def random_decoder(
     shapes = tensor_shapes(config, kind)
     generator = torch.Generator(device).manual_seed(seed)
 
-    def tensor(name: str) -> Tensor | QuantizedMatrix | QuantizedRows:
+    def tensor(name: str) -> Tensor | Quantized:
         made = floats(name)
         return kind.round(name, made) if kind is not None and kind.quantizes(name) else made
 

@@ -7,7 +7,7 @@ and prefill.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,7 +16,8 @@ from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
 from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
-from teal_cli.model.quantization import Quantization
+from teal_cli.model.quantization import Quantization, Quantized
+from teal_cli.model.shards import Stored
 
 Matrix = Tensor | QuantizedMatrix  # [in_features, out_features]
 Head = Tensor | QuantizedRows  # [V, H]
@@ -68,7 +69,7 @@ class DecoderWeights:
             return None
         return Quantization(matrix.group, head=isinstance(self.lm_head, QuantizedRows))
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor | QuantizedMatrix | QuantizedRows]]:
+    def named_tensors(self) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Every tensor under its name in a checkpoint, a tied one once."""
         yield "embed_tokens", self.embed_tokens
         for index, layer in enumerate(self.layers):
@@ -109,6 +110,33 @@ def tensor_shapes(
     return shapes
 
 
+def stored_tensors(
+    config: ModelConfig, dtype: torch.dtype, kind: Quantization | None
+) -> dict[str, Stored]:
+    """What the files of a checkpoint hold, in their order: a quantized tensor may be two."""
+    found: dict[str, Stored] = {}
+    for name, shape in tensor_shapes(config, kind).items():
+        if kind is not None and kind.quantizes(name):
+            found |= kind.stored(name, shape)
+        else:
+            found[name] = Stored(shape, dtype)
+    return found
+
+
+def load_weights(
+    config: ModelConfig, tensors: Mapping[str, Tensor], kind: Quantization | None
+) -> DecoderWeights:
+    """Assemble a decoder's weights from the tensors of `stored_tensors`."""
+    shapes = tensor_shapes(config, kind)
+
+    def tensor(name: str) -> Tensor | Quantized:
+        if kind is not None and kind.quantizes(name):
+            return kind.load(name, tensors, shapes[name][-1])
+        return tensors[name]
+
+    return build_weights(config, tensor, kind)
+
+
 def build_weights(
     config: ModelConfig, tensor: Callable[[str], Any], kind: Quantization | None = None
 ) -> DecoderWeights:
@@ -146,6 +174,6 @@ def multiply(x: Tensor, weight: Matrix, start: int = 0, end: int | None = None) 
     return x @ weight[:, start:end].to(x.dtype)
 
 
-def floats(weight: Tensor | QuantizedMatrix | QuantizedRows, dtype: torch.dtype) -> Tensor:
+def floats(weight: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
     """A whole tensor in a floating-point dtype."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype=dtype)
