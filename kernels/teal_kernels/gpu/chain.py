@@ -74,10 +74,7 @@ class Chain:
             num_attention_heads, keys.shape[1], keys.shape[3], rms_norm_eps, sliding_windows
         )
         self.layers = layers
-        self.embed_tokens, self.norm = embed_tokens, norm
-        quantized = isinstance(lm_head, QuantizedRows)
-        self.lm_head = lm_head.rows if quantized else lm_head
-        self.lm_head_scales = lm_head.scales if quantized else None
+        self.embed_tokens, self.norm, self.lm_head = embed_tokens, norm, lm_head
         self.cos, self.sin, self.keys, self.values = cos, sin, keys, values
         device = embed_tokens.device
         self.device = device
@@ -97,7 +94,7 @@ class Chain:
             regime: StepLaunches.choose(
                 shapes,
                 bits_of(first.qkv),
-                logits_bits=8 * self.lm_head.element_size(),
+                logits_bits=bits_of(lm_head),
                 regime=regime,
                 device=DeviceClass.of(device),
             )
@@ -190,7 +187,8 @@ class Chain:
             self._norm_project(name, index, norm, weight, self.gate_up, widths, zero=self.qkv)
 
     def _project_logits(self) -> None:
-        logits = self.launches.logits
+        logits, head = self.launches.logits, self.lm_head
+        rows, scales = (head.rows, head.scales) if isinstance(head, QuantizedRows) else (head, None)
         self._launch(
             decode.logits_kernel,
             (triton.cdiv(self.vocab, logits.block_n),),
@@ -198,12 +196,12 @@ class Chain:
             self.logits,
             self.h,
             self.norm,
-            self.lm_head,
-            self.lm_head_scales,
+            rows,
+            scales,
             self.geometry.rms_norm_eps,
             self.hidden,
             self.vocab,
-            self.lm_head.stride(0),
+            rows.stride(0),
             BLOCK_H=logits.block_k,
             BLOCK_V=logits.block_n,
         )

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from teal_kernels.quantized import QuantizedMatrix
+from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
 
 FLOATS = -1  # `Stored.group` of a matrix that is not quantized
 
@@ -35,7 +35,7 @@ class Stored(NamedTuple):
         return cls(words, grid, weight.groups, weight.group, 8)
 
 
-def bits_of(weight: Tensor | QuantizedMatrix) -> int:
+def bits_of(weight: Tensor | QuantizedMatrix | QuantizedRows) -> int:
     """Bits of a weight, without its share of scales."""
     return 8 * weight.element_size() if isinstance(weight, Tensor) else weight.bits
 
