@@ -188,7 +188,12 @@ class Chain:
 
     def _project_logits(self) -> None:
         logits, head = self.launches.logits, self.lm_head
-        rows, scales = (head.rows, head.scales) if isinstance(head, QuantizedRows) else (head, None)
+        rows: Tensor
+        scales: Tensor | None
+        if isinstance(head, QuantizedRows):
+            rows, scales, pack = head.rows.view(torch.int32), head.scales, 4
+        else:
+            rows, scales, pack = head, None, 1
         self._launch(
             decode.logits_kernel,
             (triton.cdiv(self.vocab, logits.block_n),),
@@ -199,10 +204,10 @@ class Chain:
             rows,
             scales,
             self.geometry.rms_norm_eps,
-            self.hidden,
+            self.hidden // pack,
             self.vocab,
             rows.stride(0),
-            BLOCK_H=logits.block_k,
+            BLOCK_H=logits.block_k // pack,
             BLOCK_V=logits.block_n,
         )
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.gpu.handover import _fixed, _read, _wait, _zero
-from teal_kernels.gpu.tiles import _accumulate, _columns, _fetch_ahead, _pack, _words
+from teal_kernels.gpu.tiles import _accumulate, _columns, _fetch_ahead, _pack, _sum_int8, _words
 
 # Rows of small tables, aligned or not by layer: one compilation serves all layers.
 _ROWS_OF_TABLES = ["thresholds_ptr", "kept_ptr", "scale_ptr"]
@@ -247,6 +247,14 @@ def combine_project_kernel(
 
 
 @triton.jit
+def _normed_quarter(h_ptr, norm_ptr, offs, mask, INDEX: tl.constexpr):
+    """Of every fourth element of h from INDEX on: the sum of squares, and each times its gain."""
+    h = _read(h_ptr + 4 * offs + INDEX, mask)
+    gain = tl.load(norm_ptr + 4 * offs + INDEX, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(h * h, axis=0), (h * gain)[None, :]
+
+
+@triton.jit
 def logits_kernel(
     logits_ptr,
     h_ptr,
@@ -261,7 +269,10 @@ def logits_kernel(
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """logits [V] float32 = lm_head [V, H] times rms_norm(h); int8 rows have a scale each."""
+    """logits [V] float32 = lm_head [V, H] times rms_norm(h).
+
+    With scales [V] the lm_head is int8 in words of 4, and H and BLOCK_H count words.
+    """
     offs_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_h = tl.arange(0, BLOCK_H)
     mask_v = offs_v < V
@@ -273,11 +284,20 @@ def logits_kernel(
         other=0,
         eviction_policy="evict_first",
     )
-    gain = tl.load(norm_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
-    _wait(PDL)
-    h = _read(h_ptr + offs_h, mask_h)
-    scale = 1.0 / tl.sqrt(tl.sum(h * h, axis=0) / H + eps)
-    logits = tl.sum(w.to(tl.float32) * (h * scale * gain)[None, :], axis=1)
-    if scales_ptr is not None:
-        logits *= tl.load(scales_ptr + offs_v, mask=mask_v, other=0.0)
+    if scales_ptr is None:
+        gain = tl.load(norm_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+        _wait(PDL)
+        h = _read(h_ptr + offs_h, mask_h)
+        scale = 1.0 / tl.sqrt(tl.sum(h * h, axis=0) / H + eps)
+        logits = tl.sum(w.to(tl.float32) * (h * scale * gain)[None, :], axis=1)
+    else:
+        _wait(PDL)
+        square_0, x0 = _normed_quarter(h_ptr, norm_ptr, offs_h, mask_h, 0)
+        square_1, x1 = _normed_quarter(h_ptr, norm_ptr, offs_h, mask_h, 1)
+        square_2, x2 = _normed_quarter(h_ptr, norm_ptr, offs_h, mask_h, 2)
+        square_3, x3 = _normed_quarter(h_ptr, norm_ptr, offs_h, mask_h, 3)
+        square = (square_0 + square_1 + square_2 + square_3) / (4 * H)
+        logits = _sum_int8(x0, x1, x2, x3, w.to(tl.uint32, bitcast=True))
+        scales = tl.load(scales_ptr + offs_v, mask=mask_v, other=0.0)
+        logits *= scales / tl.sqrt(square + eps)
     tl.store(logits_ptr + offs_v, logits, mask=mask_v)

@@ -34,7 +34,7 @@ class Launch(NamedTuple):
 # Launch by bits of a weight, of a projection on its own. On an H100 one tile a program with all
 # its loads in flight beats small tiles in a loop by 10 to 25 %.
 PROJECTION = {
-    4: Launch(16, 4096, 4),
+    4: Launch(16, 2048, 2),
     8: Launch(16, 2048, 4),
     16: Launch(16, 1024, 4),
     32: Launch(16, 512, 4),
@@ -61,8 +61,50 @@ _H100: dict[float, dict[str, Launch]] = {
         "down": Launch(64, 256, 1, slots=16, more=4),
     },
 }
+# The same for integers, matrix by matrix. Turning them into floats takes registers and time, which
+# favours smaller tiles, and more survivors at a time pay later.
+_H100_INT8: dict[float, dict[str, Launch]] = {
+    DENSE: {
+        "qkv": Launch(32, 512, 1),
+        "o": Launch(16, 2048, 4, 104, ahead=4),
+        "gate_up": Launch(32, 512, 1),
+        "down": Launch(32, 512, 1),
+    },
+    SPARSE: {
+        "qkv": Launch(32, 256, 1),
+        "o": Launch(32, 512, 1, slots=16, more=8),
+        "gate_up": Launch(32, 256, 1, slots=16, more=8),
+        "down": Launch(64, 256, 1, slots=16, more=8),
+    },
+    SPARSER: {
+        "qkv": Launch(64, 256, 1, slots=16, more=4),
+        "o": Launch(32, 512, 1, slots=16, more=8),
+        "gate_up": Launch(64, 256, 1, slots=16, more=4),
+        "down": Launch(64, 256, 1, slots=16, more=4),
+    },
+}
+_H100_INT4: dict[float, dict[str, Launch]] = {
+    DENSE: {
+        "qkv": Launch(32, 512, 1),
+        "o": Launch(32, 512, 1),
+        "gate_up": Launch(32, 512, 1),
+        "down": Launch(16, 2048, 2),
+    },
+    SPARSE: {
+        "qkv": Launch(32, 1024, 1, slots=8, more=8),
+        "o": Launch(32, 512, 1, slots=16, more=8),
+        "gate_up": Launch(32, 512, 1, slots=16, more=4),
+        "down": Launch(32, 512, 1, slots=16, more=8),
+    },
+    SPARSER: {
+        "qkv": Launch(32, 1024, 1, slots=16, more=4),
+        "o": Launch(32, 512, 1, slots=16, more=4),
+        "gate_up": Launch(32, 512, 1, slots=16, more=4),
+        "down": Launch(32, 1024, 1, slots=16, more=4),
+    },
+}
 # By compute capability and bits of a weight.
-_TABLES = {((9, 0), 16): _H100}
+_TABLES = {((9, 0), 16): _H100, ((9, 0), 8): _H100_INT8, ((9, 0), 4): _H100_INT4}
 
 # lm_head: rows of [vocab, hidden] a program; 64 KB of weights for 8 warps.
 _LOGITS_BYTES = 64 << 10

@@ -118,14 +118,30 @@ def _nth_bit(bits, n):
 
 
 @triton.jit
-def _field(x, words, MASK: tl.constexpr, ONE: tl.constexpr):
-    """Sum over rows of x times the integers that MASK leaves of words, in units of ONE.
+def _integers(words, MASK: tl.constexpr):
+    """What MASK leaves of words, an integer n below 2^24, as the float32 n * 2^-149.
 
-    An integer n below 2^24 is, as the bits of a float32, n * 2^-149 exactly: multiplication takes
-    subnormal numbers at full speed, and conversion, which is slow, is not needed. To keep the
-    products normal x is large by _LARGE.
+    Such numbers are subnormal or nearly so: their bits are the integer itself. Multiplication takes
+    them at full speed and exactly, and conversion, which is slow, is not needed. To keep products
+    normal the other factor is large by _LARGE; sums of products are then in units of _UNITS.
     """
-    return tl.sum(x * (words & MASK).to(tl.float32, bitcast=True), axis=0) * (_UNITS / ONE)
+    return (words & MASK).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _field(x, words, MASK: tl.constexpr, ONE: tl.constexpr):
+    """Sum over rows of x, large, times the integers that MASK leaves of words, in units of ONE."""
+    return tl.sum(x * _integers(words, MASK), axis=0) * (_UNITS / ONE)
+
+
+@triton.jit
+def _sum_int8(x0, x1, x2, x3, words):
+    """Sum over columns of the four bytes of words [R, C] times x0 to x3 [1, C]: [R]."""
+    words ^= 0x80808080  # from signed to 128 more
+    y = x0 * _LARGE * _integers(words, 0xFF) + x3 * _LARGE * _integers(words >> 24, 0xFF)
+    y += x1 * (_LARGE / 256) * _integers(words, 0xFF00)
+    y += x2 * (_LARGE / 65536) * _integers(words, 0xFF0000)
+    return tl.sum(y, axis=1) * _UNITS - 128.0 * tl.sum(x0 + x1 + x2 + x3, axis=1)
 
 
 @triton.jit
