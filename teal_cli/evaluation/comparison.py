@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +22,11 @@ _SCHEMA = 2
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One method at one target sparsity."""
+    """One method at one target sparsity, on a quantized model named before it."""
 
     method: str
     target_sparsity: float
-    thresholds: Tensor  # [num_hidden_layers, 7] float32
+    thresholds: Tensor | None  # [num_hidden_layers, 7] float32; None is dense
 
     @property
     def label(self) -> str:
@@ -47,6 +48,15 @@ def settings_for(
         for sparsity in sparsities
         for method in methods
     )
+
+
+def on_quantized(quantization: str, settings: Sequence[Setting]) -> tuple[Setting, ...]:
+    """A quantized model dense, then its settings; the methods carry its name."""
+    named = (
+        dataclasses.replace(setting, method=f"{quantization} {setting.method}")
+        for setting in settings
+    )
+    return Setting(quantization, 0.0, None), *named
 
 
 @dataclass(frozen=True, slots=True)
