@@ -12,6 +12,7 @@ from teal_cli.options import (
     JsonOption,
     ModelArgument,
     OfflineOption,
+    QuantizeOption,
     RevisionOption,
     TokenOption,
 )
@@ -20,6 +21,7 @@ from teal_cli.options import (
 def convert(
     model: ModelArgument = None,
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Convert again even if it is up to date.")
     ] = False,
@@ -38,10 +40,12 @@ def convert(
     ref = models.resolve(model, revision)
     source = hub.fetch(ref, token=token, offline=offline, reporter=reporter)
 
+    from teal_cli import pipeline
     from teal_cli.model.checkpoint import Checkpoint  # imports torch: not before a typo is found
     from teal_cli.model.convert import convert as convert_model
 
-    folder = convert_model(source, dtype=dtype, reporter=reporter, force=force)
+    rounding = pipeline.rounding_for(quantize, offline=offline)
+    folder = convert_model(source, dtype=dtype, rounding=rounding, reporter=reporter, force=force)
     models.remember(ref)
     checkpoint = Checkpoint(folder)
     if json:
@@ -50,6 +54,8 @@ def convert(
                 "model": checkpoint.name,
                 "folder": folder,
                 "dtype": str(checkpoint.dtype).removeprefix("torch."),
+                "quantization": checkpoint.quantization and checkpoint.quantization.name,
+                "rounding": checkpoint.rounding,
                 "bytes": checkpoint.nbytes,
                 "fingerprint": checkpoint.fingerprint,
             }
