@@ -2,15 +2,16 @@
 # numba infers the types of what it compiles.
 """The compiled half of the CPU kernels: everything that numba turns into machine code.
 
-numba's cache on disk is renewed when this file changes, but not when the others of this folder
-do: touch this one after editing them. Whatever is called from Python is cached, the rest becomes
-part of it. Arrays are filled by loops: for an assignment to a slice numba also
-compiles the text of the error that it might raise, which takes as long as all of the rest.
+Whatever is called from Python is cached on disk, the rest becomes part of it. Arrays are filled by
+loops: for an assignment to a slice numba also compiles the text of the error that it might raise,
+which takes as long as all of the rest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+from pathlib import Path
 
 import numpy as np
 from numba import njit
@@ -42,8 +43,19 @@ from teal_kernels.cpu.structures import (
 _SPINS = 1000
 
 
+def _digest():
+    """Of all sources in this folder."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
 def _cached(function):
-    """Compile on first use and keep the result on disk, where there is a place for it."""
+    """Compile on first use and keep the result on disk, where there is a place for it.
+
+    numba renews its cache when this file changes, but not when those do that it imports. Under a
+    name that contains the digest of all of them, nothing stale is found.
+    """
+    function.__qualname__ += f"_{_digest()}"
     try:
         return njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written to

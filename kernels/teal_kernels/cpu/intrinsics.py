@@ -5,15 +5,13 @@ is one of HALF, BFLOAT, FLOAT, INT8 and INT4 and tells what an address points to
 that each is compiled into code of its own. Vectors are written out in LLVM's terms, which every
 target understands: on x86 with F16C a load of 32 halves becomes four `vcvtph2ps`, without it a
 slower sequence with the same result.
-
-numba's cache on disk follows the file of the function that was called, not of those that it
-calls: after a change here, touch compiled.py.
 """
 
 from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -27,47 +25,42 @@ HALF, BFLOAT, FLOAT, INT8, INT4 = np.float16, np.uint16, np.float32, np.int8, np
 # Columns that one step of an inner loop takes: one cache line of 16-bit weights.
 WIDTH = 32
 # Rows that are added at a time.
-ROWS = 4
+ROWS = 8
+# float32 in a register; all machines of today can do eight with one instruction or with two.
+LANES = 8
+# Columns that one step takes of INT4: eight, in 32 bits, a lane.
+BLOCK = 8 * LANES
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F16, _F32 = ir.HalfType(), ir.FloatType()
-_VECTOR = ir.VectorType(_F32, WIDTH)
 _STORED = {
-    types.float16: _F16, types.uint16: _I16, types.float32: _F32, types.int8: _I8, types.uint8: _I8
-}  # fmt: skip
+    types.float16: _F16,
+    types.uint16: _I16,
+    types.float32: _F32,
+    types.int8: _I8,
+    types.uint32: _I32,
+}
 _CONTRACT = ("contract",)  # allow a multiply and an add to become one fused instruction
 
 
+def _many(element: Any, width: int) -> Any:
+    """IR: the type of a vector, or of a scalar for 1."""
+    return element if width == 1 else ir.VectorType(element, width)
+
+
 def _load(builder: Any, address: Any, dtype: Any, width: int) -> Any:
-    """IR: `width` values at an address, as float32 (a vector, or a scalar for 1).
-
-    A vector of INT4 has its even values before its odd ones, as a register of bytes falls apart.
-    """
-
-    def many(element: Any, count: int = width) -> Any:
-        return element if count == 1 else ir.VectorType(element, count)
-
-    def constant(value: int, count: int = width) -> Any:
-        return _I32(value) if count == 1 else ir.Constant(many(_I32, count), [_I32(value)] * count)
-
-    packed = 2 if dtype == types.uint8 and width > 1 else 1
-    stored = many(_STORED[dtype], width // packed)
+    """IR: `width` values at an address, as float32 (or uint32, as they are)."""
+    stored = _many(_STORED[dtype], width)
     loaded = builder.load(builder.inttoptr(address, stored.as_pointer()))
     loaded.align = 1  # a tensor of a memory-mapped file may start anywhere
+    floats, ints = _many(_F32, width), _many(_I32, width)
     if dtype == types.float16:
-        return builder.fpext(loaded, many(_F32))
+        return builder.fpext(loaded, floats)
     if dtype == types.uint16:
-        wide = builder.zext(loaded, many(_I32))
-        return builder.bitcast(builder.shl(wide, constant(16)), many(_F32))
+        high = builder.shl(builder.zext(loaded, ints), _constant(ints, 16))
+        return builder.bitcast(high, floats)
     if dtype == types.int8:
-        return builder.sitofp(builder.sext(loaded, many(_I32)), many(_F32))
-    if packed == 2:
-        half = width // 2
-        pairs = builder.zext(loaded, many(_I32, half))
-        even = builder.and_(pairs, constant(15, half))
-        odd = builder.lshr(pairs, constant(4, half))
-        order = ir.Constant(many(_I32), [_I32(i) for i in range(width)])
-        return builder.sitofp(builder.shuffle_vector(even, odd, order), many(_F32))
+        return builder.sitofp(builder.sext(loaded, ints), floats)
     return loaded
 
 
@@ -76,11 +69,51 @@ def _store(builder: Any, value: Any, address: Any) -> None:
     stored.align = 1
 
 
-def _splat(builder: Any, value: Any) -> Any:
-    """IR: a vector with `value` in every lane."""
-    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _I32(0))
-    lanes = ir.Constant(ir.VectorType(_I32, WIDTH), [_I32(0)] * WIDTH)
-    return builder.shuffle_vector(one, one, lanes)
+def _splat(builder: Any, value: Any, width: int = WIDTH) -> Any:
+    """IR: a vector with `value` in every lane; `value` itself for a width of 1."""
+    if width == 1:
+        return value
+    none = ir.Constant(_many(value.type, width), ir.Undefined)
+    one = builder.insert_element(none, value, _I32(0))
+    return builder.shuffle_vector(one, one, _indices([0] * width))
+
+
+def _indices(lanes: Iterable[int]) -> Any:
+    """IR: the lanes that a shuffle takes."""
+    order = [_I32(lane) for lane in lanes]
+    return ir.Constant(ir.VectorType(_I32, len(order)), order)
+
+
+def _constant(kind: Any, value: float) -> Any:
+    """IR: a scalar or vector of a type, with `value` in every lane."""
+    if isinstance(kind, ir.VectorType):
+        return ir.Constant(kind, [kind.element(value)] * kind.count)
+    return kind(value)
+
+
+def _suffix(width: int) -> str:
+    """How LLVM's functions are called for that many float32."""
+    return "f32" if width == 1 else f"v{width}f32"
+
+
+def _by_width(
+    builder: Any, count: Any, widths: tuple[int, ...], body: Callable[[Any, int], None]
+) -> None:
+    """IR: call body(index, width) over `count` values, the widest first; the last width is 1."""
+    done = _I64(0)
+    for width in widths:
+        times = builder.sdiv(builder.sub(count, done), _I64(width))
+        with cgutils.for_range(builder, times) as loop:
+            body(builder.add(done, builder.mul(loop.index, _I64(width))), width)
+        done = builder.add(done, builder.mul(times, _I64(width)))
+
+
+def _starts(builder: Any, rows: Any, at: Any) -> list[Any]:
+    """IR: the 2 * ROWS addresses at `rows`, each plus `at`."""
+    pointers = (
+        builder.inttoptr(builder.add(rows, _I64(8 * i)), _I64.as_pointer()) for i in range(2 * ROWS)
+    )
+    return [builder.add(builder.load(pointer), at) for pointer in pointers]
 
 
 def _call(builder: Any, name: str, result: Any, arguments: list[Any], **flags: Any) -> Any:
@@ -180,52 +213,181 @@ def store(typingctx: Any, dtype: Any, base: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def add_rows(
-    typingctx: Any, dtype: Any, rows: Any, at: Any, factors: Any, stride: Any, vectors: Any, to: Any
+    typingctx: Any, dtype: Any, rows: Any, at: Any, factors: Any, count: Any, to: Any
 ) -> Any:
-    """`vectors` times WIDTH float32 at `to` += the sum of ROWS factors times what is in the rows.
+    """`count` float32 at `to` += the sum of ROWS factors times what is in the rows; not of INT4.
 
     rows: address of 2 * ROWS addresses; the second half is only fetched into the cache.
     at: bytes from there to the first value.
-    factors: address of float32 that are `stride` bytes apart.
+    factors: address of the float32.
     """
     kind = dtype.instance_type
-    step = WIDTH * _bits(kind) // 8
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, rows, at, factors, stride, vectors, to = args
-        starts, weighs = [], []
-        for i in range(2 * ROWS):
-            pointer = builder.inttoptr(builder.add(rows, _I64(8 * i)), _I64.as_pointer())
-            starts.append(builder.add(builder.load(pointer), at))
-        for i in range(ROWS):
-            address = builder.add(factors, builder.mul(stride, _I64(i)))
-            weighs.append(_splat(builder, _load(builder, address, types.float32, 1)))
-        with cgutils.for_range(builder, vectors) as loop:
-            offset = builder.mul(loop.index, _I64(step))
+        _, rows, at, factors, count, to = args
+        starts = _starts(builder, rows, at)
+        weighs = [
+            _load(builder, builder.add(factors, _I64(4 * i)), types.float32, 1) for i in range(ROWS)
+        ]
+
+        def add(index: Any, width: int) -> None:
+            offset = builder.mul(index, _I64(kind.bitwidth // 8))
+            target = builder.add(to, builder.mul(index, _I64(4)))
+            total = _load(builder, target, types.float32, width)
+            for start, weigh in zip(starts, weighs, strict=False):
+                weights = _load(builder, builder.add(start, offset), kind, width)
+                product = builder.fmul(weights, _splat(builder, weigh, width), flags=_CONTRACT)
+                total = builder.fadd(total, product, flags=_CONTRACT)
             for start in starts[ROWS:]:
                 _prefetch(builder, builder.add(start, offset))
-            target = builder.add(to, builder.mul(loop.index, _I64(WIDTH * 4)))
-            total = _load(builder, target, types.float32, WIDTH)
-            for start, weigh in zip(starts, weighs, strict=False):
-                weights = _load(builder, builder.add(start, offset), kind, WIDTH)
-                product = builder.fmul(weights, weigh, flags=_CONTRACT)
-                total = builder.fadd(total, product, flags=_CONTRACT)
             _store(builder, total, target)
+
+        _by_width(builder, count, (WIDTH, LANES, 1), add)
         return context.get_dummy_value()
 
-    return types.void(dtype, *[types.int64] * 6), codegen
+    return types.void(dtype, *[types.int64] * 5), codegen
 
 
 @intrinsic
-def interleave(typingctx: Any, address: Any) -> Any:
-    """Bring WIDTH float32 that were summed up from INT4, even columns first, into their order."""
+def scale_factors(
+    typingctx: Any,
+    rows: Any,
+    at: Any,
+    factors: Any,
+    groups: Any,
+    scaled: Any,
+    pairs: Any,
+    steps: Any,
+) -> Any:
+    """Multiply ROWS factors with the `groups` float16 scales in each row, as floats and in 16 bits.
+
+    rows, at, factors: as for `add_rows`.
+    scaled: address of float32 [ROWS, groups] for the products.
+    pairs: address of int32 [ROWS / 2, groups] for the products as multiples of a step, rounded to
+        16 bits, two rows in one: the first in the low half.
+    steps: address of float32 [groups]: a 32767th of the largest product of a group.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        split = _load(builder, args[0], types.float32, WIDTH)
-        half = WIDTH // 2
-        order = [_I32(i // 2 + half * (i % 2)) for i in range(WIDTH)]
-        lanes = ir.Constant(ir.VectorType(_I32, WIDTH), order)
-        _store(builder, builder.shuffle_vector(split, split, lanes), args[0])
+        rows, at, factors, groups, scaled, pairs, steps = args
+        starts = _starts(builder, rows, at)
+        weighs = [
+            _load(builder, builder.add(factors, _I64(4 * i)), types.float32, 1) for i in range(ROWS)
+        ]
+        row_bytes = builder.mul(groups, _I64(4))
+
+        def scale(index: Any, width: int) -> None:
+            floats, ints = _many(_F32, width), _many(_I32, width)
+            offset = builder.mul(index, _I64(4))
+
+            def place(base: Any, row: int) -> Any:
+                return builder.add(base, builder.add(builder.mul(row_bytes, _I64(row)), offset))
+
+            products, top = [], _constant(floats, 1e-30)
+            for start in starts[ROWS:]:
+                _prefetch(builder, builder.add(start, builder.mul(index, _I64(2))))
+            for i, weigh in enumerate(weighs):
+                at = builder.add(starts[i], builder.mul(index, _I64(2)))
+                scales = _load(builder, at, types.float16, width)
+                products.append(builder.fmul(scales, _splat(builder, weigh, width)))
+                _store(builder, products[-1], place(scaled, i))
+                size = _call(builder, f"llvm.fabs.{_suffix(width)}", floats, [products[-1]])
+                top = builder.select(builder.fcmp_ordered(">", size, top), size, top)
+            step = builder.fdiv(top, _constant(floats, 32767.0))
+            _store(builder, step, place(steps, 0))
+            whole = []
+            for product in products:
+                multiple = [builder.fdiv(product, step)]
+                nearest = _call(builder, f"llvm.rint.{_suffix(width)}", floats, multiple)
+                whole.append(builder.fptosi(nearest, ints))
+            for i in range(0, ROWS, 2):
+                low = builder.and_(whole[i], _constant(ints, 0xFFFF))
+                high = builder.shl(whole[i + 1], _constant(ints, 16))
+                _store(builder, builder.or_(low, high), place(pairs, i // 2))
+
+        _by_width(builder, groups, (LANES, 1), scale)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), codegen
+
+
+@intrinsic
+def add_codes(
+    typingctx: Any, rows: Any, first: Any, group: Any, groups: Any, pairs: Any, steps: Any,
+    blocks: Any, to: Any,
+) -> Any:  # fmt: skip
+    """`blocks` times BLOCK float32 at `to` += the sum of steps * pairs * the rows' INT4 codes.
+
+    Integers are summed, which takes two rows with one instruction where there is one like x86's
+    `vpmaddwd`. The sums of a block are in the order of `in_order`.
+
+    rows: as for `add_rows`.
+    first, group: the column to start with, and the columns of a group; multiples of BLOCK.
+    groups, pairs, steps: as for `scale_factors`.
+    """
+    dwords, words = _many(_I32, LANES), _many(_I16, 2 * LANES)
+    wide, floats = _many(_I32, 2 * LANES), _many(_F32, LANES)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, first, group, groups, pairs, steps, blocks, to = args
+        starts = _starts(builder, rows, builder.lshr(first, _I64(1)))
+
+        def halves(low: Any, high: Any) -> Any:
+            """Words of `low` and of `high` by turns."""
+            low, high = builder.bitcast(low, words), builder.bitcast(high, words)
+            turns = (i + 2 * LANES * (i % 2) for i in range(2 * LANES))
+            return builder.shuffle_vector(low, high, _indices(turns))
+
+        def multiply_add(codes: Any, factor: Any) -> Any:
+            product = builder.mul(builder.sext(codes, wide), builder.sext(factor, wide))
+            even = builder.shuffle_vector(product, product, _indices(range(0, 2 * LANES, 2)))
+            odd = builder.shuffle_vector(product, product, _indices(range(1, 2 * LANES, 2)))
+            return builder.add(even, odd)
+
+        with cgutils.for_range(builder, blocks) as loop:
+            offset = builder.mul(loop.index, _I64(BLOCK // 2))
+            for start in starts[ROWS:]:
+                _prefetch(builder, builder.add(start, offset))
+            column = builder.add(first, builder.mul(loop.index, _I64(BLOCK)))
+            g = builder.mul(builder.udiv(column, group), _I64(4))
+            sixteen = _constant(dwords, 16)
+            totals = [_constant(dwords, 0)] * 8
+            for i in range(0, ROWS, 2):
+                at = builder.add(g, builder.mul(groups, _I64(2 * i)))
+                pair = _load(builder, builder.add(pairs, at), types.uint32, 1)
+                factor = builder.bitcast(_splat(builder, pair, LANES), words)
+                a, b = (
+                    _load(builder, builder.add(start, offset), types.uint32, LANES)
+                    for start in starts[i : i + 2]
+                )
+                low = halves(a, builder.shl(b, sixteen))
+                high = halves(builder.lshr(a, sixteen), b)
+                for n in range(8):
+                    codes = builder.lshr(high if n > 3 else low, _constant(words, 4 * (n % 4)))
+                    codes = builder.and_(codes, _constant(words, 15))
+                    totals[n] = builder.add(totals[n], multiply_add(codes, factor))
+            step = _load(builder, builder.add(steps, g), types.float32, 1)
+            for n, total in enumerate(totals):
+                block = builder.mul(loop.index, _I64(4 * BLOCK))
+                address = builder.add(builder.add(to, block), _I64(4 * LANES * n))
+                product = builder.fmul(
+                    builder.sitofp(total, floats), _splat(builder, step, LANES), flags=_CONTRACT
+                )
+                before = _load(builder, address, types.float32, LANES)
+                _store(builder, builder.fadd(before, product, flags=_CONTRACT), address)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), codegen
+
+
+@intrinsic
+def in_order(typingctx: Any, address: Any) -> Any:
+    """Bring BLOCK float32 that `add_codes` summed up into the order of their columns."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        found = _load(builder, args[0], types.float32, BLOCK)
+        order = _indices(i // 8 + BLOCK // 8 * (i % 8) for i in range(BLOCK))
+        _store(builder, builder.shuffle_vector(found, found, order), args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
@@ -238,7 +400,7 @@ def dot_vectors(typingctx: Any, dtype: Any, row: Any, x: Any, vectors: Any) -> A
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, row, x, vectors = args
-        total = cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, [0.0] * WIDTH))
+        total = cgutils.alloca_once_value(builder, _constant(_many(_F32, WIDTH), 0.0))
         with cgutils.for_range(builder, vectors) as loop:
             at = builder.add(row, builder.mul(loop.index, _I64(row_step)))
             weights = _load(builder, at, dtype.instance_type, WIDTH)
@@ -265,7 +427,7 @@ def weigh_rows(
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, to, row, stride, factors, count = args
-        total = cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, [0.0] * WIDTH))
+        total = cgutils.alloca_once_value(builder, _constant(_many(_F32, WIDTH), 0.0))
         with cgutils.for_range(builder, count) as loop:
             at = builder.add(row, builder.mul(loop.index, stride))
             weights = _load(builder, at, dtype.instance_type, WIDTH)

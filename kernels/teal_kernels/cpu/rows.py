@@ -10,19 +10,22 @@ way and differ in what a load does; sums of integers are brought to scale when t
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from teal_kernels.cpu.intrinsics import (
+    BLOCK,
     HALF,
     INT4,
     ROWS,
     WIDTH,
+    add_codes,
     add_rows,
     address_of,
     dot_vectors,
-    interleave,
+    in_order,
     load,
-    prefetch,
+    scale_factors,
     store,
     weigh_rows,
 )
@@ -83,70 +86,64 @@ def _compact(x, start, stop, threshold, matrix, layer, rows, factors):
 
 
 @compiled
-def _add_columns(dtype, rows, at, factors, start, stop, vectors, to):
-    """Add the sum of ROWS factors times columns `start` to `stop` of each row to float32 at `to`.
-
-    Args:
-        rows: addresses of 2 * ROWS rows. The second half is fetched while the first is added: no
-            hardware prefetcher can guess which rows survive.
-        at: byte of a row at which column 0 is.
-        factors: float32 [ROWS].
-        vectors: how many times WIDTH columns to take at once.
-    """
-    begin = address_of(dtype, at, start)
-    add_rows(dtype, rows.ctypes.data, begin, factors.ctypes.data, factors.strides[0], vectors, to)
-    for i in range(vectors * WIDTH, stop - start):
+def _add_integers(matrix, rows, factors, first, columns, to, scratch):
+    """Add ROWS rows of INT4: codes times scales to `to`, offsets to scratch.sums."""
+    group = matrix.group
+    groups = (matrix.offsets[-1] + group - 1) // group
+    at, starts = matrix.stride - 4 * groups, rows.ctypes.data
+    scaled, pairs, steps = scratch.scaled, scratch.pairs.ctypes.data, scratch.steps.ctypes.data
+    scale_factors(starts, at, factors.ctypes.data, groups, scaled.ctypes.data, pairs, steps)
+    blocks = _blocks(group, first, columns)
+    add_codes(starts, first, group, groups, pairs, steps, blocks, to)
+    for i in range(blocks * BLOCK, columns):
         total = load(np.float32, to, i)
         for k in range(ROWS):
-            total += factors[k] * load(dtype, rows[k] + at, start + i)
+            factor = scaled[k * groups + (first + i) // group]
+            total += factor * load(INT4, rows[k], first + i)
         store(np.float32, to, i, total)
+    at += 2 * groups
+    add_rows(HALF, starts, at, factors.ctypes.data, groups, scratch.sums.ctypes.data)
 
 
 @compiled
-def _vectors(group, first, columns):
-    """How many times WIDTH columns from `first` on are taken at once."""
-    if group is not None and (group % WIDTH or first % WIDTH):
-        return 0  # bytes of INT4 that groups or projections share: one column at a time
-    return columns // WIDTH
+def _blocks(group, first, columns):
+    """How often BLOCK of the columns of INT4 from `first` on are taken at once."""
+    return 0 if group % BLOCK or first % BLOCK else columns // BLOCK
+
+
+def _add_block(dtype, matrix, rows, factors, first, columns, to, scratch):
+    """Add ROWS rows, times their factors, from column `first` on, to `columns` float32 at `to`.
+
+    rows: addresses of 2 * ROWS rows. The second half is fetched while the first is added: no
+    hardware prefetcher can guess which rows survive.
+    """
+
+
+@overload(_add_block)
+def _typed_add_block(dtype, matrix, rows, factors, first, columns, to, scratch):
+    """Choose when numba compiles, so that no dtype compiles what only another needs."""
+
+    def integers(dtype, matrix, rows, factors, first, columns, to, scratch):
+        _add_integers(matrix, rows, factors, first, columns, to, scratch)
+
+    def values(dtype, matrix, rows, factors, first, columns, to, scratch):
+        at = address_of(dtype, 0, first)
+        add_rows(dtype, rows.ctypes.data, at, factors.ctypes.data, columns, to)
+
+    return integers if dtype.instance_type is types.uint8 else values
 
 
 @compiled
-def _add_groups(matrix, group, rows, factors, first, columns, to, scratch):
-    """Add the codes of ROWS rows of INT4, times their scales, to `to`; offsets to scratch.sums."""
-    groups = (matrix.offsets[-1] + group - 1) // group
-    scales, offsets = matrix.stride - 4 * groups, matrix.stride - 2 * groups
-    for k in range(ROWS):
-        weigh(HALF, rows[k] + scales, 0, factors[k : k + 1], 1, scratch.scaled[k, :groups])
-    last = first + columns
-    for g in range(first // group, (last + group - 1) // group):
-        for k in range(ROWS, 2 * ROWS):
-            prefetch(rows[k] + scales + 2 * g)
-        start, stop = max(first, g * group), min(last, (g + 1) * group)
-        _add_columns(
-            INT4, rows, 0, scratch.scaled[:, g], start, stop,
-            _vectors(group, first, stop - start), to + (start - first) * 4,
-        )  # fmt: skip
-    _add_columns(HALF, rows, offsets, factors, 0, groups, groups // WIDTH, scratch.sums.ctypes.data)
-
-
-@compiled
-def _add_block(matrix, group, rows, factors, first, columns, to, scratch):
-    """Add ROWS rows, times their factors, to `columns` float32 at `to`."""
-    if group is None:
-        vectors = columns // WIDTH
-        _add_columns(matrix.dtype, rows, 0, factors, first, first + columns, vectors, to)
-    else:
-        _add_groups(matrix, group, rows, factors, first, columns, to, scratch)
-
-
-@compiled
-def _finish(matrix, group, layer, first, part, scratch):
-    """Bring sums of integers, which start at column `first`, to scale and into order."""
-    if group is not None:
-        for v in range(_vectors(group, first, len(part))):
-            interleave(part.ctypes.data + v * WIDTH * 4)
-        for i in range(len(part)):
-            part[i] += scratch.sums[(first + i) // group]
+def _finish(matrix, layer, first, part, scratch):
+    """Bring sums of integers, which start at column `first`, into order and to scale."""
+    group, last = matrix.group, first + len(part)
+    if group != 0:
+        for block in range(_blocks(group, first, len(part))):
+            in_order(part.ctypes.data + block * BLOCK * 4)
+        for g in range(first // group, (last + group - 1) // group):
+            offset = scratch.sums[g]
+            for i in range(max(first, g * group) - first, min(last, (g + 1) * group) - first):
+                part[i] += offset
     elif matrix.scales[layer] != 0:
         for i in range(len(part)):
             part[i] *= load(np.float32, matrix.scales[layer], first + i)
@@ -189,8 +186,8 @@ def project_rows(matrix, layer, x, start, stop, thresholds, part, scratch, kept,
             scratch.sums[i] = 0
         for r in range(low, high, ROWS):
             _add_block(
-                matrix, matrix.group, scratch.rows[r : r + 2 * ROWS], scratch.factors[r : r + ROWS],
+                matrix.dtype, matrix, scratch.rows[r : r + 2 * ROWS], scratch.factors[r : r + ROWS],
                 offsets[p], len(mine), mine.ctypes.data, scratch,
             )  # fmt: skip
-        _finish(matrix, matrix.group, layer, offsets[p], mine, scratch)
+        _finish(matrix, layer, offsets[p], mine, scratch)
         p = q

@@ -247,11 +247,11 @@ def _matrix(weights: Sequence[Tensor | QuantizedMatrix], offsets: Sequence[int])
     rows = [weight if isinstance(weight, Tensor) else weight.rows for weight in weights]
     scales = [None if isinstance(weight, Tensor) else weight.scales for weight in weights]
     kinds = [
-        (_DTYPES[weight.dtype], None)
+        (_DTYPES[weight.dtype], 0)
         if isinstance(weight, Tensor)
         else (intrinsics.INT4, weight.group)
         if weight.group
-        else (intrinsics.INT8, None)
+        else (intrinsics.INT8, 0)
         for weight in weights
     ]
     if len(set(kinds)) > 1:
@@ -301,7 +301,9 @@ def _survivors(inputs: int, matrices: Sequence[Matrix]) -> Scratch:
         inputs=none,
         rows=np.empty(rows, dtype=np.int64),
         factors=np.empty(rows, dtype=np.float32),
-        scaled=np.empty((intrinsics.ROWS, groups), dtype=np.float32),
+        scaled=np.empty(intrinsics.ROWS * groups, dtype=np.float32),
+        steps=np.empty(groups, dtype=np.float32),
+        pairs=np.empty(intrinsics.ROWS // 2 * groups, dtype=np.int32),
         sums=np.empty(groups, dtype=np.float32),
         scores=none,
         query=none,

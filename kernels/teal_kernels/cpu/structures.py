@@ -31,7 +31,7 @@ class Matrix(NamedTuple):
 
     dtype: Any  # HALF, BFLOAT, FLOAT, INT8 or INT4
     stride: int  # bytes from one row to the next
-    group: int | None  # columns that share scale and offset of INT4
+    group: int  # columns that share scale and offset of INT4, else 0
     offsets: Any  # int64 [projections + 1], their column bounds
     addresses: Any  # int64 [layers]
     scales: Any  # int64 [layers], addresses of a float32 a column for INT8; else 0
@@ -83,6 +83,8 @@ class Scratch(NamedTuple):
     rows: Any  # int64 [longest input + 2 * ROWS], addresses of the surviving channels' weights
     factors: Any  # float32, the same size, the channels' values
     scaled: Any  # float32 [ROWS, most groups of a row of INT4], values times scales
+    steps: Any  # float32 [most groups], what one unit of `pairs` stands for
+    pairs: Any  # int32 [ROWS / 2, most groups], `scaled` in 16 bits, two rows each
     sums: Any  # float32 [most groups], the sum of values times offsets
     scores: Any  # float32 [length]
     query: Any  # float32 [head_dim]
