@@ -13,22 +13,16 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from teal_kernels.cpu.intrinsics import (
-    BLOCK,
-    HALF,
-    INT4,
-    ROWS,
-    WIDTH,
+from teal_kernels.cpu.intrinsics import address_of, load, store
+from teal_kernels.cpu.sums import (
     add_codes,
     add_rows,
-    address_of,
     dot_vectors,
     in_order,
-    load,
     scale_factors,
-    store,
     weigh_rows,
 )
+from teal_kernels.cpu.vectors import BLOCK, HALF, INT4, ROWS, WIDTH
 
 # Division as in numpy: Python's, which raises, would keep loops from being vectorised.
 compiled = njit(nogil=True, error_model="numpy")

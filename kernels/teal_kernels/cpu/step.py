@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from teal_kernels.checks import check_projection
-from teal_kernels.cpu import compiled, intrinsics, team
+from teal_kernels.cpu import compiled, team, vectors
 from teal_kernels.cpu.structures import VECTORS, Matrix, Model, Scratch, Shared, Team
 from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
 
 _DTYPES = {
-    torch.float16: intrinsics.HALF,
-    torch.bfloat16: intrinsics.BFLOAT,
-    torch.float32: intrinsics.FLOAT,
+    torch.float16: vectors.HALF,
+    torch.bfloat16: vectors.BFLOAT,
+    torch.float32: vectors.FLOAT,
 }
 MATRICES = ("qkv", "o", "gate_up", "down")
 # Of the seven projections, those of whose input a thread lists only the channels it computed.
@@ -153,11 +153,12 @@ def sparse_project(
     the sum is in float32.
     """
     check_projection(x, weight, offsets, thresholds, bias)
-    quantized = isinstance(weight, QuantizedMatrix)
-    if weight.device.type != "cpu" or not (quantized or weight.dtype in _DTYPES):
-        raise ValueError(f"weight must be 16- or 32-bit or quantized, on the CPU, got {weight}")
-    if not quantized:
+    if isinstance(weight, Tensor):
+        if weight.dtype not in _DTYPES:
+            raise ValueError(f"weight must be 16- or 32-bit or quantized, got {weight.dtype}")
         weight = weight.contiguous()
+    if weight.device.type != "cpu":
+        raise ValueError(f"weight must be on the CPU, got {weight.device}")
     matrix = _matrix([weight], offsets)
     values = x.float().contiguous().numpy()
     levels = thresholds.contiguous().numpy()
@@ -233,7 +234,7 @@ def _model(
         embed_tokens=embed_tokens.data_ptr(),
         norm=norm.data_ptr(),
         lm_head=(lm_head.rows if quantized else lm_head).data_ptr(),
-        lm_head_dtype=intrinsics.INT8 if quantized else _DTYPES[lm_head.dtype],
+        lm_head_dtype=vectors.INT8 if quantized else _DTYPES[lm_head.dtype],
         lm_head_scales=lm_head.scales.data_ptr() if quantized else 0,
         keys=keys.data_ptr(),
         values=values.data_ptr(),
@@ -249,9 +250,9 @@ def _matrix(weights: Sequence[Tensor | QuantizedMatrix], offsets: Sequence[int])
     kinds = [
         (_DTYPES[weight.dtype], 0)
         if isinstance(weight, Tensor)
-        else (intrinsics.INT4, weight.group)
+        else (vectors.INT4, weight.group)
         if weight.group
-        else (intrinsics.INT8, 0)
+        else (vectors.INT8, 0)
         for weight in weights
     ]
     if len(set(kinds)) > 1:
@@ -294,16 +295,16 @@ def _scratch(model: Model) -> Scratch:
 def _survivors(inputs: int, matrices: Sequence[Matrix]) -> Scratch:
     """Room for the surviving channels of one projection, and for nothing else."""
     none = np.empty(0, dtype=np.float32)
-    rows, groups = inputs + 2 * intrinsics.ROWS, max(map(_groups, matrices))
+    rows, groups = inputs + 2 * vectors.ROWS, max(map(_groups, matrices))
     return Scratch(
         hidden=none,
         normed=none,
         inputs=none,
         rows=np.empty(rows, dtype=np.int64),
         factors=np.empty(rows, dtype=np.float32),
-        scaled=np.empty(intrinsics.ROWS * groups, dtype=np.float32),
+        scaled=np.empty(vectors.ROWS * groups, dtype=np.float32),
         steps=np.empty(groups, dtype=np.float32),
-        pairs=np.empty(intrinsics.ROWS // 2 * groups, dtype=np.int32),
+        pairs=np.empty(vectors.ROWS // 2 * groups, dtype=np.int32),
         sums=np.empty(groups, dtype=np.float32),
         scores=none,
         query=none,
