@@ -11,15 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teal_cli.errors import MissingError, TealError
+from teal_cli.errors import MissingError, TealError, UsageError
 from teal_cli.model.checkpoint import MANIFEST, Checkpoint
 from teal_cli.progress import Reporter
 from teal_cli.store import artifacts, hub, models, paths
 from teal_cli.store.models import ModelRef
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from teal_cli.model.config import ModelConfig
     from teal_cli.model.convert import Rounding
     from teal_cli.sparsity.profile import Profile
+    from teal_cli.text.corpora import Corpus
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,6 +39,10 @@ class CalibrationSettings:
     samples: int = 16
     seq_len: int = 512
     seed: int = 0
+
+
+# Rounding with regard for inputs learns a matrix of products where a profile learns quantiles.
+ROUNDING_TEXT = CalibrationSettings(samples=64)
 
 
 def ensure_checkpoint(
@@ -58,7 +66,7 @@ def ensure_checkpoint(
     checkpoint = _converted(ref, dtype, quantize) if ref.kind == "hub" else None
     if checkpoint is None:
         source = hub.fetch(ref, token=token, offline=offline, reporter=reporter)
-        rounding = rounding_for(quantize, device=device, offline=offline)
+        rounding = rounding_for(quantize, device=device, offline=offline, reporter=reporter)
         checkpoint = Checkpoint(convert(source, dtype=dtype, rounding=rounding, reporter=reporter))
     models.remember(ref)
     return checkpoint
@@ -71,26 +79,47 @@ def rounding_for(
     *,
     device: str = "auto",
     offline: bool = False,
+    reporter: Reporter,
 ) -> Rounding | None:
     """How `quantize`, a key of QUANTIZATIONS, makes its integers; None where it is None.
 
     Args:
         quantize: its name.
-        method: of ROUNDINGS; None takes the best, and what is there of any.
+        method: "gptq" or "nearest"; None takes the best, and what is there of any.
         text: fields of `CalibrationSettings` that the user gave, for a method that reads text.
         device: where such a method runs.
         offline: ask no server for the text.
+        reporter: follows what takes long.
 
     Raises:
         UsageError: the quantization has no such method, or it reads no text.
     """
+    from teal_cli.inference.device import pick_device
     from teal_cli.model.convert import Nearest
     from teal_cli.model.quantization import quantization
+    from teal_cli.rounding.layerwise import Gptq
 
     kind = quantization(quantize)
     if kind is None:
         return None
-    return Nearest(kind, {"method": method} if method else {})
+    asked: dict[str, Any] = {"method": method} if method else {}
+    if method == "nearest" or not kind.group:
+        if text or method == "gptq":
+            raise UsageError(
+                "rounding to the nearest integers reads no text"
+                if kind.group
+                else "int8 is rounded to the nearest integers, which reads no text"
+            )
+        return Nearest(kind, asked)
+    settings = dataclasses.replace(ROUNDING_TEXT, **(text or {}))
+    if text:
+        asked["settings"] = dataclasses.asdict(settings)
+
+    def read(tokenizer: Any, config: ModelConfig) -> tuple[Tensor, dict[str, Any]]:
+        corpus, tokens = _read_text(settings, tokenizer, config, offline, reporter)
+        return tokens, _provenance(corpus, settings)
+
+    return Gptq(kind, read, pick_device(device), asked)
 
 
 def ensure_profile(
@@ -169,24 +198,11 @@ def make_profile(
     from teal_cli.inference.device import pick_device
     from teal_cli.sparsity import presets, streaming
     from teal_cli.sparsity.calibrate import METHODS, calibrate
-    from teal_cli.text.corpora import load_corpus
-    from teal_cli.text.windows import windows
 
     path = profile_path(checkpoint)
     before = _modified(path)
-    corpus = load_corpus(
-        settings.dataset,
-        split_role="calibration",
-        column=settings.column,
-        offline=offline,
-        reporter=reporter,
-    )
-    tokens = windows(
-        checkpoint.tokenizer(),
-        corpus,
-        seq_len=min(settings.seq_len, checkpoint.config.max_position_embeddings),
-        samples=settings.samples,
-        seed=settings.seed,
+    corpus, tokens = _read_text(
+        settings, checkpoint.tokenizer(), checkpoint.config, offline, reporter
     )
     work_dir = paths.cache_dir() / "calibration" / path.parent.name / path.stem
     with artifacts.lock(path, reporter):
@@ -211,13 +227,7 @@ def make_profile(
             methods=tuple(dict.fromkeys((method, *known, "uniform"))),
             base=base,
             allocations=known,
-            provenance={
-                "dataset": corpus.name,
-                "dataset_part": corpus.part,
-                "dataset_fingerprint": corpus.fingerprint,
-                "seed": settings.seed,
-                "settings": dataclasses.asdict(settings),
-            },
+            provenance=_provenance(corpus, settings),
             work_dir=work_dir,
             reporter=reporter,
         )
@@ -229,6 +239,44 @@ def make_profile(
 def profile_path(checkpoint: Checkpoint) -> Path:
     """Where the checkpoint's profile is, or will be."""
     return paths.profile_path(checkpoint.folder.parent.name, checkpoint.folder.name)
+
+
+def _read_text(
+    settings: CalibrationSettings,
+    tokenizer: Any,
+    config: ModelConfig,
+    offline: bool,
+    reporter: Reporter,
+) -> tuple[Corpus, Tensor]:
+    """The text that settings name, and its windows [samples, seq_len] int64."""
+    from teal_cli.text.corpora import load_corpus
+    from teal_cli.text.windows import windows
+
+    corpus = load_corpus(
+        settings.dataset,
+        split_role="calibration",
+        column=settings.column,
+        offline=offline,
+        reporter=reporter,
+    )
+    tokens = windows(
+        tokenizer,
+        corpus,
+        seq_len=min(settings.seq_len, config.max_position_embeddings),
+        samples=settings.samples,
+        seed=settings.seed,
+    )
+    return corpus, tokens
+
+
+def _provenance(corpus: Corpus, settings: CalibrationSettings) -> dict[str, Any]:
+    return {
+        "dataset": corpus.name,
+        "dataset_part": corpus.part,
+        "dataset_fingerprint": corpus.fingerprint,
+        "seed": settings.seed,
+        "settings": dataclasses.asdict(settings),
+    }
 
 
 def _same_text(

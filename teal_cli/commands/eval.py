@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -18,7 +18,7 @@ from teal_cli.options import (
     JsonOption,
     ModelArgument,
     OfflineOption,
-    QuantizeOption,
+    Quantize,
     RevisionOption,
     SparsitiesOption,
     TokenOption,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from teal_cli.evaluation.protocols import ProtocolName
     from teal_cli.evaluation.tasks import TasksReport
     from teal_cli.model.checkpoint import Checkpoint
+    from teal_cli.model.decoder import Decoder
     from teal_cli.progress import Reporter
     from teal_cli.sparsity.profile import Profile
 
@@ -42,6 +43,16 @@ MethodsOption = Annotated[
         metavar="LIST",
         help="How the profile shares the sparsity out over layers and projections; several are"
         " separated by commas, and compared with the first. [default: the profile's best]",
+    ),
+]
+QuantizationsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="LIST",
+        help="Quantized forms of the model to compare, dense and sparse, with the dense model that"
+        " is not quantized, separated by commas: int8, int4, int4-128, each with '+head' or"
+        " without; 'none' is the unquantized model's own sparse rows. [default: none]",
     ),
 ]
 ProtocolOption = Annotated[
@@ -102,7 +113,7 @@ def evaluate(
     tasks: TasksOption = None,
     limit: LimitOption = None,
     dtype: DtypeOption = None,
-    quantize: QuantizeOption = None,
+    quantize: QuantizationsOption = None,
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
     token: TokenOption = None,
@@ -117,6 +128,8 @@ def evaluate(
     where both find the same token likeliest, each with its standard error over the windows.
     Every method at every sparsity reads the same windows, so that their differences are paired.
 
+    With --quantize, all that is compared with the dense model without quantization.
+
     With --tasks, lm-eval's tasks instead. A text that a task scores is sparse where --protocol
     says, its context included; of an answer that is generated, every token after the prompt.
     """
@@ -128,6 +141,9 @@ def evaluate(
         raise UsageError(f"--{given[0]} is for perplexity: leave it out, or --tasks")
     if limit is not None and not specs:
         raise UsageError("--limit counts the documents of a task: it needs --tasks")
+    kinds = _quantizations(quantize)
+    if specs and len(kinds) > 1:
+        raise UsageError("--tasks runs one model: name one quantization")
     reporter = console.reporter()
 
     from teal_cli import pipeline
@@ -138,18 +154,37 @@ def evaluate(
 
     _check_extras(output, plot, tasks=specs is not None)
     target_device = pick_device(device)
-    checkpoint = pipeline.ensure_checkpoint(
-        models.resolve(model, revision),
-        dtype=dtype,
-        quantize=quantize,
-        device=device,
-        token=token,
-        offline=offline,
-        reporter=reporter,
-    )
-    profile = pipeline.ensure_profile(checkpoint, device=device, offline=offline, reporter=reporter)
-    settings = comparison.settings_for(profile, methods or (profile.default_method,), sparsities)
-    run = _Run(checkpoint, profile, settings, target_device, offline, reporter)
+    subjects = []
+    for kind in kinds:
+        checkpoint = pipeline.ensure_checkpoint(
+            models.resolve(model, revision),
+            dtype=dtype,
+            quantize=kind,
+            device=device,
+            token=token,
+            offline=offline,
+            reporter=reporter,
+        )
+        profile = pipeline.ensure_profile(
+            checkpoint, device=device, offline=offline, reporter=reporter
+        )
+        chosen = methods or (profile.default_method,)
+        settings = (
+            comparison.quantized_settings(kind, profile, chosen, sparsities)
+            if kind and not specs
+            else comparison.settings_for(profile, chosen, sparsities)
+        )
+        subjects.append(_Subject(checkpoint, profile, settings))
+    reference = subjects[0].checkpoint
+    if not specs and kinds[0] is not None:
+        reference = pipeline.ensure_checkpoint(
+            models.resolve(model, revision),
+            dtype=dtype,
+            token=token,
+            offline=offline,
+            reporter=reporter,
+        )
+    run = _Run(reference, tuple(subjects), target_device, offline, reporter)
     found: report.Report
     if specs:
         found = _on_tasks(run, specs, protocol, context, limit)
@@ -171,15 +206,59 @@ def evaluate(
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """What is evaluated, and where."""
+class _Subject:
+    """One form of the model, quantized or not."""
 
     checkpoint: Checkpoint
     profile: Profile
     settings: tuple[Setting, ...]
+
+    def inputs(self) -> dict[str, Any]:
+        """What a report says of a quantized form."""
+        checkpoint, profile = self.checkpoint, self.profile
+        return {
+            "quantization": checkpoint.quantization and checkpoint.quantization.name,
+            "fingerprint": checkpoint.fingerprint,
+            "rounding": checkpoint.rounding,
+            "profile": dict(profile.provenance),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What is evaluated, and where."""
+
+    checkpoint: Checkpoint  # whose dense model all is compared with
+    subjects: tuple[_Subject, ...]
     device: torch.device
     offline: bool
     reporter: Reporter
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        return tuple(setting for subject in self.subjects for setting in subject.settings)
+
+    @property
+    def profile(self) -> Profile:
+        return self.subjects[0].profile
+
+    @property
+    def learnt_from(self) -> set[str]:
+        """Fingerprints of the texts that profiles and rounding have seen."""
+        seen = [subject.profile.provenance for subject in self.subjects]
+        seen += [subject.checkpoint.rounding for subject in self.subjects]
+        return {
+            str(entry["dataset_fingerprint"]) for entry in seen if "dataset_fingerprint" in entry
+        }
+
+    def decoders(self, dense: Decoder) -> dict[str, Decoder]:
+        """The model that each setting is measured on, by label."""
+        found: dict[str, Decoder] = {}
+        for subject in self.subjects:
+            own = subject.checkpoint is self.checkpoint
+            decoder = dense if own else subject.checkpoint.load(self.device)
+            found |= {setting.label: decoder for setting in subject.settings}
+        return found
 
     def inputs(self) -> dict[str, Any]:
         """What a report needs to say for the run to be repeated."""
@@ -196,6 +275,11 @@ class _Run:
                 "methods": list(dict.fromkeys(setting.method for setting in self.settings)),
                 "provenance": dict(self.profile.provenance),
             },
+            "quantized": [
+                subject.inputs()
+                for subject in self.subjects
+                if subject.checkpoint.quantization is not None
+            ],
             "environment": environment(self.device),
         }
 
@@ -218,7 +302,7 @@ def _on_text(
         split_role="evaluation",
         column=column,
         offline=run.offline,
-        calibrated_on=run.profile.provenance.get("dataset_fingerprint"),
+        calibrated_on=run.learnt_from,
         reporter=run.reporter,
     )
     tokenizer = run.checkpoint.tokenizer()
@@ -226,12 +310,14 @@ def _on_text(
         lambda length, count: windows(tokenizer, corpus, seq_len=length, samples=count),
         samples or None,
     )
+    dense = run.checkpoint.load(run.device)
     result = perplexity.evaluate(
-        run.checkpoint.load(run.device),
+        dense,
         text,
         [(setting.label, setting.thresholds) for setting in run.settings],
         plan,
         run.reporter,
+        decoders=run.decoders(dense),
     )
     read = {
         "name": corpus.name,
@@ -292,3 +378,15 @@ def _entries(text: str, option: str) -> tuple[str, ...]:
     if not found:
         raise UsageError(f"{option} names nothing")
     return found
+
+
+def _quantizations(text: str | None) -> tuple[str | None, ...]:
+    """The quantizations in a list; None is the model as it is, which comes first."""
+    names = ("none",) if text is None else _entries(text, "--quantize")
+    for name in names:
+        if name not in ("none", *get_args(Quantize)):
+            raise UsageError(
+                f"there is no quantization {name!r}",
+                hint=f"There are: none, {', '.join(get_args(Quantize))}.",
+            )
+    return tuple(sorted((None if name == "none" else name for name in names), key=bool))

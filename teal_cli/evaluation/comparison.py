@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +22,11 @@ _SCHEMA = 2
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One method at one target sparsity."""
+    """One method at one target sparsity, on a quantized model named before it."""
 
     method: str
     target_sparsity: float
-    thresholds: Tensor  # [num_hidden_layers, 7] float32
+    thresholds: Tensor | None  # [num_hidden_layers, 7] float32; None is dense
 
     @property
     def label(self) -> str:
@@ -47,6 +48,17 @@ def settings_for(
         for sparsity in sparsities
         for method in methods
     )
+
+
+def quantized_settings(
+    quantization: str, profile: Profile, methods: Sequence[str], sparsities: Sequence[float]
+) -> tuple[Setting, ...]:
+    """A quantized model dense, then as `settings_for`; the methods carry its name."""
+    sparse = (
+        dataclasses.replace(setting, method=f"{quantization} {setting.method}")
+        for setting in settings_for(profile, methods, sparsities)
+    )
+    return Setting(quantization, 0.0, None), *sparse
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -63,6 +63,7 @@ class EvalResult:
 class _Tally:
     """What one setting has shown so far: one entry a window, and the inputs that it skipped."""
 
+    decoder: Decoder
     label: str
     thresholds: Tensor | None
     skips: SkipCount
@@ -75,44 +76,49 @@ class _Tally:
 def evaluate(
     decoder: Decoder,
     windows: Tensor,
-    settings: Sequence[tuple[str, Tensor]],
+    settings: Sequence[tuple[str, Tensor | None]],
     protocol: Protocol,
     reporter: Reporter,
+    *,
+    decoders: Mapping[str, Decoder] | None = None,
 ) -> EvalResult:
-    """Score the dense model and every sparse setting on the same windows.
+    """Score the dense model and every other setting on the same windows.
 
     Args:
         decoder: the model.
         windows: int64 [N, protocol.window].
         settings: what to compare with the dense model: labels, and thresholds
-            [num_hidden_layers, 7].
+            [num_hidden_layers, 7], None for another dense model.
         protocol: which positions are sparse, and which tokens are scored.
         reporter: follows the passes through the model.
+        decoders: by label, of settings that are of another form of the model, such as a
+            quantized one.
 
     Raises:
         TealError: a loss is not finite.
     """
-    tallies = [
-        _Tally(label, thresholds, SkipCount(decoder, thresholds))
-        for label, thresholds in (("dense", None), *settings)
-    ]
+    others = decoders or {}
+    tallies = [_Tally(decoder, "dense", None, SkipCount(decoder, None))]
+    for label, thresholds in settings:
+        own = others.get(label, decoder)
+        tallies.append(_Tally(own, label, thresholds, SkipCount(own, thresholds)))
     passes = len(windows) * len(tallies)
     with reporter.task("evaluating", total=passes, unit="passes") as task:
         for window in windows:
             hidden = []
             for tally in tallies:
-                hidden.append(_scored_states(decoder, window, tally, protocol))
+                hidden.append(_scored_states(window, tally, protocol))
                 task.advance()
-            _score(decoder, hidden, window[protocol.scored_from :].to(decoder.device), tallies)
+            _score(hidden, window[protocol.scored_from :].to(decoder.device), tallies)
     dense, *sparse = (_quality(tally, tallies[0].nll, decoder.config) for tally in tallies)
     return EvalResult(
         protocol, len(windows), len(windows) * protocol.scored, dense=dense, sparse=tuple(sparse)
     )
 
 
-def _scored_states(decoder: Decoder, window: Tensor, tally: _Tally, protocol: Protocol) -> Tensor:
+def _scored_states(window: Tensor, tally: _Tally, protocol: Protocol) -> Tensor:
     """Final hidden states that predict the scored tokens, [scored, hidden_size]."""
-    hidden = decoder.forward(
+    hidden = tally.decoder.forward(
         window[:-1],  # nothing is asked of the last token
         thresholds=tally.thresholds,
         sparse_from=protocol.sparse_from,
@@ -121,13 +127,12 @@ def _scored_states(decoder: Decoder, window: Tensor, tally: _Tally, protocol: Pr
     return hidden[protocol.scored_from - 1 :]
 
 
-def _score(
-    decoder: Decoder, hidden: Sequence[Tensor], targets: Tensor, tallies: Sequence[_Tally]
-) -> None:
+def _score(hidden: Sequence[Tensor], targets: Tensor, tallies: Sequence[_Tally]) -> None:
     """Add a window's scores to the tallies, the first of which is the dense model's.
 
     The logits of a few positions are computed at a time, and of one sparse setting.
     """
+    decoder = tallies[0].decoder
     rows = max(1, LOGITS_CHUNK // decoder.config.vocab_size)
     sums = torch.zeros(3, len(tallies), dtype=torch.float64, device=decoder.device)
     for start in range(0, len(targets), rows):
@@ -138,13 +143,14 @@ def _score(
         sums[2, 0] += len(wanted)
         shares = dense.exp()
         for index in range(1, len(tallies)):
-            ours = torch.log_softmax(decoder.logits(hidden[index][start : start + rows]), dim=-1)
+            logits = tallies[index].decoder.logits(hidden[index][start : start + rows])
+            ours = torch.log_softmax(logits, dim=-1)
             sums[0, index] -= ours.gather(-1, wanted).double().sum()
             sums[2, index] += (ours.argmax(-1) == best).sum()
             # Row sums in float32 stay exact to 1e-6 nats; the rows are then added in float64.
             sums[1, index] += torch.sub(dense, ours).mul_(shares).sum(-1).double().sum()
     for tally, (nll, kl, agreement) in zip(tallies, (sums / len(targets)).T.tolist(), strict=True):
-        check_finite(nll, tally.label, dense=tally.thresholds is None)
+        check_finite(nll, tally.label, dense=tally is tallies[0])
         tally.nll.append(nll)
         tally.kl.append(kl)
         tally.agreement.append(agreement)

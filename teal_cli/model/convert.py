@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,9 +92,20 @@ class Rounding(Protocol):
         """Whether what was rounded as `record` says is what is asked for."""
 
     def begin(
-        self, floats: FloatWeights, tokenizer: Callable[[], Any], reporter: Reporter
+        self,
+        floats: FloatWeights,
+        tokenizer: Callable[[], Any],
+        work_dir: Path,
+        reporter: Reporter,
     ) -> tuple[Rounder, dict[str, Any]]:
-        """A function that rounds the tensors it is asked for, in their order; and its record."""
+        """A function that rounds the tensors it is asked for, in their order; and its record.
+
+        Args:
+            floats: the model.
+            tokenizer: gives its tokenizer.
+            work_dir: for files of its own; removed with all that is in it.
+            reporter: told what is read.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +119,11 @@ class Nearest:
         return all(record.get(name) == value for name, value in self.asked.items())
 
     def begin(
-        self, floats: FloatWeights, tokenizer: Callable[[], Any], reporter: Reporter
+        self,
+        floats: FloatWeights,
+        tokenizer: Callable[[], Any],
+        work_dir: Path,
+        reporter: Reporter,
     ) -> tuple[Rounder, dict[str, Any]]:
         return lambda name: self.kind.round(name, floats(name)), {"method": "nearest"}
 
@@ -212,10 +228,10 @@ def _convert(
             "source": source.fingerprint,
             "dtype": name,
         }
-        rounder = None
+        rounder, work_dir = None, temporary / "work"
         if rounding is not None:
             tokenizer = partial(load_tokenizer, temporary, source.ref.name)
-            rounder, record = rounding.begin(floats, tokenizer, reporter)
+            rounder, record = rounding.begin(floats, tokenizer, work_dir, reporter)
             manifest |= {"quantization": rounding.kind.name, "rounding": record}
         tensors = _tensors(floats, kind, rounder)
         sizes = {}
@@ -224,6 +240,7 @@ def _convert(
                 path, own = temporary / shard, islice(tensors, len(group))
                 write_shard(path, group, own, digest=digest, progress=task.advance)
                 sizes[shard] = path.stat().st_size
+        shutil.rmtree(work_dir, ignore_errors=True)
         manifest |= {"shards": sizes, "fingerprint": digest.hexdigest()}
         artifacts.write_manifest(temporary / MANIFEST, KIND, manifest)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,7 +46,7 @@ def load_corpus(
     split_role: Role,
     column: str | None = None,
     offline: bool = False,
-    calibrated_on: str | None = None,
+    calibrated_on: Collection[str] = (),
     reporter: Reporter,
 ) -> Corpus:
     """Load a corpus for one of its two roles.
@@ -57,8 +57,8 @@ def load_corpus(
         split_role: whether it is to calibrate or to evaluate.
         column: the text column of a table, by default `text`.
         offline: ask no server.
-        calibrated_on: fingerprint of the corpus that the profile was calibrated on; evaluating
-            the same text then takes the part that calibration left out.
+        calibrated_on: fingerprints of the corpora that profiles or rounding learnt from;
+            evaluating such a text takes the part that they left out.
         reporter: is told when another corpus than asked for, or less of it, is used.
 
     Raises:
@@ -97,7 +97,7 @@ def load_corpus(
         return corpus
     if split_role == "calibration":
         return _part(corpus, "the first three quarters")
-    if spec == "pydoc" or calibrated_on == corpus.fingerprint:
+    if spec == "pydoc" or corpus.fingerprint in calibrated_on:
         return _part(corpus, "the last quarter")
     return corpus
 

@@ -54,7 +54,7 @@ def test_roles_never_share_text_of_one_file(tmp_path: Path) -> None:
     held_out = load_corpus(
         str(path),
         split_role="evaluation",
-        calibrated_on=calibration.fingerprint,
+        calibrated_on=[calibration.fingerprint],
         reporter=QUIET,
     )
     assert "".join(calibration.pieces + held_out.pieces) == long_text()
@@ -69,7 +69,7 @@ def test_file_too_short_to_share(tmp_path: Path) -> None:
     assert corpus.pieces == ("A few words.",)
     with pytest.raises(TealError, match="too short to share"):
         load_corpus(
-            str(path), split_role="evaluation", calibrated_on=corpus.fingerprint, reporter=QUIET
+            str(path), split_role="evaluation", calibrated_on=[corpus.fingerprint], reporter=QUIET
         )
 
 

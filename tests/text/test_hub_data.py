@@ -61,7 +61,7 @@ def test_single_split_is_shared_out(splits: dict[str, list[dict[str, Any]]]) -> 
     last = load_corpus(
         "some/data",
         split_role="evaluation",
-        calibrated_on=first.fingerprint,
+        calibrated_on=[first.fingerprint],
         reporter=Silent(),
     )
     assert not set(first.pieces) & set(last.pieces)
