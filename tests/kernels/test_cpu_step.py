@@ -101,7 +101,7 @@ def test_int4(group: int, threads: int) -> None:
     wide.lm_head = small.lm_head.dequantize()
     for layer, from_layer in zip(wide.layers, small.layers, strict=True):
         for name in MATRICES:
-            setattr(layer, name, getattr(from_layer, name).dequantize())
+            setattr(layer, name, getattr(from_layer, name).dequantize().contiguous())
     step, exact = small.step(threads=threads), wide.step(threads=threads)
     for position in range(small.length):
         logits, expected = step(position * 17 % 40, position), exact(position * 17 % 40, position)
