@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,17 @@ def test_int4_is_close_where_channels_differ_by_orders_of_magnitude() -> None:
     y = sparse_project(*quantized)
     assert_close_quantized(y, expected, quantized)
     assert float((y - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("group", [0, 64], ids=["int8", "int4"])
+def test_quantized_rows_apart(group: int) -> None:
+    case = make_case(33, (0, 128), 0.5, torch.float32)
+    matrix = quantize(case.weight, group)
+    apart = torch.zeros(33, matrix.rows.shape[1] + 3, dtype=matrix.rows.dtype)[:, 3:]
+    apart.copy_(matrix.rows)
+    expected = sparse_project(*case._replace(weight=matrix))
+    y = sparse_project(*case._replace(weight=replace(matrix, rows=apart)))
+    assert torch.equal(y, expected)
 
 
 def test_int4_of_zeros_and_extremes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numba
@@ -150,13 +151,16 @@ def sparse_project(
     """Run `teal_kernels.reference.sparse_project`, skipping the rows of dropped channels.
 
     Args and errors are the reference's; the weight is float16, bfloat16, float32 or quantized, and
-    the sum is in float32.
+    the sum is in float32. With int4, products of x and a scale are rounded to 16 bits that eight
+    channels share, an error of at most 2^-16 of the largest.
     """
     check_projection(x, weight, offsets, thresholds, bias)
     if isinstance(weight, Tensor):
         if weight.dtype not in _DTYPES:
             raise ValueError(f"weight must be 16- or 32-bit or quantized, got {weight.dtype}")
         weight = weight.contiguous()
+    else:
+        weight = replace(weight, rows=weight.rows.contiguous())
     if weight.device.type != "cpu":
         raise ValueError(f"weight must be on the CPU, got {weight.device}")
     matrix = _matrix([weight], offsets)
@@ -212,7 +216,6 @@ def _model(
     _, kv_heads, length, head_dim = keys.shape
     qkv, o, gate_up, down = matrices
     inner, q, kv = down[0].shape[0], heads * head_dim, kv_heads * head_dim
-    addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in table]
     cos, sin = (tensor.float().contiguous().numpy() for tensor in rotary)
     quantized = isinstance(lm_head, QuantizedRows)
     return Model(
@@ -225,7 +228,7 @@ def _model(
         vocab=vocab,
         length=length,
         eps=np.float32(eps),
-        vectors=np.array(addresses, dtype=np.int64),
+        vectors=np.stack([_addresses(row) for row in table]),
         qkv=_matrix(qkv, (0, q, q + kv, q + 2 * kv)),
         o=_matrix(o, (0, hidden)),
         gate_up=_matrix(gate_up, (0, inner, 2 * inner)),
@@ -245,29 +248,31 @@ def _model(
 
 def _matrix(weights: Sequence[Tensor | QuantizedMatrix], offsets: Sequence[int]) -> Matrix:
     """What the layers' weights have in common, and where they are."""
+    if len({_kind(weight) for weight in weights}) > 1:
+        raise ValueError("a matrix must be of the same integers or floats in every layer")
+    dtype, group = _kind(weights[0])
     rows = [weight if isinstance(weight, Tensor) else weight.rows for weight in weights]
     scales = [None if isinstance(weight, Tensor) else weight.scales for weight in weights]
-    kinds = [
-        (_DTYPES[weight.dtype], 0)
-        if isinstance(weight, Tensor)
-        else (vectors.INT4, weight.group)
-        if weight.group
-        else (vectors.INT8, 0)
-        for weight in weights
-    ]
-    if len(set(kinds)) > 1:
-        raise ValueError("a matrix must be of the same integers or floats in every layer")
-    dtype, group = kinds[0]
     return Matrix(
         dtype=dtype,
         stride=rows[0].shape[1] * rows[0].itemsize,
         group=group,
         offsets=np.array(offsets, dtype=np.int64),
-        addresses=np.array([tensor.data_ptr() for tensor in rows], dtype=np.int64),
-        scales=np.array(
-            [0 if tensor is None else tensor.data_ptr() for tensor in scales], dtype=np.int64
-        ),
+        addresses=_addresses(rows),
+        scales=_addresses(scales),
     )
+
+
+def _kind(weight: Tensor | QuantizedMatrix) -> tuple[Any, int]:
+    """How the compiled functions read a matrix: dtype and group."""
+    if isinstance(weight, Tensor):
+        return _DTYPES[weight.dtype], 0
+    return (vectors.INT4 if weight.group else vectors.INT8), weight.group
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> Any:
+    """int64, 0 where there is no tensor."""
+    return np.array([0 if t is None else t.data_ptr() for t in tensors], dtype=np.int64)
 
 
 def _shared(model: Model, threads: int) -> Shared:
