@@ -160,6 +160,11 @@ class QuantizedRows:
         return self.rows.shape[0], self.rows.shape[1]
 
     @property
+    def bits(self) -> int:
+        """Of a weight."""
+        return 8
+
+    @property
     def nbytes(self) -> int:
         """Bytes of rows and scales."""
         return self.rows.nbytes + self.scales.nbytes

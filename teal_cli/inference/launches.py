@@ -48,11 +48,14 @@ def matrix_key(decoder: Decoder, name: str, regime: float) -> str:
 def table_launches(decoder: Decoder) -> dict[float, StepLaunches]:
     """What the kernels' own table says, by the sparsity from which it holds."""
     from teal_kernels.gpu.launch import REGIMES, DeviceClass, StepLaunches
+    from teal_kernels.gpu.tensors import bits_of
 
+    weights = decoder.weights
     return {
         regime: StepLaunches.choose(
             shapes(decoder),
-            decoder.dtype.itemsize,
+            bits_of(weights.layers[0].qkv),
+            logits_bits=bits_of(weights.lm_head),
             regime=regime,
             device=DeviceClass.of(decoder.device),
         )

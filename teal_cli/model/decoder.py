@@ -176,9 +176,7 @@ class Decoder:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last axis, its mean taken in float32."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
-        return (wide * scale).to(x.dtype) * weight.to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.config.rms_norm_eps)
 
     def _project(
         self, fused: str, index: int, x: Tensor, weight: Matrix, bias: Tensor | None, run: _Pass
