@@ -154,9 +154,9 @@ def evaluate(
 
     _check_extras(output, plot, tasks=specs is not None)
     target_device = pick_device(device)
-    subjects = []
-    for kind in kinds:
-        checkpoint = pipeline.ensure_checkpoint(
+
+    def checkpoint(kind: str | None) -> Checkpoint:
+        return pipeline.ensure_checkpoint(
             models.resolve(model, revision),
             dtype=dtype,
             quantize=kind,
@@ -165,25 +165,18 @@ def evaluate(
             offline=offline,
             reporter=reporter,
         )
-        profile = pipeline.ensure_profile(
-            checkpoint, device=device, offline=offline, reporter=reporter
-        )
+
+    subjects = []
+    for kind in kinds:
+        made = checkpoint(kind)
+        profile = pipeline.ensure_profile(made, device=device, offline=offline, reporter=reporter)
         chosen = methods or (profile.default_method,)
-        settings = (
-            comparison.quantized_settings(kind, profile, chosen, sparsities)
-            if kind and not specs
-            else comparison.settings_for(profile, chosen, sparsities)
-        )
-        subjects.append(_Subject(checkpoint, profile, settings))
-    reference = subjects[0].checkpoint
-    if not specs and kinds[0] is not None:
-        reference = pipeline.ensure_checkpoint(
-            models.resolve(model, revision),
-            dtype=dtype,
-            token=token,
-            offline=offline,
-            reporter=reporter,
-        )
+        settings = comparison.settings_for(profile, chosen, sparsities)
+        if kind and not specs:
+            settings = comparison.on_quantized(kind, settings)
+        subjects.append(_Subject(made, profile, settings))
+    # A task's own dense run is what its sparse ones are compared with.
+    reference = subjects[0].checkpoint if specs or kinds[0] is None else checkpoint(None)
     run = _Run(reference, tuple(subjects), target_device, offline, reporter)
     found: report.Report
     if specs:

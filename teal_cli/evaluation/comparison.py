@@ -50,15 +50,13 @@ def settings_for(
     )
 
 
-def quantized_settings(
-    quantization: str, profile: Profile, methods: Sequence[str], sparsities: Sequence[float]
-) -> tuple[Setting, ...]:
-    """A quantized model dense, then as `settings_for`; the methods carry its name."""
-    sparse = (
+def on_quantized(quantization: str, settings: Sequence[Setting]) -> tuple[Setting, ...]:
+    """A quantized model dense, then its settings; the methods carry its name."""
+    named = (
         dataclasses.replace(setting, method=f"{quantization} {setting.method}")
-        for setting in settings_for(profile, methods, sparsities)
+        for setting in settings
     )
-    return Setting(quantization, 0.0, None), *sparse
+    return Setting(quantization, 0.0, None), *named
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
     # The largest inputs first, while there are many rows left to make up for them.
     order = hessian.diagonal().argsort(descending=True)
     left = weight[order].float()
-    factor = _factor(hessian[order][:, order])
+    factor = _factor(hessian[order[:, None], order])
+    shrink = torch.tensor(_SHRINK, device=weight.device)[:, None]
     codes, scales, offsets = [], [], []
     for start in range(0, len(left), _BLOCK):
         block, upper = left[start : start + _BLOCK], factor[start : start + _BLOCK]
@@ -40,7 +41,7 @@ def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
         errors = torch.empty_like(block)
         for i in range(len(block)):
             row = block[i : i + 1]
-            code, scale, offset = _nearest(row, group)
+            code, scale, offset = _nearest(row, shrink, group)
             errors[i] = (row - _values(code, scale, offset, group)) / within[i, i]
             block[i + 1 :].addr_(within[i, i + 1 :], errors[i], alpha=-1)
             codes.append(code)
@@ -53,11 +54,13 @@ def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
     )
 
 
-def _nearest(row: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and offsets of a row [1, N] on the grids that leave the least square error."""
-    shrunk = torch.tensor(_SHRINK, device=row.device)[:, None]
-    scales, offsets = int4_grid(row * shrunk, group)
-    codes = int4_codes(row.expand(len(shrunk), -1), scales, offsets, group)
+def _nearest(row: Tensor, shrink: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and offsets of a row [1, N] on the grids that leave the least square error.
+
+    `shrink` [R, 1] holds the shares of a group's extremes to try.
+    """
+    scales, offsets = int4_grid(row * shrink, group)
+    codes = int4_codes(row.expand(len(shrink), -1), scales, offsets, group)
     error = (_values(codes, scales, offsets, group) - row).square()
     groups = F.pad(error, (0, -row.shape[1] % group)).unflatten(1, (-1, group))
     best = groups.sum(2).argmin(0, keepdim=True)  # of each group
@@ -73,11 +76,12 @@ def _values(codes: Tensor, scales: Tensor, offsets: Tensor, group: int) -> Tenso
 
 def _factor(hessian: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse, damped until there is one."""
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1  # a channel that is always 0 shares its error with no other
-    mean, damping = diagonal.mean(), _DAMPING
+    diagonal, damping = hessian.diagonal(), _DAMPING
+    mean = diagonal.mean().clamp_min(1e-12)
+    diagonal[diagonal == 0] = mean  # a channel that is always 0 shares its error with no other
     while True:
-        damped = hessian + torch.eye(len(hessian), device=hessian.device) * (damping * mean)
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

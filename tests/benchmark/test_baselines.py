@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from benchmark.subjects import TINY
 from model.families import FAMILIES, hf_model, our_decoder
 
 from teal_cli.benchmark import compiled, transformers_baseline
@@ -16,6 +17,8 @@ from teal_cli.benchmark.transformers_baseline import (
     transformers_model,
 )
 from teal_cli.errors import TealError
+from teal_cli.model.quantization import QUANTIZATIONS
+from teal_cli.model.random_weights import random_decoder
 from teal_cli.progress import Silent
 
 
@@ -52,6 +55,20 @@ def test_the_compiled_step_is_the_same_model(family: str) -> None:
         tokens = torch.tensor([[*prompt, *decoding.answer[:5], 7]])
         theirs = original(tokens).logits[0, -1]
     assert torch.allclose(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int8+head", "int4"])
+def test_baselines_of_integers_run_the_same_weights_as_floats(name: str) -> None:
+    decoder = random_decoder(
+        TINY, device="cpu", dtype=torch.float32, seed=0, kind=QUANTIZATIONS[name]
+    )
+    model, prompt = transformers_model(decoder, torch.float32), ids(39).tolist()
+    with torch.no_grad():
+        ours = decoder.logits(decoder.forward(torch.tensor(prompt)))
+        torch.testing.assert_close(ours, model(torch.tensor([prompt])).logits[0])
+    decoding = CompiledDecoding(decoder, torch.float32, prompt, 6, lambda advance: advance)
+    decoding.run()
+    assert decoding.answer == greedy(model, prompt, 6)
 
 
 @pytest.mark.skipif(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from teal_cli.benchmark.cost import cache_bytes, require_memory, token_bytes, weight_bytes
 from teal_cli.errors import TealError
-from teal_cli.model.random_weights import SHAPES
+from teal_cli.model.quantization import QUANTIZATIONS
+from teal_cli.model.random_weights import SHAPES, random_decoder
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,30 @@ def test_the_token_reads_its_whole_model_but_for_the_other_embeddings() -> None:
 
 def test_tied_weights_are_stored_once() -> None:
     assert weight_bytes(SHAPES["smollm2-135m"], 4) == 134_515_008 * 4
+
+
+def test_integers_of_llama_2_7b() -> None:
+    """Rows of 4096 outputs: 4096 bytes, or 2048 and 4 for each of 64 groups of 64."""
+    config, half = SHAPES["llama-2-7b"], {"itemsize": 2, "sparsity": 0.5}
+    weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    scales = 32 * 4 * (3 * 4096 + 4096 + 2 * 11008 + 4096)
+    int8 = token_bytes(config, kind=QUANTIZATIONS["int8+head"], **half)
+    assert int8.projections == weights // 2 + scales  # which no skipped row saves
+    assert int8.lm_head == 32000 * (4096 + 4)
+    assert int8.cache == token_bytes(config, **half).cache
+    int4 = token_bytes(config, kind=QUANTIZATIONS["int4"], **half)
+    assert int4.projections == weights // 2 * (32 + 4) // 64
+    assert int4.lm_head == 32000 * 4096 * 2
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+@pytest.mark.parametrize("shape", ["smollm2-135m", "tinyllama-1.1b", "qwen2.5-0.5b"])
+def test_integers_take_the_memory_that_is_foretold(name: str, shape: str) -> None:
+    config, kind = SHAPES[shape], QUANTIZATIONS[name]
+    config = dataclasses.replace(config, num_hidden_layers=1, vocab_size=77)
+    config = dataclasses.replace(config, sliding_windows=(None,))
+    decoder = random_decoder(config, device="cpu", dtype=torch.float16, seed=0, kind=kind)
+    assert decoder.weights.nbytes == weight_bytes(config, 2, kind)
 
 
 def test_a_sliding_window_bounds_the_cache_that_is_read() -> None:

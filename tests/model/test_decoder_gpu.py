@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from model.families import hf_model, our_decoder
+from teal_kernels.quantized import QuantizedMatrix
 
 from teal_cli.model.decoder import Decoder
+from teal_cli.model.quantization import QUANTIZATIONS
 from teal_cli.model.weights import build_weights
+from teal_cli.rounding.gptq import gptq
 from teal_cli.sparsified import put_thresholds
 
 pytestmark = [
@@ -50,3 +53,46 @@ def test_as_exact_as_transformers(family: str, sparse: bool, dtype: torch.dtype)
     for logits in (full, stepped):
         assert logits.dtype == torch.float32
         assert error(logits) <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+@torch.no_grad()
+def test_integers_on_the_device_are_the_hosts(name: str, dtype: torch.dtype) -> None:
+    kind = QUANTIZATIONS[name]
+    plain = our_decoder(hf_model("qwen2"), torch.float32)
+
+    def host(wanted: str) -> torch.Tensor:
+        return dict(plain.weights.named_tensors())[wanted]
+
+    def rounded(wanted: str, device: str, kept: torch.dtype) -> object:
+        whole = host(wanted)
+        if kind.quantizes(wanted):
+            return kind.round(wanted, whole.to(device)).to(device)
+        return whole.to(device, kept)
+
+    ours = Decoder(
+        plain.config, build_weights(plain.config, lambda n: rounded(n, "cuda", dtype), kind)
+    )
+    oracle = Decoder(
+        plain.config, build_weights(plain.config, lambda n: rounded(n, "cpu", torch.float32), kind)
+    )
+    ids = torch.randint(3, 97, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    thresholds = 0.2 + 0.05 * torch.arange(21.0).view(3, 7) / 3
+    expected = oracle.logits(oracle.forward(ids))
+    found = ours.logits(ours.forward(ids.cuda())).cpu()
+    assert (found - expected).norm() < 0.03 * expected.norm()
+    assert ours.forward(ids.cuda(), thresholds=thresholds.cuda()).isfinite().all()
+
+
+@torch.no_grad()
+def test_gptq_on_the_device_beats_rounding() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(300, 200, device="cuda", generator=generator)
+    mix = torch.randn(300, 300, device="cuda", generator=generator)
+    x = torch.randn(4096, 300, device="cuda", generator=generator) @ (
+        mix / 17 + torch.eye(300, device="cuda")
+    )
+    nearest = QuantizedMatrix.int4(weight, 64).dequantize()
+    found = gptq(weight, x.T @ x, 64).dequantize()
+    assert (x @ (found - weight)).norm() < 0.9 * (x @ (nearest - weight)).norm()
