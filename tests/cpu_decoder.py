@@ -6,21 +6,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
 from torch import Tensor
 
 
 @dataclass
 class Layer:
     input_layernorm: Tensor
-    qkv: Tensor
+    qkv: Tensor | QuantizedMatrix
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Tensor
+    o: Tensor | QuantizedMatrix
     o_bias: Tensor | None
     post_attention_layernorm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Tensor | QuantizedMatrix
+    down: Tensor | QuantizedMatrix
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Small:
     def __post_init__(self) -> None:
         self.embed_tokens = self.random(self.vocab, self.hidden)
         self.norm = 1 + self.random(self.hidden)
-        self.lm_head = self.random(self.vocab, self.hidden)
+        self.lm_head: Tensor | QuantizedRows = self.random(self.vocab, self.hidden)
         self.layers = [self._layer() for _ in self.windows]
         shape = (len(self.windows), self.kv_heads, self.length, self.head_dim)
         self.keys = torch.full(shape, torch.nan, dtype=self.dtype)
@@ -54,6 +55,19 @@ class Small:
 
     def random(self, *shape: int) -> Tensor:
         return (torch.randn(shape, generator=self.generator) / shape[0] ** 0.5).to(self.dtype)
+
+    def quantize(self, groups: dict[str, int], *, lm_head: bool = False) -> None:
+        """Round matrices to int8 (group 0) or int4, by their names, and the lm_head to int8."""
+        for layer in self.layers:
+            for name, group in groups.items():
+                weight = getattr(layer, name)
+                matrix = (
+                    QuantizedMatrix.int4(weight, group) if group else QuantizedMatrix.int8(weight)
+                )
+                setattr(layer, name, matrix)
+        if lm_head:
+            assert isinstance(self.lm_head, Tensor)
+            self.lm_head = QuantizedRows.int8(self.lm_head)
 
     def _layer(self) -> Layer:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -111,7 +125,7 @@ class Oracle:
             gate, up = self._project(index, (4, 5), x, layer.gate_up, small.inner, small.inner)
             act = gate / (1 + (-gate).exp()) * up
             hidden = hidden + self._project(index, (6,), act, layer.down, small.hidden)[0]
-        return small.lm_head.double() @ self._norm(hidden, small.norm)
+        return _wide(small.lm_head) @ self._norm(hidden, small.norm)
 
     def _attention(self, index: int, layer: Layer, hidden: Tensor, position: int) -> Tensor:
         small, d = self.small, self.small.head_dim
@@ -139,10 +153,15 @@ class Oracle:
         return y if layer.o_bias is None else y + layer.o_bias.double()
 
     def _project(
-        self, index: int, names: tuple[int, ...], x: Tensor, weight: Tensor, *sizes: int
+        self,
+        index: int,
+        names: tuple[int, ...],
+        x: Tensor,
+        weight: Tensor | QuantizedMatrix,
+        *sizes: int,
     ) -> list[Tensor]:
         parts = []
-        for name, columns in zip(names, weight.double().split(sizes, dim=1), strict=True):
+        for name, columns in zip(names, _wide(weight).split(sizes, dim=1), strict=True):
             keep = x.abs() > self.thresholds[index, name].double()
             self.kept[index, name] += keep.sum()
             parts.append((x * keep) @ columns)
@@ -163,3 +182,7 @@ class Oracle:
         error = (cached.double() - exact).abs()
         bound = torch.finfo(cached.dtype).eps / 2 * exact.abs() + 4e-6
         assert bool((error <= bound).all()), f"cache off by {float(error.max()):.3g}"
+
+
+def _wide(weight: Tensor | QuantizedMatrix | QuantizedRows) -> Tensor:
+    return (weight if isinstance(weight, Tensor) else weight.dequantize()).double()

@@ -10,6 +10,7 @@ from types import ModuleType
 from torch import Tensor
 
 from teal_kernels import reference
+from teal_kernels.quantized import QuantizedMatrix
 
 # Backend → the module that holds it, and the device that it is for (None: any).
 BACKENDS: dict[str, tuple[str, str | None]] = {
@@ -21,7 +22,7 @@ BACKENDS: dict[str, tuple[str, str | None]] = {
 
 def sparse_project(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedMatrix,
     offsets: tuple[int, ...],
     thresholds: Tensor,
     bias: Tensor | None = None,
@@ -32,7 +33,7 @@ def sparse_project(
 
     Args:
         x: [K] floating point.
-        weight: [K, N] floating point; one input channel is one contiguous row.
+        weight: [K, N] floating point or quantized; one input channel is one contiguous row.
         offsets: P + 1 column bounds, from 0 to N.
         thresholds: [P] float32.
         bias: [N] floating point, or None.

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from teal_kernels.checks import check_projection
+from teal_kernels.quantized import QuantizedMatrix
 
 
 def sparse_project(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedMatrix,
     offsets: tuple[int, ...],
     thresholds: Tensor,
     bias: Tensor | None = None,
@@ -25,7 +26,8 @@ def sparse_project(
 
     Args:
         x: [K] floating point.
-        weight: [K, N] floating point; one input channel is one contiguous row.
+        weight: [K, N] floating point, or quantized, which is dequantized in float32; one input
+            channel is one contiguous row.
         offsets: P + 1 column bounds, from 0 to N.
         thresholds: [P] float32, compared in float32; 0 drops only exact zeros, -inf nothing.
         bias: [N] floating point, added to the sum.
@@ -37,6 +39,8 @@ def sparse_project(
         ValueError: a shape, stride, dtype or device is not as above.
     """
     check_projection(x, weight, offsets, thresholds, bias)
+    if isinstance(weight, QuantizedMatrix):
+        weight = weight.dequantize()
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     y = torch.empty(weight.shape[1], dtype=wide, device=x.device)
     for p, (start, end) in enumerate(pairwise(offsets)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from projection_cases import DTYPES, SHAPES, SPARSITIES, Case, assert_close, make_case, oracle
 from teal_kernels.cpu import sparse_project, team
+from teal_kernels.quantized import QuantizedMatrix
 
 # Around the vector's width of 32, whole vectors on each of several threads, a real size.
 WIDE = [
@@ -97,6 +99,104 @@ def test_strided_inputs_and_odd_addresses(dtype: torch.dtype) -> None:
     for weight in (columns[:, 5:45], odd):
         case = Case(x[:, 1], weight, plain.offsets, thresholds[:, 0])
         assert_close(sparse_project(*case), oracle(plain), plain)
+
+
+# Columns: less than a block of 64, whole blocks, every rest of one that a matrix may have, blocks
+# that start within a group or off a block, as many groups as vectors of 8 and of 32 hold and more.
+QUANTIZED = [
+    pytest.param(1, (0, 8), id="1x8"),
+    pytest.param(7, (0, 64), id="7x64"),
+    pytest.param(9, (0, 128), id="9x128"),
+    *(pytest.param(17, (0, 64 + rest), id=f"17x{64 + rest}") for rest in range(8, 64, 8)),
+    pytest.param(33, (0, 64, 192, 320), id="33x(64+128+128)"),
+    pytest.param(40, (0, 17, 17, 200), id="40x(17+0+183)"),
+    pytest.param(31, (0, 72, 144), id="31x(72+72)"),
+    pytest.param(64, (0, 576, 768, 960), id="64x(576+192+192)"),
+    pytest.param(12, (0, 2560), id="12x2560"),
+]
+
+
+def quantize(weight: torch.Tensor, group: int) -> QuantizedMatrix:
+    return QuantizedMatrix.int4(weight, group) if group else QuantizedMatrix.int8(weight)
+
+
+def assert_close_quantized(y: torch.Tensor, expected: torch.Tensor, case: Any) -> None:
+    """Within a float32 sum's rounding, and of int4 that of products of x and scale to 16 bits."""
+    x, weight = case.x.double().abs(), case.weight
+    wide = weight.dequantize().double().abs()
+    bound = torch.finfo(torch.float32).eps * (len(x) ** 0.5 + 2) * (x @ wide)
+    if weight.group:
+        scales, offsets = (
+            weight.rows[:, weight.columns // 2 :].contiguous().view(torch.float16).double()
+        ).chunk(2, dim=1)
+        group = torch.arange(weight.columns) // weight.group
+        products = (x[:, None] * scales)[:, group]
+        # Codes and offsets are summed apart: their sizes count, not that of the weights.
+        size = products.sum(0) * 15 + (x @ offsets.abs())[group]
+        bound += torch.finfo(torch.float32).eps * (len(x) ** 0.5 + 2) * size
+        bound += products.amax(0) * 15 * 2**-16 * len(x)
+    error = (y.double() - expected).abs()
+    assert bool((error <= bound).all()), f"off by {float((error - bound).max()):.3g}"
+
+
+@pytest.mark.parametrize(
+    "group", [0, 64, 128, 192, 8], ids=["int8", *map("int4-{}".format, (64, 128, 192, 8))]
+)
+@pytest.mark.parametrize(("inputs", "offsets"), QUANTIZED)
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_quantized(
+    inputs: int, offsets: tuple[int, ...], sparsity: float, group: int, threads: int
+) -> None:
+    case = make_case(inputs, offsets, sparsity, torch.float32)
+    matrix = quantize(case.weight, group)
+    bias = torch.randn(offsets[-1])
+    wide = case._replace(weight=matrix.dequantize())
+    quantized = case._replace(weight=matrix)
+    assert_close_quantized(sparse_project(*quantized), oracle(wide), quantized)
+    assert_close_quantized(sparse_project(*quantized, bias), oracle(wide, bias), quantized)
+
+
+@pytest.mark.parametrize("group", [0, 64], ids=["int8", "int4"])
+def test_quantized_nothing_and_everything_dropped(group: int, threads: int) -> None:
+    case = make_case(63, (0, 128), 0.5, torch.float32)
+    quantized = case._replace(weight=quantize(case.weight, group))
+    everything = quantized._replace(thresholds=case.x.abs().max().reshape(1))
+    assert not sparse_project(*everything).any()
+    nothing = quantized._replace(thresholds=torch.full((1,), -torch.inf))
+    wide = nothing._replace(weight=nothing.weight.dequantize())
+    assert_close_quantized(sparse_project(*nothing), oracle(wide), nothing)
+
+
+def test_int4_is_close_where_channels_differ_by_orders_of_magnitude() -> None:
+    """16 bits count from the largest product of eight rows: the others lose no more than that."""
+    case = make_case(64, (0, 256), 0.0, torch.float32)
+    case.x[::5] *= 1000
+    quantized = case._replace(weight=quantize(case.weight, 64))
+    expected = oracle(case._replace(weight=quantized.weight.dequantize()))
+    y = sparse_project(*quantized)
+    assert_close_quantized(y, expected, quantized)
+    assert float((y - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("group", [0, 64], ids=["int8", "int4"])
+def test_quantized_rows_apart(group: int) -> None:
+    case = make_case(33, (0, 128), 0.5, torch.float32)
+    matrix = quantize(case.weight, group)
+    apart = torch.zeros(33, matrix.rows.shape[1] + 3, dtype=matrix.rows.dtype)[:, 3:]
+    apart.copy_(matrix.rows)
+    expected = sparse_project(*case._replace(weight=matrix))
+    y = sparse_project(*case._replace(weight=replace(matrix, rows=apart)))
+    assert torch.equal(y, expected)
+
+
+def test_int4_of_zeros_and_extremes() -> None:
+    case = make_case(16, (0, 64), 0.0, torch.float32)
+    weight = torch.zeros(16, 64)
+    weight[3] = 60000.0
+    weight[4, :32] = -1e-6
+    quantized = case._replace(weight=quantize(weight, 64))
+    expected = oracle(case._replace(weight=quantized.weight.dequantize()))
+    assert_close_quantized(sparse_project(*quantized), expected, quantized)
 
 
 def test_bad_arguments_are_named() -> None:

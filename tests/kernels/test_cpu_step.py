@@ -75,6 +75,49 @@ def test_dtypes(dtype: torch.dtype, thresholds: list[float] | None) -> None:
     check(Small(dtype=dtype, bias=True, qk_norm=True, windows=(None, 5)), thresholds, 2)
 
 
+MATRICES = ("qkv", "o", "gate_up", "down")
+# Groups by matrix; 0 is int8, and groups of 8 are summed as exactly as floats are.
+EXACT = [
+    pytest.param(dict.fromkeys(MATRICES, 0), True, id="int8"),
+    pytest.param({"qkv": 0, "gate_up": 8, "down": 0}, False, id="mixed"),
+]
+
+
+@pytest.mark.parametrize("thresholds", THRESHOLDS)
+@pytest.mark.parametrize(("groups", "lm_head"), EXACT)
+def test_quantized(groups: dict[str, int], lm_head: bool, thresholds: list[float] | None) -> None:
+    small = Small(dtype=torch.float16, hidden=48, inner=72, head_dim=12, bias=True)
+    small.quantize(groups, lm_head=lm_head)
+    check(small, thresholds, 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3], ids="threads-{}".format)
+@pytest.mark.parametrize("group", [64, 128], ids="int4-{}".format)
+def test_int4(group: int, threads: int) -> None:
+    """Dense, so that no channel falls to the other side of a threshold."""
+    small = Small(hidden=136, inner=192, head_dim=64, vocab=40)
+    small.quantize(dict.fromkeys(MATRICES, group), lm_head=True)
+    wide = Small(hidden=136, inner=192, head_dim=64, vocab=40)
+    wide.lm_head = small.lm_head.dequantize()
+    for layer, from_layer in zip(wide.layers, small.layers, strict=True):
+        for name in MATRICES:
+            setattr(layer, name, getattr(from_layer, name).dequantize().contiguous())
+    step, exact = small.step(threads=threads), wide.step(threads=threads)
+    for position in range(small.length):
+        logits, expected = step(position * 17 % 40, position), exact(position * 17 % 40, position)
+        # Products of x and a scale are rounded to 16 bits.
+        assert float((logits - expected).norm() / expected.norm()) < 5e-4
+    assert torch.equal(step.kept, exact.kept)
+
+
+def test_layers_that_differ_are_refused() -> None:
+    small = Small(hidden=48, inner=72, head_dim=12)
+    small.quantize({"down": 0})
+    small.layers[1].down = small.layers[1].down.dequantize()
+    with pytest.raises(ValueError, match="the same integers or floats in every layer"):
+        small.step()
+
+
 def test_agrees_with_the_decoder() -> None:
     from dataclasses import replace
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from projection_cases import DTYPES, SHAPES, SPARSITIES, assert_close, make_case, oracle
 from teal_kernels import reference
+from teal_kernels.quantized import QuantizedMatrix
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -21,6 +22,16 @@ def test_matches_the_sum_written_out(
     y = reference.sparse_project(*case, bias)
     assert y.dtype == dtype
     assert_close(y, oracle(case, bias), case)
+
+
+@pytest.mark.parametrize("group", [0, 64], ids=["int8", "int4"])
+def test_quantized_is_the_product_with_the_dequantized(group: int) -> None:
+    case = make_case(33, (0, 40, 104), 0.5, torch.float32)
+    weight = (
+        QuantizedMatrix.int4(case.weight, group) if group else QuantizedMatrix.int8(case.weight)
+    )
+    wide = case._replace(weight=weight.dequantize())
+    assert_close(reference.sparse_project(*case._replace(weight=weight)), oracle(wide), wide)
 
 
 def test_float64_is_summed_in_float64() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numba
@@ -11,27 +12,16 @@ import torch
 from torch import Tensor
 
 from teal_kernels.checks import check_projection
-from teal_kernels.cpu import compiled, intrinsics, team
-from teal_kernels.cpu.structures import Model, Scratch, Shared, Team
+from teal_kernels.cpu import compiled, team, vectors
+from teal_kernels.cpu.structures import VECTORS, Matrix, Model, Scratch, Shared, Team
+from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
 
 _DTYPES = {
-    torch.float16: intrinsics.HALF,
-    torch.bfloat16: intrinsics.BFLOAT,
-    torch.float32: intrinsics.FLOAT,
+    torch.float16: vectors.HALF,
+    torch.bfloat16: vectors.BFLOAT,
+    torch.float32: vectors.FLOAT,
 }
-# The order in which `compiled` finds a layer's weights.
-LAYER_WEIGHTS = (
-    "input_layernorm",
-    "qkv",
-    "qkv_bias",
-    "q_norm",
-    "k_norm",
-    "o",
-    "o_bias",
-    "post_attention_layernorm",
-    "gate_up",
-    "down",
-)
+MATRICES = ("qkv", "o", "gate_up", "down")
 # Of the seven projections, those of whose input a thread lists only the channels it computed.
 _OWN_CHANNELS = np.array([False, False, False, True, False, False, True])
 
@@ -49,7 +39,7 @@ class DecodeStep:
         layers: Sequence[Any],
         embed_tokens: Tensor,
         norm: Tensor,
-        lm_head: Tensor,
+        lm_head: Tensor | QuantizedRows,
         keys: Tensor,
         values: Tensor,
         cos: Tensor,
@@ -64,7 +54,8 @@ class DecodeStep:
         Compiles the step where no compiled one is found on disk: some seconds, once a dtype.
 
         Args:
-            layers: objects with the attributes LAYER_WEIGHTS: tensors [in, out], [n] or None.
+            layers: objects with the attributes VECTORS, tensors [n] or None, and MATRICES, tensors
+                [in, out] or QuantizedMatrix; each of these alike in all layers.
             embed_tokens: [vocab_size, hidden_size].
             norm: [hidden_size].
             lm_head: [vocab_size, hidden_size].
@@ -78,15 +69,17 @@ class DecodeStep:
             threads: by default as many as torch uses, and no more than there are cores for us.
 
         Raises:
-            ValueError: the tensors are not contiguous, on a CPU, and of one dtype that is known.
+            ValueError: the tensors are not contiguous, on a CPU, and, but for the quantized, of one
+                dtype that is known; a matrix is stored in different ways in different layers.
         """
-        table = [[getattr(layer, name) for name in LAYER_WEIGHTS] for layer in layers]
+        table = [[getattr(layer, name) for name in VECTORS] for layer in layers]
+        matrices = [[getattr(layer, name) for layer in layers] for name in MATRICES]
         weights = [embed_tokens, norm, lm_head, keys, values]
-        weights += [tensor for row in table for tensor in row if tensor is not None]
+        weights += [tensor for row in table + matrices for tensor in row if tensor is not None]
         _check_weights(weights)
         self._tensors = weights  # the model holds no more than their addresses
         self._model = _model(
-            table, weights, (cos, sin), num_attention_heads, rms_norm_eps, sliding_windows
+            table, matrices, weights, (cos, sin), num_attention_heads, rms_norm_eps, sliding_windows
         )
         self._thresholds = np.full((len(table), 7), -np.inf, dtype=np.float32)
         self._kept = np.zeros((len(table), 7), dtype=np.int64)
@@ -150,22 +143,28 @@ class DecodeStep:
 
 def sparse_project(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedMatrix,
     offsets: tuple[int, ...],
     thresholds: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Run `teal_kernels.reference.sparse_project`, skipping the rows of dropped channels.
 
-    Args and errors are the reference's; the weight's dtype is float16, bfloat16 or float32, and
-    the sum is in float32.
+    Args and errors are the reference's; the weight is float16, bfloat16, float32 or quantized, and
+    the sum is in float32. With int4, products of x and a scale are rounded to 16 bits that eight
+    channels share, an error of at most 2^-16 of the largest.
     """
     check_projection(x, weight, offsets, thresholds, bias)
-    if weight.dtype not in _DTYPES or weight.device.type != "cpu":
-        raise ValueError(f"weight must be 16- or 32-bit on the CPU, got {weight.dtype}")
-    weight = weight.contiguous()
+    if isinstance(weight, Tensor):
+        if weight.dtype not in _DTYPES:
+            raise ValueError(f"weight must be 16- or 32-bit or quantized, got {weight.dtype}")
+        weight = weight.contiguous()
+    else:
+        weight = replace(weight, rows=weight.rows.contiguous())
+    if weight.device.type != "cpu":
+        raise ValueError(f"weight must be on the CPU, got {weight.device}")
+    matrix = _matrix([weight], offsets)
     values = x.float().contiguous().numpy()
-    bounds = np.array(offsets, dtype=np.int64)
     levels = thresholds.contiguous().numpy()
     y = np.zeros(weight.shape[1], dtype=np.float32)
     if bias is not None:
@@ -177,8 +176,8 @@ def sparse_project(
 
     def arguments(thread: int) -> tuple[Any, ...]:
         return (
-            _team(thread, threads, barrier), _DTYPES[weight.dtype], weight.data_ptr(), values,
-            bounds, levels, parts, y, _survivors(len(values)), kept[thread],
+            _team(thread, threads, barrier), matrix, values, levels, parts, y,
+            _survivors(len(values), [matrix]), kept[thread],
         )  # fmt: skip
 
     project = _compile(compiled.project, arguments(0))
@@ -186,36 +185,39 @@ def sparse_project(
     return torch.from_numpy(y).to(x.dtype)
 
 
-def _check_weights(weights: Sequence[Tensor]) -> None:
-    dtype = weights[0].dtype
-    for tensor in weights:
+def _check_weights(weights: Sequence[Tensor | QuantizedMatrix | QuantizedRows]) -> None:
+    tensors = [w for w in weights if isinstance(w, Tensor)]
+    dtype = tensors[0].dtype
+    for tensor in tensors:
         if tensor.dtype != dtype or dtype not in _DTYPES:
             raise ValueError(
                 f"weights and cache must be of one dtype of {', '.join(map(str, _DTYPES))}, "
                 f"got {dtype} and {tensor.dtype}"
             )
-        if not tensor.is_contiguous() or tensor.device.type != "cpu":
-            raise ValueError("weights and cache must be contiguous and on the CPU")
+    for weight in weights:
+        parts = [weight] if isinstance(weight, Tensor) else [weight.rows, weight.scales]
+        for part in parts:
+            if part is not None and (not part.is_contiguous() or part.device.type != "cpu"):
+                raise ValueError("weights and cache must be contiguous and on the CPU")
 
 
 def _model(
     table: Sequence[Sequence[Tensor | None]],
-    ends: Sequence[Tensor],
+    matrices: Sequence[Sequence[Tensor | QuantizedMatrix]],
+    ends: Sequence[Any],
     rotary: tuple[Tensor, Tensor],
     heads: int,
     eps: float,
     windows: Sequence[int | None],
 ) -> Model:
-    """Collect sizes and addresses; `table` has a row of LAYER_WEIGHTS for each layer."""
+    """Collect sizes and addresses; `table` has a row of VECTORS for each layer."""
     embed_tokens, norm, lm_head, keys, values = ends[:5]
     vocab, hidden = embed_tokens.shape
     _, kv_heads, length, head_dim = keys.shape
-    down = table[0][LAYER_WEIGHTS.index("down")]
-    assert down is not None
-    inner, q, kv = down.shape[0], heads * head_dim, kv_heads * head_dim
-    bounds = ((0, q, q + kv, q + 2 * kv), (0, hidden), (0, inner, 2 * inner), (0, hidden))
-    addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in table]
+    qkv, o, gate_up, down = matrices
+    inner, q, kv = down[0].shape[0], heads * head_dim, kv_heads * head_dim
     cos, sin = (tensor.float().contiguous().numpy() for tensor in rotary)
+    quantized = isinstance(lm_head, QuantizedRows)
     return Model(
         dtype=_DTYPES[embed_tokens.dtype],
         hidden=hidden,
@@ -226,17 +228,51 @@ def _model(
         vocab=vocab,
         length=length,
         eps=np.float32(eps),
-        layers=np.array(addresses, dtype=np.int64),
+        vectors=np.stack([_addresses(row) for row in table]),
+        qkv=_matrix(qkv, (0, q, q + kv, q + 2 * kv)),
+        o=_matrix(o, (0, hidden)),
+        gate_up=_matrix(gate_up, (0, inner, 2 * inner)),
+        down=_matrix(down, (0, hidden)),
         windows=np.array([window or 0 for window in windows], dtype=np.int64),
-        offsets=tuple(np.array(row, dtype=np.int64) for row in bounds),
         embed_tokens=embed_tokens.data_ptr(),
         norm=norm.data_ptr(),
-        lm_head=lm_head.data_ptr(),
+        lm_head=(lm_head.rows if quantized else lm_head).data_ptr(),
+        lm_head_dtype=vectors.INT8 if quantized else _DTYPES[lm_head.dtype],
+        lm_head_scales=lm_head.scales.data_ptr() if quantized else 0,
         keys=keys.data_ptr(),
         values=values.data_ptr(),
         cos=cos,
         sin=sin,
     )
+
+
+def _matrix(weights: Sequence[Tensor | QuantizedMatrix], offsets: Sequence[int]) -> Matrix:
+    """What the layers' weights have in common, and where they are."""
+    if len({_kind(weight) for weight in weights}) > 1:
+        raise ValueError("a matrix must be of the same integers or floats in every layer")
+    dtype, group = _kind(weights[0])
+    rows = [weight if isinstance(weight, Tensor) else weight.rows for weight in weights]
+    scales = [None if isinstance(weight, Tensor) else weight.scales for weight in weights]
+    return Matrix(
+        dtype=dtype,
+        stride=rows[0].shape[1] * rows[0].itemsize,
+        group=group,
+        offsets=np.array(offsets, dtype=np.int64),
+        addresses=_addresses(rows),
+        scales=_addresses(scales),
+    )
+
+
+def _kind(weight: Tensor | QuantizedMatrix) -> tuple[Any, int]:
+    """How the compiled functions read a matrix: dtype and group."""
+    if isinstance(weight, Tensor):
+        return _DTYPES[weight.dtype], 0
+    return (vectors.INT4 if weight.group else vectors.INT8), weight.group
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> Any:
+    """int64, 0 where there is no tensor."""
+    return np.array([0 if t is None else t.data_ptr() for t in tensors], dtype=np.int64)
 
 
 def _shared(model: Model, threads: int) -> Shared:
@@ -251,7 +287,8 @@ def _shared(model: Model, threads: int) -> Shared:
 def _scratch(model: Model) -> Scratch:
     widest = max(model.inner, model.heads * model.head_dim)
     head = (np.empty(model.head_dim, dtype=np.float32) for _ in range(3))
-    return _survivors(max(model.hidden, widest))._replace(
+    matrices = (model.qkv, model.o, model.gate_up, model.down)
+    return _survivors(max(model.hidden, widest), matrices)._replace(
         hidden=np.empty(model.hidden, dtype=np.float32),
         normed=np.empty(model.hidden, dtype=np.float32),
         inputs=np.empty(widest, dtype=np.float32),
@@ -260,20 +297,29 @@ def _scratch(model: Model) -> Scratch:
     )
 
 
-def _survivors(inputs: int) -> Scratch:
+def _survivors(inputs: int, matrices: Sequence[Matrix]) -> Scratch:
     """Room for the surviving channels of one projection, and for nothing else."""
     none = np.empty(0, dtype=np.float32)
+    rows, groups = inputs + 2 * vectors.ROWS, max(map(_groups, matrices))
     return Scratch(
         hidden=none,
         normed=none,
         inputs=none,
-        rows=np.empty(inputs, dtype=np.int64),
-        factors=np.empty(inputs, dtype=np.float32),
+        rows=np.empty(rows, dtype=np.int64),
+        factors=np.empty(rows, dtype=np.float32),
+        scaled=np.empty(vectors.ROWS * groups, dtype=np.float32),
+        steps=np.empty(groups, dtype=np.float32),
+        pairs=np.empty(vectors.ROWS // 2 * groups, dtype=np.int32),
+        sums=np.empty(groups, dtype=np.float32),
         scores=none,
         query=none,
         key=none,
         value=none,
     )
+
+
+def _groups(matrix: Matrix) -> int:
+    return -(-int(matrix.offsets[-1]) // matrix.group) if matrix.group else 0
 
 
 def _team(thread: int, threads: int, barrier: Tensor) -> Team:

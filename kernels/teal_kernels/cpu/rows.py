@@ -1,0 +1,187 @@
+# mypy: allow-untyped-defs
+# numba infers the types of what it compiles.
+"""The part of the compiled functions that reads weights: surviving rows, added up.
+
+Row-skipping follows TEAL (arXiv 2408.14690, section 4.4), in the form that suits a CPU: one
+thread walks its part of the surviving rows, ROWS of them at a time. Floats and integers go the same
+way and differ in what a load does; sums of integers are brought to scale when they are complete.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from teal_kernels.cpu.intrinsics import address_of, load, store
+from teal_kernels.cpu.sums import (
+    add_codes,
+    add_rows,
+    dot_vectors,
+    in_order,
+    scale_factors,
+    weigh_rows,
+)
+from teal_kernels.cpu.vectors import BLOCK, HALF, INT4, ROWS, WIDTH
+
+# Division as in numpy: Python's, which raises, would keep loops from being vectorised.
+compiled = njit(nogil=True, error_model="numpy")
+
+
+@compiled
+def dot(dtype, row, x, size):
+    """The product of a row of weights and a float32 vector, both addresses."""
+    vectors = size // WIDTH
+    total = dot_vectors(dtype, row, x, vectors)
+    for i in range(vectors * WIDTH, size):
+        total += load(dtype, row, i) * load(np.float32, x, i)
+    return total
+
+
+@compiled
+def weigh(dtype, base, stride, factors, count, out):
+    """out = the sum of factors[i] times row i of `count` rows, which are `stride` bytes apart."""
+    vectors = len(out) // WIDTH
+    for v in range(vectors):
+        at = address_of(dtype, base, v * WIDTH)
+        weigh_rows(dtype, out.ctypes.data + v * WIDTH * 4, at, stride, factors.ctypes.data, count)
+    for column in range(vectors * WIDTH, len(out)):
+        total = np.float32(0)
+        for i in range(count):
+            total += factors[i] * load(dtype, base + i * stride, column)
+        out[column] = total
+
+
+@compiled
+def add_bias(dtype, bias, part):
+    """part += the bias at an address, if there is one."""
+    if bias != 0:
+        for i in range(len(part)):
+            part[i] += load(dtype, bias, i)
+
+
+@compiled
+def _compact(x, start, stop, threshold, matrix, layer, rows, factors):
+    """List the channels of x[start:stop] with abs(x) > threshold: addresses of rows, and values.
+
+    The list is filled up to whole blocks, and a block to fetch ahead, with a row that counts for
+    nothing.
+    """
+    count, base = 0, matrix.addresses[layer]
+    for i in range(start, stop):
+        rows[count] = base + i * matrix.stride
+        factors[count] = x[i]
+        count += abs(x[i]) > threshold
+    last = rows[max(count - 1, 0)]
+    for i in range(count, (count + ROWS - 1) // ROWS * ROWS + ROWS):
+        rows[i] = last
+        factors[i] = 0
+    return count
+
+
+@compiled
+def _add_integers(matrix, rows, factors, first, columns, to, scratch):
+    """Add ROWS rows of INT4: codes times scales to `to`, offsets to scratch.sums."""
+    group = matrix.group
+    groups = (matrix.offsets[-1] + group - 1) // group
+    at, starts = matrix.stride - 4 * groups, rows.ctypes.data
+    scaled, pairs, steps = scratch.scaled, scratch.pairs.ctypes.data, scratch.steps.ctypes.data
+    scale_factors(starts, at, factors.ctypes.data, groups, scaled.ctypes.data, pairs, steps)
+    blocks = _blocks(group, first, columns)
+    add_codes(starts, first, group, groups, pairs, steps, blocks, to)
+    for i in range(blocks * BLOCK, columns):
+        total = load(np.float32, to, i)
+        for k in range(ROWS):
+            factor = scaled[k * groups + (first + i) // group]
+            total += factor * load(INT4, rows[k], first + i)
+        store(np.float32, to, i, total)
+    at += 2 * groups
+    add_rows(HALF, starts, at, factors.ctypes.data, groups, scratch.sums.ctypes.data)
+
+
+@compiled
+def _blocks(group, first, columns):
+    """How often BLOCK of the columns of INT4 from `first` on are taken at once."""
+    return 0 if group % BLOCK or first % BLOCK else columns // BLOCK
+
+
+def _add_block(dtype, matrix, rows, factors, first, columns, to, scratch):
+    """Add ROWS rows, times their factors, from column `first` on, to `columns` float32 at `to`.
+
+    rows: addresses of 2 * ROWS rows. The second half is fetched while the first is added: no
+    hardware prefetcher can guess which rows survive.
+    """
+
+
+@overload(_add_block)
+def _typed_add_block(dtype, matrix, rows, factors, first, columns, to, scratch):
+    """Choose when numba compiles, so that no dtype compiles what only another needs."""
+
+    def integers(dtype, matrix, rows, factors, first, columns, to, scratch):
+        _add_integers(matrix, rows, factors, first, columns, to, scratch)
+
+    def values(dtype, matrix, rows, factors, first, columns, to, scratch):
+        at = address_of(dtype, 0, first)
+        add_rows(dtype, rows.ctypes.data, at, factors.ctypes.data, columns, to)
+
+    return integers if dtype.instance_type is types.uint8 else values
+
+
+@compiled
+def _finish(matrix, layer, first, part, scratch):
+    """Bring sums of integers, which start at column `first`, into order and to scale."""
+    group, last = matrix.group, first + len(part)
+    if group != 0:
+        for block in range(_blocks(group, first, len(part))):
+            in_order(part.ctypes.data + block * BLOCK * 4)
+        for g in range(first // group, (last + group - 1) // group):
+            offset = scratch.sums[g]
+            for i in range(max(first, g * group) - first, min(last, (g + 1) * group) - first):
+                part[i] += offset
+    elif matrix.scales[layer] != 0:
+        for i in range(len(part)):
+            part[i] *= load(np.float32, matrix.scales[layer], first + i)
+
+
+@compiled
+def project_rows(matrix, layer, x, start, stop, thresholds, part, scratch, kept, team):
+    """part = a thread's part of the projections of x, float32 [columns].
+
+    Each projection takes the channels of x[start:stop] above its own threshold, and a thread an
+    equal share of those.
+
+    The rows are divided between the threads, not the columns, although the parts then have to be
+    summed up: a thread that reads whole rows gets 6 to 16 % more out of the memory (Zen 3).
+
+    Args:
+        matrix: of every layer.
+        thresholds: float32 [P].
+        scratch: has room for the survivors.
+        kept: int64 [P], raised by the survivors.
+        team: (thread, threads); (0, 1) for all that survive.
+    """
+    offsets, (thread, threads) = matrix.offsets, team
+    p = 0
+    while p < len(thresholds):
+        q = p + 1  # neighbours with the same threshold are one matrix
+        while q < len(thresholds) and thresholds[q] == thresholds[p]:
+            q += 1
+        count = _compact(
+            x, start, stop, thresholds[p], matrix, layer, scratch.rows, scratch.factors
+        )
+        for i in range(p, q):
+            kept[i] += count
+        blocks = (count + ROWS - 1) // ROWS
+        low, high = blocks * thread // threads * ROWS, blocks * (thread + 1) // threads * ROWS
+        mine = part[offsets[p] : offsets[q]]
+        for i in range(len(mine)):
+            mine[i] = 0
+        for i in range(len(scratch.sums)):
+            scratch.sums[i] = 0
+        for r in range(low, high, ROWS):
+            _add_block(
+                matrix.dtype, matrix, scratch.rows[r : r + 2 * ROWS], scratch.factors[r : r + ROWS],
+                offsets[p], len(mine), mine.ctypes.data, scratch,
+            )  # fmt: skip
+        _finish(matrix, layer, offsets[p], mine, scratch)
+        p = q
