@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from teal_cli.progress import Task
 
-_BOLD, _DIM, _RED = "1", "2", "31"
+BOLD, _DIM, _RED = "1", "2", "31"
 
 
 @dataclasses.dataclass(slots=True)
@@ -84,7 +84,7 @@ def print_table(
         for row in (columns, *rows)
     ]
     if title:
-        print(styled(title, _BOLD, sys.stdout))
+        print(styled(title, BOLD, sys.stdout))
     print(styled(lines[0], _DIM, sys.stdout))
     print("\n".join(lines[1:]), flush=True)
 

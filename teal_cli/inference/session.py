@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -25,6 +25,10 @@ _PREFILL_CHUNK = {"cpu": 1024, "cuda": 2048}
 
 # Where the fused step of a device is, and what it is written in.
 _FUSED_STEPS = {"cuda": ("teal_kernels.gpu", "triton"), "cpu": ("teal_kernels.cpu", "numba")}
+
+
+class Interrupted(Exception):
+    """A prefill was asked to stop; the session keeps the chunks that were done."""
 
 
 class _Step(Protocol):
@@ -186,11 +190,18 @@ class Session:
         self.clear_counts()
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int] | Tensor) -> Tensor:
+    def prefill(
+        self, tokens: Sequence[int] | Tensor, interrupted: Callable[[], bool] = lambda: False
+    ) -> Tensor:
         """Append tokens [T], computed dense; return the logits [vocab_size] after the last.
+
+        Args:
+            tokens: at least one.
+            interrupted: asked before each layer of each chunk.
 
         Raises:
             UsageError: they do not fit into the context; nothing has been appended then.
+            Interrupted: `interrupted` said True.
         """
         ids = torch.as_tensor(tokens, dtype=torch.int64).flatten()
         if not len(ids):
@@ -201,9 +212,13 @@ class Session:
                 hint="Shorten the text, or choose a longer context.",
             )
         for chunk in ids.split(_PREFILL_CHUNK[self.decoder.device.type]):
-            hidden = self.decoder.forward(chunk, cache=self.cache, position=self.position)
+            hidden = self.decoder.embed(chunk)
+            for layer in range(self.decoder.config.num_hidden_layers):
+                if interrupted():
+                    raise Interrupted
+                hidden = self.decoder.layer(layer, hidden, cache=self.cache, position=self.position)
             self.tokens += chunk.tolist()
-        return self.decoder.logits(hidden[-1:])[0]
+        return self.decoder.logits(self.decoder.final_norm(hidden[-1:]))[0]
 
     @torch.inference_mode()
     def step(self, token: int) -> Tensor:

@@ -130,13 +130,20 @@ class Checkpoint:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the generation config's, else the config's."""
+        """Tokens that end an answer: the generation config's, else the config's.
+
+        Raises:
+            TealError: they are not token ids.
+        """
         ids = self.generation_defaults().get("eos_token_id")
         if ids is None:
             ids = _read_object(self.folder / "config.json").get("eos_token_id")
         if ids is None:
             return ()
-        return tuple(ids) if isinstance(ids, list) else (int(ids),)
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise TealError(f"eos_token_id of {self.name} is {ids!r}, not numbers of tokens")
+        return tuple(ids)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
