@@ -102,6 +102,11 @@ def print_dim(message: str) -> None:
         print(styled(message, _DIM, sys.stderr), file=sys.stderr, flush=True)
 
 
+def is_rich(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that can do more than print lines."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+
+
 def styled(text: str, code: str, stream: TextIO) -> str:
     """`text` in an ANSI style, where `stream` is a terminal that wants colour."""
     if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
@@ -165,9 +170,7 @@ class ConsoleReporter:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._animated = (
-            not quiet and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "")
-        )
+        self._animated = not quiet and is_rich(sys.stderr)
         self._progress: Progress | None = None  # while any task is drawn
 
     def note(self, message: str) -> None:

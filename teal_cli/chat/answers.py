@@ -62,7 +62,7 @@ def _answer(chat: Chat, prompt: str, *, again: bool) -> Answer:
     conversation = chat.conversation
     was_nearly_full = conversation.nearly_full
     writer, said = _writer(chat), ""
-    with _interrupt_flag() as interrupted:
+    with _interrupt_flag() as interrupted, _silent_keys():
         steps = conversation.answer(
             prompt, max_new_tokens=chat.max_tokens, again=again, interrupted=interrupted
         )
@@ -159,6 +159,24 @@ def _interrupt_flag() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed_s is not None
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _silent_keys() -> Iterator[None]:
+    """Keep what is typed from being echoed into the answer; the next prompt shows it."""
+    if sys.platform == "win32" or not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    settings = termios.tcgetattr(sys.stdin)
+    silent = [*settings]
+    silent[3] &= ~termios.ECHO  # the local modes
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
 
 
 def _statistics(chat: Chat, finish: Finish) -> str:

@@ -27,8 +27,8 @@ Reader = Callable[[], str]
 
 def open_reader() -> Reader:
     """The best reader that this terminal and this installation allow."""
-    screen = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
-    if screen is None or os.environ.get("TERM", "") in ("", "dumb"):
+    screen = next((stream for stream in (sys.stdout, sys.stderr) if console.is_rich(stream)), None)
+    if screen is None:
         return _read_plainly
     try:
         session = line_editor(screen)
@@ -63,7 +63,7 @@ def line_editor(screen: TextIO) -> PromptSession[str]:
     return PromptSession(
         _PROMPT,
         multiline=True,  # a paste keeps its lines; the bindings let Enter send
-        prompt_continuation=_CONTINUED,
+        prompt_continuation=lambda width, line, wraps: " " * width if wraps else _CONTINUED,
         history=_history(),
         completer=_completer(),
         complete_while_typing=False,

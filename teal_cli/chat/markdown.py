@@ -7,7 +7,7 @@ a table when it ends, because its widths depend on all of it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from markdown_it import MarkdownIt
@@ -26,10 +26,11 @@ _RULE = re.compile(r"\s{0,3}([-*_])(\s*\1){2,}\s*$")
 _ITEM = re.compile(r"(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$")
 _QUOTE = re.compile(r"\s{0,3}>\s?(.*)$")
 _ROW = re.compile(r"\s*\|")
+_OPEN = re.compile(r"[*_`~\[<]")
 _DELIMITER = re.compile(r"\s*:?-+:?\s*$")
 
-# Beyond this a block of code is no longer coloured: each line colours all before it anew.
-_LONGEST_COLOURED = 20_000
+# Lines of code that decide a line's colours, itself the last: they are coloured anew for each.
+_COLOUR_CONTEXT = 40
 _RULE_WIDTH = 40
 
 _STYLES = {"strong": "bold", "em": "italic", "s": "strike", "link": "underline"}
@@ -50,7 +51,7 @@ class _Code:
 
     fence: str
     language: str
-    source: str = ""
+    lines: list[str] = field(default_factory=list)
 
 
 class MarkdownWriter:
@@ -60,6 +61,7 @@ class MarkdownWriter:
         self._console = console
         self._pending = ""  # the line of source that is not complete
         self._shown: list[str] = []  # rows of it that are on the screen
+        self._laid_out = 0  # how much of it was there when its rows were last looked at
         self._table: list[str] = []
         self._code: _Code | None = None
 
@@ -68,6 +70,7 @@ class MarkdownWriter:
         *lines, self._pending = (self._pending + text).split("\n")
         for line in lines:
             self._complete(line)
+            self._laid_out = 0
         self._show_full_rows()
 
     def close(self) -> None:
@@ -98,17 +101,24 @@ class MarkdownWriter:
             self._code = None
             self._print(Text(mark, style="dim"))
             return
-        code.source += line + "\n"
+        code.lines.append(line)
         self._print(_coloured(code))
 
     def _show_full_rows(self) -> None:
         """Show the rows of the pending line that nothing to come can change."""
-        if self._code is not None or self._table or len(self._pending) <= self._console.width:
+        length, width = len(self._pending), self._console.width
+        if self._code is not None or self._table or length <= width:
             return
+        if length < self._laid_out + width // 2:
+            return
+        self._laid_out = length
         words = self._pending[: self._pending.rfind(" ") + 1].rstrip()
-        if _ROW.match(words) or _FENCE.match(words) or not _is_settled(words):
+        if _ROW.match(words) or _FENCE.match(words):
             return
-        self._print_rows(self._rows(_parse(words, self._console.width))[:-1])
+        line = _parse(words, width)
+        # A mark that found no partner yet is left in the text, and may find one later.
+        if not _OPEN.search(line.text.plain):
+            self._print_rows(self._rows(line)[:-1])
 
     def _rows(self, line: _Line) -> list[Text]:
         """The rows of the screen that a line of source takes."""
@@ -148,7 +158,9 @@ class MarkdownWriter:
         for header, mark in zip(rows[0], rows[1] + ["-"] * len(rows[0]), strict=False):
             left, right = mark.startswith(":"), mark.endswith(":")
             table.add_column(
-                inline(header), justify="center" if left and right else "right" if right else "left"
+                inline(header),
+                justify="center" if left and right else "right" if right else "left",
+                overflow="fold",
             )
         for row in rows[2:]:
             table.add_row(*(inline(cell) for cell in row[: len(rows[0])]))
@@ -210,24 +222,19 @@ def _parse(line: str, width: int) -> _Line:
     return _Line(indent_text, indent_text, inline(content))
 
 
-def _is_settled(source: str) -> bool:
-    """Whether nothing that follows can change how this beginning of a line looks."""
-    return not re.search(r"[\[<]", source) and all(source.count(mark) % 2 == 0 for mark in "`*_~")
-
-
 def _cells(line: str) -> list[str]:
     inner = line.strip().removeprefix("|").removesuffix("|")
     return [cell.replace("\\|", "|").strip() for cell in re.split(r"(?<!\\)\|", inner)]
 
 
 def _coloured(code: _Code) -> Text:
-    """The last line of a block of code, coloured in the light of all before it."""
-    last = code.source[:-1].rpartition("\n")[2]
-    if not code.language or len(code.source) > _LONGEST_COLOURED:
-        return Text(last)
-    lines = Syntax("", code.language, theme="ansi_dark").highlight(code.source).split("\n")
-    number = code.source.count("\n") - 1
-    return lines[number] if number < len(lines) else Text(last)
+    """The last line of a block of code, coloured in the light of those before it."""
+    if not code.language:
+        return Text(code.lines[-1])
+    lines = code.lines[-_COLOUR_CONTEXT:]
+    source = "\n".join(lines)
+    coloured = Syntax("", code.language, theme="ansi_dark").highlight(source).split("\n")
+    return coloured[len(lines) - 1] if len(coloured) >= len(lines) else Text(lines[-1])
 
 
 @cache

@@ -13,9 +13,9 @@ from teal_cli.inference.detokenizer import printable
 from teal_cli.inference.transcript import Transcript
 
 _KEYS_HELP = """\
-Enter sends; a text over several lines goes between \"\"\" and \"\"\", or is pasted as it is.
-Ctrl-C ends an answer and keeps what was said, at the prompt it clears the line; Ctrl-D leaves.
-A text that begins with a slash needs a space before it."""
+Enter sends. Several lines go between \"\"\" and \"\"\", or are pasted as they are.
+Ctrl-C ends an answer and keeps what was said; at the prompt it clears the line.
+Ctrl-D leaves. A text that begins with a slash needs a space before it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,7 +199,7 @@ def chat(
         sparsity=0.0,
         max_tokens=max_tokens,
         compare=compare,
-        plain=plain or not sys.stdout.isatty(),
+        plain=plain or not console.is_rich(sys.stdout),
     )
     talk.set_sparsity(target)
     if text is None:

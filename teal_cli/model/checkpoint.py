@@ -13,10 +13,9 @@ from teal_cli.errors import TealError
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.weights import build_weights, tensor_shapes
-from teal_cli.store.artifacts import read_manifest
+from teal_cli.store.artifacts import CHECKPOINT as KIND
+from teal_cli.store.artifacts import MANIFEST, read_manifest
 
-MANIFEST = "manifest.json"
-KIND = "checkpoint"
 _MEND = "Make it again: `teal convert {name} --force`."
 
 

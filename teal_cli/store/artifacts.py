@@ -23,6 +23,7 @@ from teal_cli.errors import MissingError, TealError
 from teal_cli.progress import Reporter
 
 SCHEMA = 1
+CHECKPOINT, MANIFEST = "checkpoint", "manifest.json"  # a converted model: its kind, and its file
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = ".partial-"
 _ELSEWHERE = "Or choose another place: TEAL_HOME for teal's files, HF_HOME for the Hub's cache."

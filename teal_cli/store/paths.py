@@ -26,9 +26,14 @@ def model_dir(slug: str) -> Path:
     return data_dir() / "models" / slug
 
 
+def profile_dir(slug: str) -> Path:
+    """The folder of a model's profiles."""
+    return data_dir() / "profiles" / slug
+
+
 def profile_path(slug: str, dtype: str) -> Path:
     """The sparsity profile of a model's checkpoint in this dtype."""
-    return data_dir() / "profiles" / slug / f"{dtype}.safetensors"
+    return profile_dir(slug) / f"{dtype}.safetensors"
 
 
 def _folder(kind: str) -> Path:
