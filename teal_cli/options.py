@@ -50,15 +50,17 @@ def complete_stored(incomplete: str) -> list[str]:
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """The models that begin so: stored ones, 'demo', and folders and .gguf files that are here."""
+    """The models that begin so: stored ones, 'demo', and checkpoints and .gguf files; paths too."""
     import glob
     import os
 
-    begun = glob.escape(os.path.expanduser(incomplete)) + "*"
-    files = [path + "/" for path in glob.glob(begun) if os.path.isdir(path)]
-    files += glob.glob(begun + ".gguf")
+    begun = glob.escape(os.path.expanduser(incomplete))
+    files = [os.path.dirname(path) for path in glob.glob(f"{begun}*/config.json")]
+    files += glob.glob(f"{begun}*.gguf")
+    if "/" in incomplete:
+        files += glob.glob(f"{begun}*/")
     known = [name for name in ("demo",) if name.startswith(incomplete)]
-    return [*known, *complete_stored(incomplete), *sorted(files)]
+    return [*known, *complete_stored(incomplete), *sorted(set(files))]
 
 
 ModelArgument = Annotated[

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from teal_cli.errors import TealError, UsageError
 from teal_cli.inference.defaults import special_token_ids
 from teal_cli.inference.detokenizer import Detokenizer
-from teal_cli.inference.generate import Finish, Token, generate
+from teal_cli.inference.generate import Finish, Stats, Token, generate
 from teal_cli.inference.sampling import Sampler
 from teal_cli.inference.session import Session
 
@@ -19,9 +19,11 @@ Overflow = Literal["truncate", "stop"]
 # Tokens before an answer that tell the detokenizer whether its first word follows a space.
 _CONTEXT_TOKENS = 4
 
-# The context counts as nearly full from here on. Turns that must go make room down to here, so
-# that not every turn after them has to read what is left anew.
-_NEARLY_FULL = 0.75
+# Turns that must go make room down to this share of the context, so that not every turn after
+# them has to read what is left anew.
+_KEPT_SHARE = 0.75
+# The context counts as nearly full where a turn of this share of it would not fit any more.
+_NEXT_TURN_SHARE = 0.125
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class Conversation:
         self.sampler = sampler
         self.overflow: Overflow = overflow
         self.last_prompt: str | None = None
+        self.nearly_full = False  # whether the context may not hold the next turn
         self._session = session
         self._tokenizer = tokenizer
         self._stop_token_ids = frozenset(stop_token_ids)
@@ -99,11 +102,6 @@ class Conversation:
     def system(self) -> str | None:
         """The message before the first turn."""
         return self._system
-
-    @property
-    def nearly_full(self) -> bool:
-        """Whether the context may not hold the next turn or two."""
-        return self._session.position > _NEARLY_FULL * self._session.max_length
 
     def set_system(self, text: str | None) -> None:
         """Put another system message, or none, before what was said.
@@ -132,6 +130,7 @@ class Conversation:
         self.set_system(system[0] if system else None)
         self._turns = [m for m in messages if m["role"] != "system"]
         self._hidden = 0
+        self.nearly_full = False
         prompts = [m["content"] for m in self._turns if m["role"] == "user"]
         self.last_prompt = prompts[-1] if prompts else None
 
@@ -194,6 +193,7 @@ class Conversation:
                         self._turns = [*turns, {"role": "assistant", "content": said}]
                         self._hidden = hidden
                         self._remember(text + said, tokens, answered)
+                        self.nearly_full = self._is_nearly_full(step.stats, max_new_tokens)
                 yield step
 
     def _prompt(
@@ -207,13 +207,13 @@ class Conversation:
             return prompt, tokens, hidden
         length = self._session.max_length
         text, tokens = self._encode(turns[hidden:])
-        room = length - min(max_new_tokens, length // 2)
+        room = self._room(max_new_tokens)
         if self.overflow == "truncate" and len(tokens) > room:
             starts = [i for i, turn in enumerate(turns) if turn["role"] == "user" and i > hidden]
             for start in starts:
                 hidden = start
                 text, tokens = self._encode(turns[hidden:])
-                if len(tokens) <= min(room, _NEARLY_FULL * length):
+                if len(tokens) <= min(room, _KEPT_SHARE * length):
                     break
         if len(tokens) >= length and len(turns) > 1:
             raise UsageError(
@@ -222,6 +222,17 @@ class Conversation:
                 hint="Begin anew with /clear, or choose a longer --context.",
             )
         return text, tokens, hidden
+
+    def _room(self, max_new_tokens: int) -> int:
+        """Tokens that a prompt may have, for an answer to fit behind it."""
+        length = self._session.max_length
+        return length - min(max_new_tokens, length // 2)
+
+    def _is_nearly_full(self, stats: Stats, max_new_tokens: int) -> bool:
+        """Whether another turn like the last, or one of some size, would not fit."""
+        last = stats.prompt_tokens - stats.reused_tokens + stats.new_tokens
+        following = max(last, int(_NEXT_TURN_SHARE * self._session.max_length))
+        return self._session.position + following > self._room(max_new_tokens)
 
     def _encode(self, turns: list[Message]) -> tuple[str, list[int]]:
         """The text that the template makes, and its tokens: the cache's, as far as it has them."""

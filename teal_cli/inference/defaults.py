@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from teal_cli.model.config import ModelConfig
 
 # Below this size a model loses the thread sooner, to sparsity as to temperature.
 _SMALL_MODEL_WEIGHTS = 1_000_000_000
+_LARGEST = 1e9  # no temperature or top-k is beyond it
 _MARK = "teal-mark"  # stands for an answer where a template is looked at
 
 
@@ -56,7 +56,7 @@ def sampling_defaults(
         return {"temperature": defaults.temperature, "top_p": defaults.top_p}
     for name, value in chosen.items():
         number = isinstance(value, int if name == "top_k" else (int, float))
-        if not number or isinstance(value, bool) or not math.isfinite(value):
+        if not number or isinstance(value, bool) or not -_LARGEST < value < _LARGEST:
             raise TealError(f"the model's generation_config.json has {name} {value!r}")
     chosen = {"temperature": 1.0, **chosen}
     try:

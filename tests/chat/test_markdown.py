@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from itertools import pairwise
 
 import pytest
 from rich.cells import cell_len
@@ -16,8 +17,7 @@ STYLE = re.compile(r"\x1b\[[\d;]*m")
 SAMPLE = """\
 # Title with `code`
 
-A paragraph with **bold words that span a narrow row**, *italic* and a
-[link](https://example.org/a_b), snake_case and 2 * 3.
+A text with **bold words that span a row**, *italic* and a [link](https://x.example/a_b), 2 * 3.
 Its second line.
 
 1. First item, long enough to be wrapped with a hanging indent
@@ -43,10 +43,9 @@ def f(x):
 SHOWN_AT_40 = """\
 Title with code
 
-A paragraph with bold words that span a
-narrow row, italic and a
-link (https://example.org/a_b),
-snake_case and 2 * 3.
+A text with bold words that span a row,
+italic and a link
+(https://x.example/a_b), 2 * 3.
 Its second line.
 
 1. First item, long enough to be wrapped
@@ -63,14 +62,14 @@ def f(x):
 
 ```
 
-Country  Capital
-────────────────
-日本        東京
-France     Paris
+Country   Capital
+─────────────────
+日本         東京
+France      Paris
 
 ────────────────────────────────────────
-日本語のテキストは幅が広い、naïve 👍🏽
-end **unclosed
+日本語のテキストは幅が広い、naïve 👍🏽 end
+**unclosed
 """
 
 
@@ -88,15 +87,14 @@ def show(text: str, *, width: int = 40, step: int = 1, colour: bool = False) -> 
 
 @pytest.mark.parametrize("step", [1, 3, 17, 10_000])
 def test_it_looks_the_same_however_it_comes(step: int) -> None:
-    source = SAMPLE.replace("and a\n[link]", "and a [link]")
-    shown = show(source, step=step)[-1]
+    shown = show(SAMPLE, step=step)[-1]
     assert "\n".join(line.rstrip() for line in shown.split("\n")) == SHOWN_AT_40
 
 
-@pytest.mark.parametrize("width", [10, 20, 33, 80, 200])
+@pytest.mark.parametrize("width", [20, 33, 80, 200])
 def test_what_is_printed_stays_and_fits(width: int) -> None:
     states = show(SAMPLE, width=width)
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in pairwise(states):
         assert after.startswith(before)
     # Code is left for the terminal to wrap, so that it can be copied.
     wide = [line for line in states[-1].split("\n") if cell_len(line) > width]
@@ -109,10 +107,9 @@ def test_a_long_line_is_shown_while_it_comes() -> None:
     words = "word " * 30
     states = show(words + "**bold over some rows " + words + "**" + words, width=40)
     shown = [state.count("\n") for state in states]
-    assert shown[100] == 1
-    assert shown[149] == 2
+    assert (shown[70], shown[110]) == (1, 2)
     assert shown[300] == shown[150]  # the mark is open: what is under it may become bold
-    assert shown[-1] >= 11
+    assert shown[-1] == 12
 
 
 def test_a_mark_that_turns_out_otherwise_loses_nothing() -> None:
