@@ -14,7 +14,7 @@ from teal_cli.inference.transcript import Transcript
 
 _KEYS_HELP = """\
 Enter sends. Several lines go between \"\"\" and \"\"\", or are pasted as they are.
-Ctrl-C ends an answer and keeps what was said; at the prompt it clears the line.
+Ctrl-C ends an answer and keeps what was said, or clears the line.
 Ctrl-D leaves. A text that begins with a slash needs a space before it."""
 
 
@@ -76,10 +76,10 @@ def _sparsity(chat: Chat, argument: str) -> Outcome:
 
 
 def _set(chat: Chat, argument: str) -> Outcome:
-    key, *value = argument.split()
-    if len(value) != 1:
+    words = argument.split()
+    if len(words) != 2:
         raise UsageError(f"/set takes one of {', '.join(KEYS)}, and a value")
-    chat.set(key, value[0])
+    chat.set(*words)
     return Outcome(_settings(chat))
 
 
