@@ -252,19 +252,17 @@ def _loop(chat: Chat) -> None:
 
 def _take_turn(chat: Chat, line: str) -> bool:
     """Do what a line says; False where it is to leave."""
-    from teal_cli.chat import slash
-    from teal_cli.chat.answers import answer
-    from teal_cli.chat.editor import unquote
+    from teal_cli.chat import answers, editor, slash
 
-    text, quoted = unquote(line)
+    text, quoted = editor.unquote(line)
     if not text.strip():
         return True
     if quoted or not text.startswith("/"):
-        answer(chat, text)
+        answers.answer(chat, text)
         return True
     outcome = slash.run(chat, text)
     if outcome.text:
         print(outcome.text, file=sys.stderr)
     if outcome.retry and chat.conversation.last_prompt is not None:
-        answer(chat, chat.conversation.last_prompt, again=True)
+        answers.answer(chat, chat.conversation.last_prompt, again=True)
     return not outcome.leave
