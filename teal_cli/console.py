@@ -96,6 +96,16 @@ def print_error(message: str, hint: str | None = None) -> None:
         print(hint, file=sys.stderr)
 
 
+def confirm(question: str) -> bool:
+    """Ask on stderr; only "y" or "yes" is a yes."""
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    try:
+        return input().strip().lower() in ("y", "yes")
+    except EOFError:
+        print(file=sys.stderr)
+        return False
+
+
 def print_dim(message: str) -> None:
     """Print a line of statistics on stderr, dim on a terminal; nothing when quiet."""
     if not _settings.quiet:

@@ -86,6 +86,7 @@ def describe(variables: Mapping[str, str]) -> str:
             initial_indent=f"{name:<{width}}  ",
             subsequent_indent=" " * (width + 2),
             break_long_words=False,
+            break_on_hyphens=False,  # paths are to be copied
         )
         for name, value in rows
     ]

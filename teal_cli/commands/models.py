@@ -65,7 +65,7 @@ def _remove(name: str, yes: bool) -> None:
             raise UsageError(
                 "nobody is there to be asked whether to remove this", hint="Say so with --yes."
             )
-        if not typer.confirm(f"Remove {model.name}?", err=True):
+        if not console.confirm(f"Remove {model.name}?"):
             return
     nbytes = inventory.remove(model, console.reporter())
     console.reporter().note(f"removed {console.format_amount(nbytes, 'B')} of {model.name}")
