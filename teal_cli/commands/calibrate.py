@@ -18,6 +18,7 @@ from teal_cli.options import (
     JsonOption,
     ModelArgument,
     OfflineOption,
+    QuantizeOption,
     RevisionOption,
     TokenOption,
     check_sparsity,
@@ -107,6 +108,7 @@ def calibrate(
     site: SiteOption = None,
     plot: PlotOption = None,
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
     token: TokenOption = None,
@@ -126,6 +128,8 @@ def calibrate(
         raise UsageError(f"--import reads no text: leave out --{option}")
     if import_dir is not None and method is not None:
         raise UsageError("--import brings the release's own allocation: leave out --method")
+    if import_dir is not None and quantize is not None:
+        raise UsageError("--import brings thresholds of float weights: leave out --quantize")
     looked_up = {"sparsity": sparsity, "layer": layer, "site": site, "plot": plot}
     if show:
         _check_show(given, import_dir=import_dir, force=force, layer=layer, site=site)
@@ -133,6 +137,7 @@ def calibrate(
             model,
             revision,
             dtype,
+            quantize,
             method,
             sparsity=sparsity,
             layer=layer,
@@ -152,6 +157,8 @@ def calibrate(
     checkpoint = pipeline.ensure_checkpoint(
         models.resolve(model, revision),
         dtype=dtype,
+        quantize=quantize,
+        device=device,
         token=token,
         offline=offline,
         reporter=reporter,
@@ -217,6 +224,7 @@ def _show(
     model: str | None,
     revision: str | None,
     dtype: str | None,
+    quantize: str | None,
     method: str | None,
     *,
     sparsity: float | None,
@@ -235,7 +243,7 @@ def _show(
     if plot is not None:
         check_suffix(plot, SUFFIXES, "--plot")
         require_matplotlib()
-    profile, path = pipeline.stored_profile(models.resolve(model, revision), dtype)
+    profile, path = pipeline.stored_profile(models.resolve(model, revision), dtype, quantize)
     summary = summarise(
         profile, 0.5 if sparsity is None else sparsity, method, layer=layer, site=site
     )
@@ -261,7 +269,9 @@ def _made_as_asked(checkpoint: Checkpoint, given: dict[str, Any]) -> Profile | N
 
     path = pipeline.profile_path(checkpoint)
     if not path.exists():
-        return presets.preset_for(checkpoint.name) if not given else None
+        if given or checkpoint.quantization is not None:
+            return None
+        return presets.preset_for(checkpoint.name)
     try:
         profile = Profile.load(path)
         profile.check(checkpoint.config, checkpoint.fingerprint)
