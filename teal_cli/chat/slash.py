@@ -85,12 +85,10 @@ def _set(chat: Chat, argument: str) -> Outcome:
 
 def _show(chat: Chat, _: str) -> Outcome:
     session, conversation = chat.session, chat.conversation
-    decoder = session.decoder
     turns = sum(message["role"] == "user" for message in conversation.messages)
-    dtype = str(decoder.dtype).removeprefix("torch.")
     rows = [
         ("model", chat.model),
-        ("runs on", f"{decoder.device}, {dtype}, {session.backend}"),
+        ("runs on", f"{session.decoder.device}, {chat.weights}, {session.backend}"),
         ("sparsity", _sparsity_of(chat)),
         ("settings", _settings(chat)),
         ("context", f"{_context(chat)}, then {conversation.overflow}"),

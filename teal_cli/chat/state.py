@@ -44,11 +44,13 @@ class Totals:
 class Chat:
     """A conversation with a loaded model, at a sparsity that can be changed.
 
-    `profile` loads the model's thresholds where they are first needed, `method` is how they share
-    sparsity out (None is the profile's best), `sparsity` the target in force.
+    `weights` names the form that they are stored in. `profile` loads the model's thresholds where
+    they are first needed, `method` is how they share sparsity out (None is the profile's best),
+    and `sparsity` the target in force.
     """
 
     model: str
+    weights: str
     session: Session
     conversation: Conversation
     profile: Callable[[], Profile]

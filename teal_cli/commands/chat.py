@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from teal_cli import console
-from teal_cli.errors import TealError, UsageError
+from teal_cli.errors import UsageError
 from teal_cli.options import (
     DeterministicOption,
     DeviceOption,
@@ -24,7 +24,9 @@ from teal_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from teal_cli.chat.state import Chat
+    from teal_cli.inference.conversation import Conversation, Overflow
+    from teal_cli.inference.session import Session
+    from teal_cli.model.checkpoint import Checkpoint
     from teal_cli.sparsity.profile import Profile
 
 # Room for the conversation where --context does not say: 1 GB of cache at Llama-3-8B's shape.
@@ -146,11 +148,11 @@ def chat(
 
     from teal_cli import pipeline
     from teal_cli.chat.answers import answer
+    from teal_cli.chat.loop import talk
     from teal_cli.chat.state import Chat
-    from teal_cli.inference.conversation import Conversation
-    from teal_cli.inference.defaults import chat_defaults, sampling_defaults, stop_token_ids
+    from teal_cli.inference.defaults import chat_defaults
     from teal_cli.inference.device import pick_device
-    from teal_cli.inference.sampling import Sampler, Sampling
+    from teal_cli.inference.sampling import Sampling
     from teal_cli.inference.session import Session
     from teal_cli.store import models
 
@@ -174,8 +176,7 @@ def chat(
             checkpoint, device=device, offline=offline, reporter=reporter
         )
 
-    defaults = chat_defaults(checkpoint.config)
-    target = defaults.sparsity if sparsity is None else sparsity
+    target = chat_defaults(checkpoint.config).sparsity if sparsity is None else sparsity
     if target > 0:
         profile()  # made before the weights take up memory
     session = Session(
@@ -184,20 +185,11 @@ def chat(
         deterministic=deterministic,
         reporter=reporter,
     )
-    tokenizer = checkpoint.tokenizer()
-    chosen = sampling_defaults(checkpoint.generation_defaults(), defaults) | given
-    conversation = Conversation(
-        session,
-        tokenizer,
-        Sampler(Sampling(**chosen, seed=seed)),
-        stop_token_ids=stop_token_ids(checkpoint.eos_token_ids, tokenizer),
-        system=system,
-        overflow=overflow,
-    )
-    talk = Chat(
+    chat = Chat(
         model=checkpoint.name,
+        weights=checkpoint.folder.name,
         session=session,
-        conversation=conversation,
+        conversation=_conversation(checkpoint, session, given, seed, system, overflow),
         profile=profile,
         method=method,
         sparsity=0.0,
@@ -205,11 +197,37 @@ def chat(
         compare=compare,
         plain=plain or not console.is_rich(sys.stdout),
     )
-    talk.set_sparsity(target)
+    chat.set_sparsity(target)
     if text is None:
-        _loop(talk)
-    elif answer(talk, text).finish.reason == "interrupted":
+        talk(chat)
+    elif answer(chat, text).finish.reason == "interrupted":
         raise KeyboardInterrupt
+
+
+def _conversation(
+    checkpoint: Checkpoint,
+    session: Session,
+    given: dict[str, Any],
+    seed: int | None,
+    system: str | None,
+    overflow: Overflow,
+) -> Conversation:
+    """A conversation that samples as the user says, else as the model's author does."""
+    from teal_cli.inference.conversation import Conversation
+    from teal_cli.inference.defaults import chat_defaults, sampling_defaults, stop_token_ids
+    from teal_cli.inference.sampling import Sampler, Sampling
+
+    tokenizer = checkpoint.tokenizer()
+    defaults = chat_defaults(checkpoint.config)
+    chosen = sampling_defaults(checkpoint.generation_defaults(), defaults) | given
+    return Conversation(
+        session,
+        tokenizer,
+        Sampler(Sampling(**chosen, seed=seed)),
+        stop_token_ids=stop_token_ids(checkpoint.eos_token_ids, tokenizer),
+        system=system,
+        overflow=overflow,
+    )
 
 
 def _one_shot_prompt(prompt: str | None) -> str | None:
@@ -224,49 +242,3 @@ def _one_shot_prompt(prompt: str | None) -> str | None:
     if not prompt.strip():
         raise UsageError("the prompt is empty", hint="Give a text with --prompt or through a pipe.")
     return prompt
-
-
-def _loop(chat: Chat) -> None:
-    """Answer turn after turn until the user leaves; nothing that fails ends the chat."""
-    from teal_cli.chat.editor import open_reader
-
-    console.print_dim("/help lists the commands, Ctrl-C ends an answer, Ctrl-D leaves.")
-    if not chat.conversation.has_template:
-        console.print_dim("This model has no chat template: it continues what you write.")
-    read = open_reader()
-    while True:
-        try:
-            line = read()
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        except KeyboardInterrupt:
-            console.print_dim("Ctrl-D or /bye leaves.")
-            continue
-        try:
-            if not _take_turn(chat, line):
-                return
-        except KeyboardInterrupt:
-            # Broken off anywhere: what the session holds is not to be relied on.
-            chat.session.reset()
-            console.print_dim("stopped")
-        except TealError as error:
-            console.print_error(error.message, error.hint)
-
-
-def _take_turn(chat: Chat, line: str) -> bool:
-    """Do what a line says; False where it is to leave."""
-    from teal_cli.chat import answers, editor, slash
-
-    text, quoted = editor.unquote(line)
-    if not text.strip():
-        return True
-    if quoted or not text.startswith("/"):
-        answers.answer(chat, text)
-        return True
-    outcome = slash.run(chat, text)
-    if outcome.text:
-        print(outcome.text, file=sys.stderr)
-    if outcome.retry and chat.conversation.last_prompt is not None:
-        answers.answer(chat, chat.conversation.last_prompt, again=True)
-    return not outcome.leave

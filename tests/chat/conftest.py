@@ -74,6 +74,7 @@ def chat(
     conversation = Conversation(session, tokenizer, Sampler(Sampling(seed=1)), stop_token_ids=[2])
     return Chat(
         model="org/tiny",
+        weights="float32",
         session=session,
         conversation=conversation,
         profile=lambda: profile,  # type: ignore[arg-type, return-value]
