@@ -116,9 +116,9 @@ def _difference(dense: Answer, sparse: Answer) -> str:
         same = next(
             (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
         )
-        verdict = (
-            f"they part after {same} words: dense {_excerpt(a[same:])}, sparse {_excerpt(b[same:])}"
-        )
+        words = "1 word" if same == 1 else f"{same} words"
+        verdict = f"they part after {words}: {_excerpt(a[same:])} when dense,"
+        verdict += f"\n{_excerpt(b[same:])} when sparse"
     speeds = [answer.finish.stats.tokens_per_s for answer in (dense, sparse)]
     if speeds[0] and speeds[1]:
         ratio = f"{speeds[1] / speeds[0]:.2f} x"
@@ -128,7 +128,7 @@ def _difference(dense: Answer, sparse: Answer) -> str:
 
 def _excerpt(words: list[str]) -> str:
     if not words:
-        return "ends there"
+        return "nothing more"
     more = " …" if len(words) > _SHOWN_WORDS else ""
     return f"“{' '.join(words[:_SHOWN_WORDS])}{more}”"
 

@@ -37,13 +37,17 @@ def test_compare_answers_twice_and_keeps_the_sparse_one(
 def test_where_two_texts_part(chat: Chat) -> None:
     finish = answers.answer(chat, "Hi").finish
 
-    def difference(dense: str, sparse: str) -> str:
+    def difference(dense: str, sparse: str) -> list[str]:
         pair = (answers.Answer(text, finish) for text in (dense, sparse))
-        return answers._difference(*pair).splitlines()[0]
+        return answers._difference(*pair).splitlines()
 
-    assert difference("a b", "a b") == "both say the same"
-    assert difference("a b c", "a x c") == "they part after 1 words: dense “b c”, sparse “x c”"
-    assert difference("a b", "a") == "they part after 1 words: dense “b”, sparse ends there"
+    assert difference("a b", "a b")[0] == "both say the same"
+    assert difference("a b c", "a x c")[:2] == [
+        "they part after 1 word: “b c” when dense,",
+        "“x c” when sparse",
+    ]
+    assert difference("a b", "a")[1] == "nothing more when sparse"
+    assert difference("a b", "a")[2].startswith("dense ")
 
 
 def test_a_context_that_fills_is_announced(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,7 +213,8 @@ def test_generation_ends_for_each_reason(decoder: Decoder) -> None:
     assert finish.reason == "context"
     assert finish.stats.new_tokens == 40 - len(PROMPT) + 1
 
-    answers = iter([False, False, True])
+    reading = [False] * decoder.config.num_hidden_layers
+    answers = iter([*reading, False, False, True])
     heard, finish = run(session, PROMPT, max_new_tokens=6, interrupted=lambda: next(answers))
     assert (heard, finish.reason) == (tokens[:3], "interrupted")
 
