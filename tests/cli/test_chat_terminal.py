@@ -77,6 +77,7 @@ def leave(child: Any) -> None:
 
 
 def test_commands_and_turns(start: Start, tmp_path: Path) -> None:
+    pytest.importorskip("prompt_toolkit")
     child = start("-n", "6", "--seed", "1")
     child.send("/sparsity 0.5\r")
     child.expect("sparsity 0.5, by uniform")
