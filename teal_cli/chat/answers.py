@@ -64,7 +64,11 @@ def _answer(chat: Chat, prompt: str, *, again: bool) -> Answer:
     writer, said = _writer(chat), ""
     with _interrupt_flag() as interrupted, _silent_keys():
         steps = conversation.answer(
-            prompt, max_new_tokens=chat.max_tokens, again=again, interrupted=interrupted
+            prompt,
+            max_new_tokens=chat.max_tokens,
+            again=again,
+            interrupted=interrupted,
+            reporter=console.reporter(),
         )
         for step in steps:
             if isinstance(step, Text):

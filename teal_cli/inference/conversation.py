@@ -12,6 +12,7 @@ from teal_cli.inference.detokenizer import Detokenizer
 from teal_cli.inference.generate import Finish, Stats, Token, generate
 from teal_cli.inference.sampling import Sampler
 from teal_cli.inference.session import Session
+from teal_cli.progress import Reporter
 
 Message = dict[str, str]  # role: system, user or assistant; content
 Overflow = Literal["truncate", "stop"]
@@ -141,6 +142,7 @@ class Conversation:
         max_new_tokens: int,
         again: bool = False,
         interrupted: Callable[[], bool] = lambda: False,
+        reporter: Reporter | None = None,
     ) -> Iterator[Text | Dropped | Finish]:
         """Answer one turn.
 
@@ -152,6 +154,7 @@ class Conversation:
             max_new_tokens: where an answer is cut off.
             again: this turn takes the last one's place.
             interrupted: asked all the time; the answer ends once it says True.
+            reporter: follows the reading of a long prompt.
 
         Yields:
             Perhaps one `Dropped`, `Text` whenever there is more to show, then one `Finish`.
@@ -174,6 +177,7 @@ class Conversation:
             max_new_tokens=max_new_tokens,
             stop_token_ids=self._stop_token_ids,
             interrupted=interrupted,
+            reporter=reporter,
         )
         for step in steps:
             if isinstance(step, Token):

@@ -11,6 +11,7 @@ from typing import Literal
 from teal_cli.errors import UsageError
 from teal_cli.inference.sampling import Sampler
 from teal_cli.inference.session import Interrupted, Session
+from teal_cli.progress import Reporter
 
 FinishReason = Literal["stop", "length", "context", "interrupted"]
 
@@ -55,6 +56,7 @@ def generate(
     max_new_tokens: int,
     stop_token_ids: Collection[int] = (),
     interrupted: Callable[[], bool] = lambda: False,
+    reporter: Reporter | None = None,
 ) -> Iterator[Token | Finish]:
     """Answer a prompt, token by token.
 
@@ -68,6 +70,7 @@ def generate(
         stop_token_ids: end the answer, and are not part of it.
         interrupted: asked between tokens, and between the layers that read the prompt; the
             answer ends where it is once it says True.
+        reporter: follows the reading of a long prompt.
 
     Yields:
         A `Token` for each token of the answer, then one `Finish`.
@@ -86,7 +89,7 @@ def generate(
     session.rewind(reused)
     session.clear_counts()
     try:
-        logits = session.prefill(prompt_tokens[reused:], interrupted)
+        logits = session.prefill(prompt_tokens[reused:], interrupted, reporter)
     except Interrupted:
         elapsed = time.perf_counter() - started
         yield Finish("interrupted", Stats(len(prompt_tokens), reused, 0, elapsed, 0.0, None))

@@ -191,13 +191,17 @@ class Session:
 
     @torch.inference_mode()
     def prefill(
-        self, tokens: Sequence[int] | Tensor, interrupted: Callable[[], bool] = lambda: False
+        self,
+        tokens: Sequence[int] | Tensor,
+        interrupted: Callable[[], bool] = lambda: False,
+        reporter: Reporter | None = None,
     ) -> Tensor:
         """Append tokens [T], computed dense; return the logits [vocab_size] after the last.
 
         Args:
             tokens: at least one.
             interrupted: asked before each layer of each chunk.
+            reporter: follows the chunks, where there are several.
 
         Raises:
             UsageError: they do not fit into the context; nothing has been appended then.
@@ -211,14 +215,23 @@ class Session:
                 f"{self.position + len(ids)} tokens do not fit into a context of {self.max_length}",
                 hint="Shorten the text, or choose a longer context.",
             )
-        for chunk in ids.split(_PREFILL_CHUNK[self.decoder.device.type]):
-            hidden = self.decoder.embed(chunk)
-            for layer in range(self.decoder.config.num_hidden_layers):
-                if interrupted():
-                    raise Interrupted
-                hidden = self.decoder.layer(layer, hidden, cache=self.cache, position=self.position)
-            self.tokens += chunk.tolist()
+        chunks = ids.split(_PREFILL_CHUNK[self.decoder.device.type])
+        follower = (reporter if len(chunks) > 1 else None) or Silent()
+        with follower.task("Reading", len(ids), "tokens") as task:
+            for chunk in chunks:
+                hidden = self._prefill_chunk(chunk, interrupted)
+                task.advance(len(chunk))
         return self.decoder.logits(self.decoder.final_norm(hidden[-1:]))[0]
+
+    def _prefill_chunk(self, chunk: Tensor, interrupted: Callable[[], bool]) -> Tensor:
+        """Append tokens [T]; return what the last layer gives, [T, hidden_size]."""
+        hidden = self.decoder.embed(chunk)
+        for layer in range(self.decoder.config.num_hidden_layers):
+            if interrupted():
+                raise Interrupted
+            hidden = self.decoder.layer(layer, hidden, cache=self.cache, position=self.position)
+        self.tokens += chunk.tolist()
+        return hidden
 
     @torch.inference_mode()
     def step(self, token: int) -> Tensor:

@@ -24,7 +24,7 @@ class Script(Session):
     lines: list[list[int]]
     prefilled: int
 
-    def prefill(self, tokens: Any, interrupted: Any = None) -> Tensor:
+    def prefill(self, tokens: Any, interrupted: Any = None, reporter: Any = None) -> Tensor:
         self.tokens += list(tokens)
         self.prefilled = len(tokens)
         self.queue = iter(self.lines.pop(0))
