@@ -15,7 +15,7 @@ from teal_cli.inference.sampling import Sampler
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import PROJECTIONS, SITE_OF
-from teal_cli.progress import Reporter, Silent
+from teal_cli.progress import Reporter, Silent, Task
 
 Backend = Literal["auto", "reference"]
 
@@ -219,17 +219,19 @@ class Session:
         follower = (reporter if len(chunks) > 1 else None) or Silent()
         with follower.task("Reading", len(ids), "tokens") as task:
             for chunk in chunks:
-                hidden = self._prefill_chunk(chunk, interrupted)
-                task.advance(len(chunk))
+                hidden = self._prefill_chunk(chunk, interrupted, task)
         return self.decoder.logits(self.decoder.final_norm(hidden[-1:]))[0]
 
-    def _prefill_chunk(self, chunk: Tensor, interrupted: Callable[[], bool]) -> Tensor:
+    def _prefill_chunk(self, chunk: Tensor, interrupted: Callable[[], bool], task: Task) -> Tensor:
         """Append tokens [T]; return what the last layer gives, [T, hidden_size]."""
         hidden = self.decoder.embed(chunk)
-        for layer in range(self.decoder.config.num_hidden_layers):
+        layers = self.decoder.config.num_hidden_layers
+        for layer in range(layers):
             if interrupted():
                 raise Interrupted
             hidden = self.decoder.layer(layer, hidden, cache=self.cache, position=self.position)
+            # So many tokens' worth of work is done, after a part of the layers for all of them.
+            task.advance(len(chunk) * (layer + 1) // layers - len(chunk) * layer // layers)
         self.tokens += chunk.tolist()
         return hidden
 
