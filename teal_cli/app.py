@@ -23,6 +23,7 @@ from teal_cli.commands.chat import chat
 from teal_cli.commands.convert import convert
 from teal_cli.commands.download import download
 from teal_cli.commands.eval import evaluate
+from teal_cli.commands.models import models
 from teal_cli.errors import TealError
 from teal_cli.options import QuietOption, VerboseOption
 
@@ -33,6 +34,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate,
     "convert": convert,
     "download": download,
+    "models": models,
 }
 
 _SYSTEM_ERRORS = {
@@ -95,12 +97,31 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
+def _show_environment(value: bool) -> None:
+    if value:
+        variables = dict(os.environ)  # as they are before any are set here
+        _set_up_libraries()
+        from teal_cli.environment import describe
+
+        print(describe(variables))
+        raise typer.Exit
+
+
 def _root(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+    env: Annotated[
+        bool,
+        typer.Option(
+            "--env",
+            callback=_show_environment,
+            is_eager=True,
+            help="Show versions, devices and folders, as a block for a bug report.",
+        ),
     ] = False,
 ) -> None:
     """Run local large language models faster, by skipping what their activations leave unused.

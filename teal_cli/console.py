@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from teal_cli.progress import Task
 
-_BOLD, _DIM, _RED = "1", "2", "31"
+BOLD, _DIM, _RED = "1", "2", "31"
 
 
 @dataclasses.dataclass(slots=True)
@@ -84,7 +84,7 @@ def print_table(
         for row in (columns, *rows)
     ]
     if title:
-        print(styled(title, _BOLD, sys.stdout))
+        print(styled(title, BOLD, sys.stdout))
     print(styled(lines[0], _DIM, sys.stdout))
     print("\n".join(lines[1:]), flush=True)
 
@@ -96,10 +96,25 @@ def print_error(message: str, hint: str | None = None) -> None:
         print(hint, file=sys.stderr)
 
 
+def confirm(question: str) -> bool:
+    """Ask on stderr; only "y" or "yes" is a yes."""
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    try:
+        return input().strip().lower() in ("y", "yes")
+    except EOFError:
+        print(file=sys.stderr)
+        return False
+
+
 def print_dim(message: str) -> None:
     """Print a line of statistics on stderr, dim on a terminal; nothing when quiet."""
     if not _settings.quiet:
         print(styled(message, _DIM, sys.stderr), file=sys.stderr, flush=True)
+
+
+def is_rich(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that can do more than print lines."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def styled(text: str, code: str, stream: TextIO) -> str:
@@ -165,9 +180,7 @@ class ConsoleReporter:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._animated = (
-            not quiet and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "")
-        )
+        self._animated = not quiet and is_rich(sys.stderr)
         self._progress: Progress | None = None  # while any task is drawn
 
     def note(self, message: str) -> None:

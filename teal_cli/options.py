@@ -43,12 +43,34 @@ def _check_sparsities(text: str) -> str:
     return text
 
 
+def complete_stored(incomplete: str) -> list[str]:
+    """The names of stored models that begin so, for the shell."""
+    from teal_cli.store import inventory
+
+    return [name for name in inventory.names() if name.startswith(incomplete)]
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """The models that begin so: stored ones, 'demo', and checkpoints and .gguf files; paths too."""
+    import glob
+    import os
+
+    begun = glob.escape(os.path.expanduser(incomplete))
+    files = [os.path.dirname(path) for path in glob.glob(f"{begun}*/config.json")]
+    files += glob.glob(f"{begun}*.gguf")
+    if "/" in incomplete:
+        files += glob.glob(f"{begun}*/")
+    known = [name for name in ("demo",) if name.startswith(incomplete)]
+    return [*known, *complete_stored(incomplete), *sorted(set(files))]
+
+
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
         help="A Hub id (org/name), a local folder, a .gguf file or 'demo'. "
         "Left out: the last model used, at first the demo model.",
+        autocompletion=complete_model,
     ),
 ]
 RevisionOption = Annotated[

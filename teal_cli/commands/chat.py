@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,8 +24,10 @@ from teal_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from teal_cli.inference.chat import Conversation
-    from teal_cli.inference.generate import Finish
+    from teal_cli.inference.conversation import Conversation, Overflow
+    from teal_cli.inference.session import Session
+    from teal_cli.model.checkpoint import Checkpoint
+    from teal_cli.sparsity.profile import Profile
 
 # Room for the conversation where --context does not say: 1 GB of cache at Llama-3-8B's shape.
 _DEFAULT_CONTEXT = 8192
@@ -94,6 +94,22 @@ ContextOption = Annotated[
         f" [default: the model's, at most {_DEFAULT_CONTEXT}]",
     ),
 ]
+OverflowOption = Annotated[
+    Literal["truncate", "stop"],
+    typer.Option(
+        "--overflow",
+        help="Once the conversation fills the context: 'truncate' leaves out the oldest turns,"
+        " 'stop' takes no more.",
+    ),
+]
+CompareOption = Annotated[
+    bool,
+    typer.Option("--compare", help="Answer twice, dense and sparse, and say where they part."),
+]
+PlainOption = Annotated[
+    bool,
+    typer.Option("--plain", help="Show answers as they come, without rendering their Markdown."),
+]
 
 
 def chat(
@@ -107,6 +123,9 @@ def chat(
     seed: AnswerSeedOption = None,
     max_tokens: MaxTokensOption = 512,
     context: ContextOption = None,
+    overflow: OverflowOption = "truncate",
+    compare: CompareOption = False,
+    plain: PlainOption = False,
     method: MethodOption = None,
     deterministic: DeterministicOption = False,
     dtype: DtypeOption = None,
@@ -119,15 +138,21 @@ def chat(
     """Talk to a model, sparsely; with --prompt or piped text, answer once.
 
     Whatever is missing (the model, its conversion, its sparsity profile) is made first. The
-    answer goes to stdout, all else to stderr. Ctrl-C ends an answer and keeps what was said.
+    answer goes to stdout, all else to stderr. Ctrl-C ends an answer and keeps what was said;
+    /help lists what can be typed besides prompts.
     """
     text = _one_shot_prompt(prompt)
+    if compare and sparsity == 0:
+        raise UsageError("--compare needs a sparsity above 0")
     reporter = console.reporter()
 
     from teal_cli import pipeline
-    from teal_cli.inference.chat import Conversation, chat_defaults, sampling_defaults
+    from teal_cli.chat.answers import answer
+    from teal_cli.chat.loop import talk
+    from teal_cli.chat.state import Chat
+    from teal_cli.inference.defaults import chat_defaults
     from teal_cli.inference.device import pick_device
-    from teal_cli.inference.sampling import Sampler, Sampling
+    from teal_cli.inference.sampling import Sampling
     from teal_cli.inference.session import Session
     from teal_cli.store import models
 
@@ -144,52 +169,65 @@ def chat(
         offline=offline,
         reporter=reporter,
     )
-    defaults = chat_defaults(checkpoint.config)
-    target = defaults.sparsity if sparsity is None else sparsity
-    thresholds = None
-    if target > 0:
-        profile = pipeline.ensure_profile(
+
+    @cache
+    def profile() -> Profile:
+        return pipeline.ensure_profile(
             checkpoint, device=device, offline=offline, reporter=reporter
         )
-        thresholds = profile.thresholds(target, method)
+
+    target = chat_defaults(checkpoint.config).sparsity if sparsity is None else sparsity
+    if target > 0:
+        profile()  # made before the weights take up memory
     session = Session(
         checkpoint.load(target_device),
         max_length=context or min(checkpoint.config.max_position_embeddings, _DEFAULT_CONTEXT),
         deterministic=deterministic,
         reporter=reporter,
     )
-    session.set_thresholds(thresholds, target)
-    tokenizer = checkpoint.tokenizer()
-    # Some configs leave out the token that ends a turn, and their tokenizer knows it.
-    stops = {*checkpoint.eos_token_ids, tokenizer.eos_token_id} - {None}
-    chosen = sampling_defaults(checkpoint.generation_defaults(), defaults) | given
-    conversation = Conversation(
-        session,
-        tokenizer,
-        Sampler(Sampling(**chosen, seed=seed)),
-        stop_token_ids=stops,
-        system=system,
+    chat = Chat(
+        model=checkpoint.name,
+        weights=checkpoint.folder.name,
+        session=session,
+        conversation=_conversation(checkpoint, session, given, seed, system, overflow),
+        profile=profile,
+        method=method,
+        sparsity=0.0,
+        max_tokens=max_tokens,
+        compare=compare,
+        plain=plain or not console.is_rich(sys.stdout),
     )
-
-    def answer(turn: str) -> str:
-        return _answer(
-            conversation, turn, max_tokens, lambda f: _statistics(f, target, session.backend)
-        )
-
+    chat.set_sparsity(target)
     if text is None:
-        _loop(conversation.has_template, answer)
-    elif answer(text) == "interrupted":
+        talk(chat)
+    elif answer(chat, text).finish.reason == "interrupted":
         raise KeyboardInterrupt
 
 
-def _loop(has_template: bool, answer: Callable[[str], str]) -> None:
-    """Answer turn after turn until the user leaves."""
-    console.print_dim("Ctrl-C ends an answer, Ctrl-D leaves.")
-    if not has_template:
-        console.print_dim("This model has no chat template: it continues what you write.")
-    while (line := _read_turn()) is not None:
-        if line.strip():
-            answer(line)
+def _conversation(
+    checkpoint: Checkpoint,
+    session: Session,
+    given: dict[str, Any],
+    seed: int | None,
+    system: str | None,
+    overflow: Overflow,
+) -> Conversation:
+    """A conversation that samples as the user says, else as the model's author does."""
+    from teal_cli.inference.conversation import Conversation
+    from teal_cli.inference.defaults import chat_defaults, sampling_defaults, stop_token_ids
+    from teal_cli.inference.sampling import Sampler, Sampling
+
+    tokenizer = checkpoint.tokenizer()
+    defaults = chat_defaults(checkpoint.config)
+    chosen = sampling_defaults(checkpoint.generation_defaults(), defaults) | given
+    return Conversation(
+        session,
+        tokenizer,
+        Sampler(Sampling(**chosen, seed=seed)),
+        stop_token_ids=stop_token_ids(checkpoint.eos_token_ids, tokenizer),
+        system=system,
+        overflow=overflow,
+    )
 
 
 def _one_shot_prompt(prompt: str | None) -> str | None:
@@ -204,76 +242,3 @@ def _one_shot_prompt(prompt: str | None) -> str | None:
     if not prompt.strip():
         raise UsageError("the prompt is empty", hint="Give a text with --prompt or through a pipe.")
     return prompt
-
-
-def _read_turn() -> str | None:
-    """One line from the terminal; None when the user leaves."""
-    with suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  (gives input() line editing and history)
-    try:
-        if sys.stdout.isatty():
-            return input(">>> ")
-        print(">>> ", end="", file=sys.stderr, flush=True)
-        return input()
-    except (EOFError, KeyboardInterrupt):
-        print(file=sys.stderr)
-        return None
-
-
-def _answer(
-    conversation: Conversation, prompt: str, max_tokens: int, describe: Callable[[Finish], str]
-) -> str:
-    """Stream one answer to stdout and its cost to stderr; return why it ended."""
-    from teal_cli.inference.chat import Text
-
-    reason = ""
-    with _interrupt_flag() as interrupted:
-        for step in conversation.answer(prompt, max_new_tokens=max_tokens, interrupted=interrupted):
-            if isinstance(step, Text):
-                print(step.text, end="", flush=True)
-            else:
-                print(flush=True)
-                console.print_dim(describe(step))
-                reason = step.reason
-    return reason
-
-
-@contextmanager
-def _interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that is asked for; a second one interrupts as usual."""
-    pressed = False
-
-    def note(number: int, frame: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _statistics(finish: Finish, target: float, backend: str) -> str:
-    stats = finish.stats
-    parts = [f"{stats.new_tokens} token{'' if stats.new_tokens == 1 else 's'}"]
-    if stats.tokens_per_s is not None:
-        parts.append(f"{stats.tokens_per_s:.1f} tokens/s")
-    parts.append(f"first token after {stats.time_to_first_token_s:.2f} s")
-    if target == 0:
-        parts.append("dense")
-    elif stats.realised_sparsity is None:
-        parts.append(f"sparsity {target:.0%}")
-    else:
-        parts.append(f"sparsity {target:.0%}, realised {stats.realised_sparsity:.1%}")
-    parts.append(backend)
-    ending = {
-        "length": "cut off by --max-tokens",
-        "context": "the context is full",
-        "interrupted": "stopped",
-    }.get(finish.reason)
-    if ending:
-        parts.append(ending)
-    return " · ".join(parts)

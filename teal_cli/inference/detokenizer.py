@@ -17,6 +17,11 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _LONGEST_ESCAPE = 256
 
 
+def printable(text: str) -> str:
+    """The text without escape sequences and control characters, for text that others wrote."""
+    return _CONTROL.sub("", _ESCAPE.sub("", text))
+
+
 class Detokenizer:
     """Turns a stream of tokens into text: only whole characters, only printable ones."""
 

@@ -10,7 +10,8 @@ from typing import Literal
 
 from teal_cli.errors import UsageError
 from teal_cli.inference.sampling import Sampler
-from teal_cli.inference.session import Session
+from teal_cli.inference.session import Interrupted, Session
+from teal_cli.progress import Reporter
 
 FinishReason = Literal["stop", "length", "context", "interrupted"]
 
@@ -29,7 +30,7 @@ class Stats:
     prompt_tokens: int
     reused_tokens: int  # of the prompt, found in the cache
     new_tokens: int
-    time_to_first_token_s: float
+    time_to_first_token_s: float  # or to the end, when none came
     decode_s: float  # from the first token to the last
     realised_sparsity: float | None  # None when dense, or when a single token was made
 
@@ -55,6 +56,7 @@ def generate(
     max_new_tokens: int,
     stop_token_ids: Collection[int] = (),
     interrupted: Callable[[], bool] = lambda: False,
+    reporter: Reporter | None = None,
 ) -> Iterator[Token | Finish]:
     """Answer a prompt, token by token.
 
@@ -66,7 +68,9 @@ def generate(
         sampler: chooses each token.
         max_new_tokens: at least 1.
         stop_token_ids: end the answer, and are not part of it.
-        interrupted: asked between tokens; the answer ends where it is once it says True.
+        interrupted: asked between tokens, and between the layers that read the prompt; the
+            answer ends where it is once it says True.
+        reporter: follows the reading of a long prompt.
 
     Yields:
         A `Token` for each token of the answer, then one `Finish`.
@@ -84,7 +88,12 @@ def generate(
     reused = _common_prefix(session.tokens, prompt_tokens[:-1])
     session.rewind(reused)
     session.clear_counts()
-    logits = session.prefill(prompt_tokens[reused:])
+    try:
+        logits = session.prefill(prompt_tokens[reused:], interrupted, reporter)
+    except Interrupted:
+        elapsed = time.perf_counter() - started
+        yield Finish("interrupted", Stats(len(prompt_tokens), reused, 0, elapsed, 0.0, None))
+        return
     token = sampler.sample(logits)
     first = last = time.perf_counter()
     count = 0

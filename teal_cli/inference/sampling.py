@@ -31,8 +31,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
             raise UsageError(f"temperature must be 0 or more, got {self.temperature:g}")
-        if self.top_k < 0:
-            raise UsageError(f"top-k must be 0 or more, got {self.top_k}")
+        if not 0 <= self.top_k < 2**31:
+            raise UsageError(f"top-k must be 0 or more, and below 2^31, got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
             raise UsageError(f"top-p must be above 0 and at most 1, got {self.top_p:g}")
 

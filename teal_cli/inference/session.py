@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -15,7 +15,7 @@ from teal_cli.inference.sampling import Sampler
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import PROJECTIONS, SITE_OF
-from teal_cli.progress import Reporter, Silent
+from teal_cli.progress import Reporter, Silent, Task
 
 Backend = Literal["auto", "reference"]
 
@@ -25,6 +25,10 @@ _PREFILL_CHUNK = {"cpu": 1024, "cuda": 2048}
 
 # Where the fused step of a device is, and what it is written in.
 _FUSED_STEPS = {"cuda": ("teal_kernels.gpu", "triton"), "cpu": ("teal_kernels.cpu", "numba")}
+
+
+class Interrupted(Exception):
+    """A prefill was asked to stop; the session keeps the chunks that were done."""
 
 
 class _Step(Protocol):
@@ -186,11 +190,22 @@ class Session:
         self.clear_counts()
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int] | Tensor) -> Tensor:
+    def prefill(
+        self,
+        tokens: Sequence[int] | Tensor,
+        interrupted: Callable[[], bool] = lambda: False,
+        reporter: Reporter | None = None,
+    ) -> Tensor:
         """Append tokens [T], computed dense; return the logits [vocab_size] after the last.
+
+        Args:
+            tokens: at least one.
+            interrupted: asked before each layer of each chunk.
+            reporter: follows the chunks, where there are several.
 
         Raises:
             UsageError: they do not fit into the context; nothing has been appended then.
+            Interrupted: `interrupted` said True.
         """
         ids = torch.as_tensor(tokens, dtype=torch.int64).flatten()
         if not len(ids):
@@ -200,10 +215,25 @@ class Session:
                 f"{self.position + len(ids)} tokens do not fit into a context of {self.max_length}",
                 hint="Shorten the text, or choose a longer context.",
             )
-        for chunk in ids.split(_PREFILL_CHUNK[self.decoder.device.type]):
-            hidden = self.decoder.forward(chunk, cache=self.cache, position=self.position)
-            self.tokens += chunk.tolist()
-        return self.decoder.logits(hidden[-1:])[0]
+        chunks = ids.split(_PREFILL_CHUNK[self.decoder.device.type])
+        follower = (reporter if len(chunks) > 1 else None) or Silent()
+        with follower.task("Reading", len(ids), "tokens") as task:
+            for chunk in chunks:
+                hidden = self._prefill_chunk(chunk, interrupted, task)
+        return self.decoder.logits(self.decoder.final_norm(hidden[-1:]))[0]
+
+    def _prefill_chunk(self, chunk: Tensor, interrupted: Callable[[], bool], task: Task) -> Tensor:
+        """Append tokens [T]; return what the last layer gives, [T, hidden_size]."""
+        hidden = self.decoder.embed(chunk)
+        layers = self.decoder.config.num_hidden_layers
+        for layer in range(layers):
+            if interrupted():
+                raise Interrupted
+            hidden = self.decoder.layer(layer, hidden, cache=self.cache, position=self.position)
+            # So many tokens' worth of work is done, after a part of the layers for all of them.
+            task.advance(len(chunk) * (layer + 1) // layers - len(chunk) * layer // layers)
+        self.tokens += chunk.tolist()
+        return hidden
 
     @torch.inference_mode()
     def step(self, token: int) -> Tensor:

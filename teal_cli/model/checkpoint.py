@@ -14,10 +14,9 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.quantization import Quantization, quantization
 from teal_cli.model.weights import load_weights, stored_tensors
-from teal_cli.store.artifacts import read_manifest
+from teal_cli.store.artifacts import CHECKPOINT as KIND
+from teal_cli.store.artifacts import MANIFEST, read_manifest
 
-MANIFEST = "manifest.json"
-KIND = "checkpoint"
 _MEND = "Make it again: `teal convert {name} --force`."
 
 
@@ -124,13 +123,20 @@ class Checkpoint:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the generation config's, else the config's."""
+        """Tokens that end an answer: the generation config's, else the config's.
+
+        Raises:
+            TealError: they are not token ids.
+        """
         ids = self.generation_defaults().get("eos_token_id")
         if ids is None:
             ids = _read_object(self.folder / "config.json").get("eos_token_id")
         if ids is None:
             return ()
-        return tuple(ids) if isinstance(ids, list) else (int(ids),)
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise TealError(f"eos_token_id of {self.name} is {ids!r}, not numbers of tokens")
+        return tuple(ids)
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:

@@ -23,13 +23,19 @@ from teal_cli.errors import MissingError, TealError
 from teal_cli.progress import Reporter
 
 SCHEMA = 1
+CHECKPOINT, MANIFEST = "checkpoint", "manifest.json"  # a converted model: its kind, and its file
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = ".partial-"
 _ELSEWHERE = "Or choose another place: TEAL_HOME for teal's files, HF_HOME for the Hub's cache."
 
 
-def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Write a file whole: `content`, or what it writes to the binary file it is given."""
+def atomic_write(
+    path: Path, content: bytes | Callable[[BinaryIO], None], *, private: bool = False
+) -> None:
+    """Write a file whole: `content`, or what it writes to the binary file it is given.
+
+    A `private` file is for the user alone, whatever the umask.
+    """
     with _disk_full_explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent)
@@ -42,7 +48,8 @@ def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
                     file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 is for secrets
+            if not private:
+                temporary.chmod(0o666 & ~_umask())  # mkstemp's is 0600
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

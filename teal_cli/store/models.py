@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +16,7 @@ from teal_cli.errors import MissingError, UsageError
 from teal_cli.store import artifacts, paths
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_ALIASES = {"demo": DEMO}
+ALIASES = {"demo": DEMO}
 # The Hub's own rule.
 _HUB_ID = re.compile(r"(?=.{3,96}$)(?!.*(?:--|\.\.))\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
 
@@ -56,7 +58,7 @@ def resolve(text: str | None, revision: str | None = None) -> ModelRef:
             raise UsageError(f"{text} is a file, but not a .gguf", hint="Name the model's folder.")
         path = path.resolve()
         return ModelRef("folder" if path.is_dir() else "gguf", str(path), path)
-    name = _ALIASES.get(text, text)
+    name = ALIASES.get(text, text)
     if not _HUB_ID.fullmatch(name):
         raise MissingError(
             f"there is no model {text!r}",
@@ -66,7 +68,10 @@ def resolve(text: str | None, revision: str | None = None) -> ModelRef:
 
 
 def remember(ref: ModelRef) -> None:
-    """Make `ref` the model that commands use when none is named."""
+    """Make `ref` the model that commands use when none is named, and note the time."""
+    with contextlib.suppress(OSError):  # a folder that cannot be written keeps no model from use
+        _mark(ref.slug).parent.mkdir(parents=True, exist_ok=True)
+        _mark(ref.slug).touch()
     if ref == last_used():
         return
     path = str(ref.path) if ref.path is not None else None
@@ -83,6 +88,28 @@ def last_used() -> ModelRef | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return ref if path is None or path.exists() else None
+
+
+def last_time(slug: str) -> datetime | None:
+    """When a model was last used, in local time; None if never."""
+    try:
+        return datetime.fromtimestamp(_mark(slug).stat().st_mtime)
+    except OSError:
+        return None
+
+
+def forget(slug: str | None) -> None:
+    """Take back that a model was used."""
+    if slug is None:
+        return
+    _mark(slug).unlink(missing_ok=True)
+    last = last_used()
+    if last is not None and last.slug == slug:
+        _last_model().unlink()
+
+
+def _mark(slug: str) -> Path:
+    return paths.state_dir() / "used" / slug
 
 
 def _last_model() -> Path:

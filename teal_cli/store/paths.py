@@ -31,9 +31,14 @@ def checkpoint_dir(slug: str, dtype: str, quantization: str | None = None) -> Pa
     return model_dir(slug) / "-".join(filter(None, (dtype, quantization)))
 
 
+def profile_dir(slug: str) -> Path:
+    """The folder of a model's profiles."""
+    return data_dir() / "profiles" / slug
+
+
 def profile_path(slug: str, checkpoint: str) -> Path:
     """The sparsity profile of a model's checkpoint, which is named by its folder."""
-    return data_dir() / "profiles" / slug / f"{checkpoint}.safetensors"
+    return profile_dir(slug) / f"{checkpoint}.safetensors"
 
 
 def _folder(kind: str) -> Path:

@@ -57,7 +57,7 @@ def teal(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-COMMANDS = ("chat", "bench", "eval", "calibrate", "convert", "download")
+COMMANDS = ("chat", "bench", "eval", "calibrate", "convert", "download", "models")
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,41 +114,35 @@ def test_an_unknown_model_is_missing(chat: Chat) -> None:
     assert "no-such-model" in err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a pseudo-terminal")
-def test_in_a_terminal_ctrl_c_ends_the_answer_and_ctrl_d_the_chat(
-    home: Path, tiny_model: Path
+def test_compare_shows_both(chat: Chat, tiny_model: Path) -> None:
+    options = ("-p", "Hello", "-n", "8", "--seed", "3", "-t", "1")
+    code, out, said = chat(tiny_model, *options, "--compare", "-s", "0.5")
+    assert code == 0
+    assert out.startswith("dense\n")
+    assert "\nsparsity 0.5\n" in out
+    assert said.count("tokens/s") <= 2
+    assert chat(tiny_model, *options, "--compare", "-s", "0")[0] == 2
+
+
+def test_a_damaged_generation_config_is_one_sentence(
+    chat: Chat, tmp_path: Path, tiny_model: Path
 ) -> None:
-    import os
+    import json
+    import shutil
 
-    import pexpect
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    for fields in ({"do_sample": True, "top_k": "many"}, {"eos_token_id": ["a"]}):
+        (model / "generation_config.json").write_text(json.dumps(fields))
+        code, out, err = chat(model, "-p", "x", "-s", "0", "-q")
+        assert (code, out) == (1, "")
+        assert err.startswith("error: ")
+        assert "internal" not in err
 
-    def start() -> pexpect.spawn:
-        return pexpect.spawn(
-            sys.executable,
-            ["-m", "teal_cli", "chat", str(tiny_model), "-s", "0", "-t", "1", "-n", "400"],
-            env={**os.environ, "TEAL_HOME": str(home), "NO_COLOR": "1", "TERM": "xterm"},
-            encoding="utf-8",
-            codec_errors="replace",
-            timeout=60,
-            dimensions=(50, 200),
-        )
 
-    endings = r"(\d+) tokens? · [^\r\n]* · (numba|torch)( · stopped)?"
-    stopped = False
-    for _ in range(10):  # a random model may end its answer before it can be stopped
-        child = start()
-        child.expect(">>> ")
-        child.sendline("Hello")
-        child.expect("Hello\r\n")
-        time.sleep(0.1)
-        child.kill(signal.SIGINT)
-        if child.expect([endings, pexpect.EOF]) == 0 and child.match.group(3) is not None:
-            stopped = True
-            break
-        child.close(force=True)  # it was at its prompt already, where Ctrl-C leaves
-    assert stopped
-    child.expect(">>> ")
-    child.sendeof()
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+def test_bytes_on_the_command_line_that_are_no_utf8_do_no_harm(
+    chat: Chat, tiny_model: Path
+) -> None:
+    assert (
+        chat(tiny_model, "-p", "a\udcff", "--system", "\udcff", "-s", "0", "-q", "-n", "2")[0] == 0
+    )

@@ -23,7 +23,9 @@ INTRODUCTION = """\
 Made from the commands' own help texts: `tests/cli/test_reference.py` writes and checks it.
 
 Results go to stdout, everything else to stderr. `NO_COLOR` turns colours off, `TEAL_HOME` puts
-everything that teal stores into one folder, `TEAL_DEBUG=1` shows the traceback of an error.
+everything that teal stores into one folder, `TEAL_NO_HISTORY=1` keeps no prompts of chats,
+`TEAL_DEBUG=1` shows the traceback of an error. `teal --install-completion` lets the shell complete
+commands, options and the names of models.
 
 | exit code | meaning |
 | --- | --- |

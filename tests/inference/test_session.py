@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -213,7 +214,8 @@ def test_generation_ends_for_each_reason(decoder: Decoder) -> None:
     assert finish.reason == "context"
     assert finish.stats.new_tokens == 40 - len(PROMPT) + 1
 
-    answers = iter([False, False, True])
+    reading = [False] * decoder.config.num_hidden_layers
+    answers = iter([*reading, False, False, True])
     heard, finish = run(session, PROMPT, max_new_tokens=6, interrupted=lambda: next(answers))
     assert (heard, finish.reason) == (tokens[:3], "interrupted")
 
@@ -240,3 +242,20 @@ def test_a_following_turn_computes_only_what_is_new(decoder: Decoder) -> None:
     again, finish = run(session, turn, max_new_tokens=5)
     assert finish.stats.reused_tokens == len(turn) - 1
     assert again == fresh
+
+
+def test_only_a_long_prompt_is_reported(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Follower(Silent):
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, int | None]] = []
+
+        def task(self, label: str, total: int | None = None, unit: str = "it") -> Any:
+            self.seen.append((label, total))
+            return super().task(label, total, unit)
+
+    monkeypatch.setitem(session_module._PREFILL_CHUNK, "cpu", 4)
+    session, follower = Session(decoder, max_length=40), Follower()
+    session.prefill([1, 2, 3, 4], reporter=follower)
+    assert follower.seen == []
+    session.prefill([1, 2, 3, 4, 5], reporter=follower)
+    assert follower.seen == [("Reading", 5)]

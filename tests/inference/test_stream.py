@@ -93,7 +93,8 @@ def test_every_ending_is_the_host_loops(decoder: Decoder) -> None:
 def test_an_interrupted_answer_ends_where_it_was_heard(decoder: Decoder) -> None:
     device, host = _session(decoder, "auto"), _session(decoder, "reference")
     for session in (device, host):
-        flags = iter([False, False, True])
+        reading = [False] * CONFIG.num_hidden_layers
+        flags = iter([*reading, False, False, True])
         tokens, finish = _answer(
             session, PROMPT, max_new_tokens=9, interrupted=lambda flags=flags: next(flags)
         )

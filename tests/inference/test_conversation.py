@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,22 @@ import torch
 from torch import Tensor
 
 from teal_cli.errors import TealError, UsageError
-from teal_cli.inference.chat import Conversation, Text, chat_defaults, sampling_defaults
+from teal_cli.inference.conversation import Conversation, Dropped, Text
 from teal_cli.inference.generate import Finish
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
 from teal_cli.model.decoder import Decoder
-from teal_cli.model.random_weights import SHAPES
 
 
 class Script(Session):
     """A session whose model says what it is told to, whatever the prompt."""
 
     lines: list[list[int]]
+    prefilled: int
 
-    def prefill(self, tokens: Any) -> Tensor:
+    def prefill(self, tokens: Any, interrupted: Any = None, reporter: Any = None) -> Tensor:
         self.tokens += list(tokens)
+        self.prefilled = len(tokens)
         self.queue = iter(self.lines.pop(0))
         return self._say()
 
@@ -71,7 +71,7 @@ def start(decoder: Decoder, tokenizer: Any) -> Start:
 def ask(conversation: Conversation, prompt: str, **options: Any) -> tuple[str, Finish]:
     *texts, finish = conversation.answer(prompt, **{"max_new_tokens": 50, **options})
     assert isinstance(finish, Finish)
-    assert all(isinstance(piece, Text) and piece.text for piece in texts)
+    assert all(piece.text for piece in texts if isinstance(piece, Text))
     return "".join(piece.text for piece in texts if isinstance(piece, Text)), finish
 
 
@@ -90,10 +90,11 @@ def test_turns_build_on_each_other(start: Start, tokenizer: Any) -> None:
     assert tokenizer.decode(session.tokens) == opening + " Grüße"
     said, finish = ask(conversation, "Hey")
     assert said == "Bye"
+    # The space that was not shown is what the model said, and stays in its cache.
     assert tokenizer.decode(session.tokens) == (
-        f"{opening}Grüße<|im_end|>\n<|im_start|>user\nHey<|im_end|>\n<|im_start|>assistant\nBye"
+        f"{opening} Grüße<|im_end|>\n<|im_start|>user\nHey<|im_end|>\n<|im_start|>assistant\nBye"
     )
-    assert finish.stats.reused_tokens == len(tokenizer.encode(opening))
+    assert finish.stats.reused_tokens == len(tokenizer.encode(f"{opening} Grüße"))
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
 
 
@@ -135,19 +136,89 @@ def test_a_template_that_refuses_is_one_sentence(
         ask(conversation, "Hi")
 
 
-def test_defaults_follow_the_size_and_the_model() -> None:
-    small, large = chat_defaults(SHAPES["smollm2-135m"]), chat_defaults(SHAPES["llama-2-7b"])
-    assert (small.sparsity, small.temperature) == (0.25, 0.2)
-    assert (large.sparsity, large.temperature) == (0.4, 0.7)
-    one_layer = replace(SHAPES["llama-2-7b"], num_hidden_layers=1, sliding_windows=(None,))
-    assert chat_defaults(one_layer) == small
+def test_a_prompt_is_answered_again_in_place_of_its_answer(start: Start, tokenizer: Any) -> None:
+    conversation, session = start("One", "Two", "Three")
+    ask(conversation, "Hi")
+    assert conversation.last_prompt == "Hi"
+    assert ask(conversation, "Hi", again=True)[0] == "Two"
+    assert session.prefilled == 1  # all of the prompt is in the cache, its last logits are not
+    if tokenizer.chat_template:
+        assert [message["content"] for message in conversation.messages] == ["Hi", "Two"]
+    ask(conversation, "Hey")
+    assert len(conversation.messages) == (4 if tokenizer.chat_template else 0)
 
-    assert sampling_defaults({}, large) == {"temperature": 0.7, "top_p": 0.9}
-    # An author's temperature beside do_sample: false is a leftover that nothing uses.
-    assert sampling_defaults({"temperature": 0.1}, large) == {"temperature": 0.7, "top_p": 0.9}
-    own = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "eos_token_id": 1}
-    assert sampling_defaults(own, large) == {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
-    assert sampling_defaults({"do_sample": True, "top_p": 0.8}, small) == {
-        "temperature": 1.0,
-        "top_p": 0.8,
-    }
+
+def test_a_prompt_that_was_stopped_before_its_answer_is_forgotten(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation, session = start("Hello", "Again")
+    ask(conversation, "Hi")
+    before = conversation.messages
+    monkeypatch.setattr(Script, "prefill", Session.prefill)
+    seen = len(session.tokens)
+    calls = iter([False, False, True])
+    said, finish = ask(conversation, "Hey", interrupted=lambda: next(calls))
+    assert (said, finish.reason, finish.stats.new_tokens) == ("", "interrupted", 0)
+    assert conversation.messages == before
+    assert len(session.tokens) <= seen
+    assert conversation.last_prompt == "Hi"
+
+
+def test_what_changes_before_the_cache_is_read_anew(start: Start, tokenizer: Any) -> None:
+    if not tokenizer.chat_template:
+        pytest.skip("needs a template")
+    conversation, session = start("One", "Two", "Three")
+    ask(conversation, "Hi")
+    conversation.set_system("Be brief.")
+    _, finish = ask(conversation, "Hey")
+    assert finish.stats.reused_tokens == 1  # <|im_start|>
+    assert tokenizer.decode(session.tokens).startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    conversation.clear()
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+    _, finish = ask(conversation, "Hi")
+    assert finish.stats.reused_tokens == finish.stats.prompt_tokens - 1
+
+
+def test_a_full_context_leaves_out_the_oldest_turns(start: Start, tokenizer: Any) -> None:
+    if not tokenizer.chat_template:
+        pytest.skip("needs a template")
+    conversation, session = start(*"abcdef", system="Sys")
+    shares, dropped = [], []
+    for turn in range(6):
+        prompt = f"{turn}" * 30
+        steps = list(conversation.answer(prompt, max_new_tokens=50))
+        dropped.append([step.turns for step in steps if isinstance(step, Dropped)])
+        shares.append(conversation.nearly_full)
+    # A turn takes 52 tokens, the system message 13, a prompt 49; there is room for 200.
+    assert dropped == [[], [], [], [1], [1], [1]]
+    assert shares == [False, False, True, True, True, True]
+    sent = tokenizer.decode(session.tokens)
+    assert sent.startswith("<|im_start|>system\nSys<|im_end|>\n<|im_start|>user\n3333")
+    assert len(conversation.messages) == 13  # all is kept for /save
+    conversation.restore(conversation.messages)
+    assert conversation.last_prompt == "5" * 30
+
+
+def test_a_full_context_can_also_take_no_more(start: Start, tokenizer: Any) -> None:
+    if not tokenizer.chat_template:
+        pytest.skip("needs a template")
+    conversation, _ = start(*"abcdef", overflow="stop")
+    for turn in range(4):
+        ask(conversation, f"{turn}" * 30)
+    with pytest.raises(UsageError, match="no room for an answer") as raised:
+        ask(conversation, "5" * 30)
+    assert "/clear" in (raised.value.hint or "")
+    assert len(conversation.messages) == 8
+
+
+def test_a_turn_that_is_too_long_alone_is_refused(start: Start) -> None:
+    conversation, _ = start("One", max_length=60)
+    ask(conversation, "Hi")
+    with pytest.raises(UsageError, match="no room"):
+        ask(conversation, "long " * 20)
+    assert conversation.last_prompt == "Hi"
+
+
+def test_bytes_that_are_no_utf8_do_no_harm(start: Start) -> None:
+    conversation, _ = start("Hello")
+    assert ask(conversation, "a\udcffb")[0] == "Hello"

@@ -1,0 +1,1 @@
+"""The chat at a terminal: reading turns, slash commands, showing answers."""

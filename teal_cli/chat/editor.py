@@ -1,0 +1,161 @@
+"""Reading a user's turns: with line editing, history and completion, or plainly."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TextIO
+
+from teal_cli import console
+from teal_cli.chat.slash import COMMANDS
+from teal_cli.chat.state import KEYS
+from teal_cli.store import paths
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings
+
+_PROMPT, _CONTINUED = ">>> ", "... "
+_QUOTES = '"""'
+
+# Reads one turn. EOFError: the user leaves; KeyboardInterrupt: Ctrl-C on an empty line.
+Reader = Callable[[], str]
+
+
+def open_reader() -> Reader:
+    """The best reader that this terminal and this installation allow."""
+    screen = next((stream for stream in (sys.stdout, sys.stderr) if console.is_rich(stream)), None)
+    if screen is None:
+        return _read_plainly
+    try:
+        session = line_editor(screen)
+    except ImportError:
+        console.reporter().note(
+            "prompt_toolkit is not installed: no history, no completion, and a paste of several "
+            "lines is several turns"
+        )
+        return _read_plainly
+    return session.prompt
+
+
+def unquote(text: str) -> tuple[str, bool]:
+    """The turn in what was read, and whether it stood between triple quotes."""
+    if not text.startswith(_QUOTES):
+        return text, False
+    inner = text.strip().removeprefix(_QUOTES)
+    return inner.removesuffix(_QUOTES).strip("\n"), True
+
+
+def line_editor(screen: TextIO) -> PromptSession[str]:
+    """A prompt_toolkit session on a terminal.
+
+    Raises:
+        ImportError: prompt_toolkit is not installed.
+    """
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import get_app_session
+    from prompt_toolkit.output import create_output
+    from prompt_toolkit.shortcuts import CompleteStyle
+
+    return PromptSession(
+        _PROMPT,
+        multiline=True,  # a paste keeps its lines; the bindings let Enter send
+        prompt_continuation=lambda width, line, wraps: " " * width if wraps else _CONTINUED,
+        history=_history(),
+        completer=_completer(),
+        complete_while_typing=False,
+        complete_style=CompleteStyle.READLINE_LIKE,
+        key_bindings=_bindings(),
+        enable_suspend=True,
+        output=get_app_session().output if screen is sys.stdout else create_output(screen),
+    )
+
+
+def _history() -> History:
+    from prompt_toolkit.history import InMemoryHistory
+
+    from teal_cli.chat.history import FileHistory
+
+    if os.environ.get("TEAL_NO_HISTORY", "0") not in ("", "0"):
+        return InMemoryHistory()
+    return FileHistory(paths.state_dir() / "chat-history.jsonl")
+
+
+def _bindings() -> KeyBindings:
+    from prompt_toolkit.key_binding import KeyBindings
+
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def _send(event: Any) -> None:
+        buffer = event.current_buffer
+        if _is_open(buffer.text):
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter")
+    def _new_line(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @bindings.add("c-c")
+    @bindings.add("<sigint>")
+    def _clear(event: Any) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt)
+
+    return bindings
+
+
+def _completer() -> Any:
+    from prompt_toolkit.completion import Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    files = PathCompleter(expanduser=True)
+
+    class SlashCompleter(Completer):
+        """The commands, the names of settings, and files."""
+
+        def get_completions(self, document: Document, complete_event: Any) -> Iterable[Completion]:
+            command, space, argument = document.text_before_cursor.partition(" ")
+            if not command.startswith("/") or "\n" in document.text:
+                return
+            if not space:
+                names = (name for name in COMMANDS if name.startswith(command))
+                yield from (Completion(name, -len(command)) for name in names)
+            elif command == "/set":
+                keys = (key for key in KEYS if key.startswith(argument))
+                yield from (Completion(key, -len(argument)) for key in keys)
+            elif command in ("/save", "/load"):
+                yield from files.get_completions(Document(argument), complete_event)
+
+    return SlashCompleter()
+
+
+def _is_open(text: str) -> bool:
+    """Whether a turn began with triple quotes that are not closed yet."""
+    stripped = text.strip()
+    closed = len(stripped) >= 2 * len(_QUOTES) and stripped.endswith(_QUOTES)
+    return text.startswith(_QUOTES) and not closed
+
+
+def _read_plainly() -> str:
+    """One turn without any library; prompts go to stderr where stdout is not a terminal."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  (gives input() line editing)
+    text = _read_line(_PROMPT)
+    while _is_open(text):
+        text += "\n" + _read_line(_CONTINUED)
+    return text
+
+
+def _read_line(prompt: str) -> str:
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()

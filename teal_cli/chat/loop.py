@@ -1,0 +1,52 @@
+"""The chat's loop: a turn, its answer, the next turn."""
+
+from __future__ import annotations
+
+import sys
+
+from teal_cli import console
+from teal_cli.chat import answers, editor, slash
+from teal_cli.chat.state import Chat
+from teal_cli.errors import TealError
+
+
+def talk(chat: Chat) -> None:
+    """Answer turn after turn until the user leaves; nothing that fails ends the chat."""
+    console.print_dim("/help lists the commands, Ctrl-C ends an answer, Ctrl-D leaves.")
+    if not chat.conversation.has_template:
+        console.print_dim("This model has no chat template: it continues what you write.")
+    read = editor.open_reader()
+    while True:
+        try:
+            line = read()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            console.print_dim("Ctrl-D or /bye leaves.")
+            continue
+        try:
+            if not _take_turn(chat, line):
+                return
+        except KeyboardInterrupt:
+            # Broken off anywhere: what the session holds is not to be relied on.
+            chat.session.reset()
+            console.print_dim("stopped")
+        except TealError as error:
+            console.print_error(error.message, error.hint)
+
+
+def _take_turn(chat: Chat, line: str) -> bool:
+    """Do what a line says; False where it is to leave."""
+    text, quoted = editor.unquote(line)
+    if not text.strip():
+        return True
+    if quoted or not text.startswith("/"):
+        answers.answer(chat, text)
+        return True
+    outcome = slash.run(chat, text)
+    if outcome.text:
+        print(outcome.text, file=sys.stderr)
+    if outcome.retry and chat.conversation.last_prompt is not None:
+        answers.answer(chat, chat.conversation.last_prompt, again=True)
+    return not outcome.leave

@@ -1,0 +1,190 @@
+"""Slash commands: what a user tells the chat itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from teal_cli.chat.state import KEYS, Chat
+from teal_cli.errors import UsageError
+from teal_cli.inference.detokenizer import printable
+from teal_cli.inference.transcript import Transcript
+
+_KEYS_HELP = """\
+Enter sends. Several lines go between \"\"\" and \"\"\", or are pasted as they are.
+Ctrl-C ends an answer and keeps what was said, or clears the line.
+Ctrl-D leaves. A text that begins with a slash needs a space before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command leads to: a text to show, another answer, or the end."""
+
+    text: str = ""
+    retry: bool = False
+    leave: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    usage: str
+    help: str
+    run: Callable[[Chat, str], Outcome]
+
+
+def run(chat: Chat, line: str) -> Outcome:
+    """Do what a line such as "/sparsity 0.4" says.
+
+    Raises:
+        UsageError: there is no such command, or it does not take that argument.
+        TealError: it failed.
+    """
+    name, *rest = line.strip().split(maxsplit=1)
+    command = COMMANDS.get(name)
+    if command is None:
+        raise UsageError(
+            f"there is no command {name}",
+            hint="/help lists them. A text that begins with a slash needs a space before it.",
+        )
+    argument = rest[0] if rest else ""
+    if argument and " " not in command.usage:
+        raise UsageError(f"{name} takes no argument")
+    return command.run(chat, argument)
+
+
+def _help(chat: Chat, _: str) -> Outcome:
+    width = max(len(command.usage) for command in COMMANDS.values())
+    lines = [f"{command.usage:<{width}}  {command.help}" for command in COMMANDS.values()]
+    return Outcome("\n".join([*lines, "", _KEYS_HELP]))
+
+
+def _clear(chat: Chat, _: str) -> Outcome:
+    chat.conversation.clear()
+    return Outcome("everything that was said is forgotten")
+
+
+def _sparsity(chat: Chat, argument: str) -> Outcome:
+    if argument:
+        try:
+            value = float(argument)
+        except ValueError:
+            raise UsageError(f"sparsity is a number from 0 to below 1, not {argument!r}") from None
+        chat.set_sparsity(value)
+    return Outcome(f"sparsity {_sparsity_of(chat)}")
+
+
+def _set(chat: Chat, argument: str) -> Outcome:
+    words = argument.split()
+    if len(words) != 2:
+        raise UsageError(f"/set takes one of {', '.join(KEYS)}, and a value")
+    chat.set(*words)
+    return Outcome(_settings(chat))
+
+
+def _show(chat: Chat, _: str) -> Outcome:
+    session, conversation = chat.session, chat.conversation
+    turns = sum(message["role"] == "user" for message in conversation.messages)
+    rows = [
+        ("model", chat.model),
+        ("runs on", f"{session.decoder.device}, {chat.weights}, {session.backend}"),
+        ("sparsity", _sparsity_of(chat)),
+        ("settings", _settings(chat)),
+        ("context", f"{_context(chat)}, then {conversation.overflow}"),
+        ("system", conversation.system or "the template's own, if it has one"),
+        ("turns", str(turns)),
+    ]
+    return Outcome("\n".join(f"{name:<9} {printable(value)}" for name, value in rows))
+
+
+def _stats(chat: Chat, _: str) -> Outcome:
+    totals = chat.totals
+    if not totals.answers:
+        return Outcome("nothing was answered yet")
+    rows = [("answers", f"{totals.answers}, {totals.new_tokens} tokens")]
+    if totals.decode_s > 0:
+        rows.append(("speed", f"{totals.timed_tokens / totals.decode_s:.1f} tokens/s on average"))
+    read = totals.prompt_tokens - totals.reused_tokens
+    rows.append(("read", f"{read} tokens, {totals.reused_tokens} more found in the cache"))
+    realised = chat.last.stats.realised_sparsity if chat.last else None
+    if realised is not None:
+        rows.append(("realised", f"{realised:.1%} sparsity in the last answer"))
+    nbytes = chat.session.cache.nbytes
+    rows.append(("context", f"{_context(chat)}; the cache takes {nbytes / 1e6:,.1f} MB"))
+    return Outcome("\n".join(f"{name:<9} {value}" for name, value in rows))
+
+
+def _save(chat: Chat, argument: str) -> Outcome:
+    messages = chat.conversation.messages
+    if not argument:
+        raise UsageError("/save takes the name of a file")
+    if not messages:
+        raise UsageError("there is nothing to save yet")
+    path = _path(argument)
+    Transcript(chat.model, messages).save(path)
+    return Outcome(f"saved {len(messages)} messages → {path}")
+
+
+def _load(chat: Chat, argument: str) -> Outcome:
+    if not argument:
+        raise UsageError("/load takes the name of a file")
+    if not chat.conversation.has_template:
+        raise UsageError("this model has no chat template, so it goes on from no conversation")
+    transcript = Transcript.load(_path(argument))
+    chat.conversation.restore(transcript.messages)
+    said = f"loaded {len(transcript.messages)} messages"
+    if transcript.model != chat.model:
+        said += f", said with {printable(transcript.model)}"
+    return Outcome(said)
+
+
+def _system(chat: Chat, argument: str) -> Outcome:
+    chat.conversation.set_system(argument or None)
+    return Outcome("the system message is set" if argument else "there is no system message now")
+
+
+def _retry(chat: Chat, _: str) -> Outcome:
+    if chat.conversation.last_prompt is None:
+        raise UsageError("there is nothing to answer again yet")
+    return Outcome(retry=True)
+
+
+def _bye(chat: Chat, _: str) -> Outcome:
+    return Outcome(leave=True)
+
+
+COMMANDS = {
+    command.usage.partition(" ")[0]: command
+    for command in (
+        _Command("/help", "this list", _help),
+        _Command("/clear", "forget what was said; the system message stays", _clear),
+        _Command("/sparsity [X]", "change the sparsity at once, or show it", _sparsity),
+        _Command("/set KEY VALUE", f"change {', '.join(KEYS)}", _set),
+        _Command("/show", "show the model and what is set", _show),
+        _Command("/stats", "show what the answers took so far", _stats),
+        _Command("/save FILE", "store the conversation", _save),
+        _Command("/load FILE", "go on from a stored conversation", _load),
+        _Command("/system [TEXT]", "set the system message, or take it away", _system),
+        _Command("/retry", "answer the last prompt again", _retry),
+        _Command("/bye", "leave", _bye),
+    )
+}
+
+
+def _path(argument: str) -> Path:
+    return Path(os.path.expanduser(printable(argument)))
+
+
+def _sparsity_of(chat: Chat) -> str:
+    if not chat.sparsity:
+        return "0 (dense)"
+    return f"{chat.sparsity:g}, by {chat.method or chat.profile().default_method}"
+
+
+def _settings(chat: Chat) -> str:
+    return " · ".join(f"{key} {chat.setting(key)}" for key in KEYS)
+
+
+def _context(chat: Chat) -> str:
+    return f"{chat.session.position} of {chat.session.max_length} tokens"

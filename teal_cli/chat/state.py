@@ -1,0 +1,114 @@
+"""What a running chat consists of, and what its commands change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from teal_cli.errors import UsageError
+from teal_cli.inference.sampling import Sampler
+
+if TYPE_CHECKING:
+    from teal_cli.inference.conversation import Conversation
+    from teal_cli.inference.generate import Finish, Stats
+    from teal_cli.inference.session import Session
+    from teal_cli.sparsity.profile import Profile
+
+SAMPLING_KEYS = ("temperature", "top-k", "top-p", "seed")
+KEYS = (*SAMPLING_KEYS, "max-tokens")
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over the answers so far."""
+
+    answers: int = 0
+    new_tokens: int = 0
+    timed_tokens: int = 0  # decoded after an answer's first token
+    decode_s: float = 0.0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+
+    def add(self, stats: Stats) -> None:
+        """Count one more answer."""
+        self.answers += 1
+        self.new_tokens += stats.new_tokens
+        self.timed_tokens += max(stats.new_tokens - 1, 0)
+        self.decode_s += stats.decode_s
+        self.prompt_tokens += stats.prompt_tokens
+        self.reused_tokens += stats.reused_tokens
+
+
+@dataclass(slots=True)
+class Chat:
+    """A conversation with a loaded model, at a sparsity that can be changed.
+
+    `weights` names the form that they are stored in. `profile` loads the model's thresholds where
+    they are first needed, `method` is how they share sparsity out (None is the profile's best),
+    and `sparsity` the target in force.
+    """
+
+    model: str
+    weights: str
+    session: Session
+    conversation: Conversation
+    profile: Callable[[], Profile]
+    method: str | None
+    sparsity: float
+    max_tokens: int
+    compare: bool = False
+    plain: bool = True
+    last: Finish | None = None
+    totals: Totals = field(default_factory=Totals)
+
+    def set_sparsity(self, sparsity: float) -> None:
+        """Change the loaded model, from the next token on.
+
+        Raises:
+            UsageError: the sparsity is not in [0, 1).
+            TealError: the profile does not reach it.
+        """
+        if not 0.0 <= sparsity < 1.0:
+            raise UsageError(f"sparsity must be at least 0 and below 1, got {sparsity:g}")
+        thresholds = self.profile().thresholds(sparsity, self.method) if sparsity else None
+        self.session.set_thresholds(thresholds, sparsity)
+        self.sparsity = sparsity
+
+    def setting(self, key: str) -> str:
+        """The value of one of KEYS, as text."""
+        if key == "max-tokens":
+            return str(self.max_tokens)
+        value = getattr(self.conversation.sampler.sampling, key.replace("-", "_"))
+        return "none" if value is None else f"{value:g}" if key != "seed" else str(value)
+
+    def set(self, key: str, text: str) -> None:
+        """Change one of KEYS.
+
+        Raises:
+            UsageError: there is no such key, or the value is not one for it.
+        """
+        key = key.lower().replace("_", "-")
+        if key not in KEYS:
+            raise UsageError(f"there is no setting {key!r}", hint=f"There are: {', '.join(KEYS)}.")
+        if key == "max-tokens":
+            value = _number(key, text, int)
+            if value < 1:
+                raise UsageError(f"max-tokens must be 1 or more, got {text}")
+            self.max_tokens = int(value)
+            return
+        sampler = self.conversation.sampler
+        if key == "seed":
+            seed = None if text == "none" else int(_number(key, text, int))
+            self.conversation.sampler = Sampler(replace(sampler.sampling, seed=seed))
+            return
+        changed = {key.replace("-", "_"): _number(key, text, int if key == "top-k" else float)}
+        sampler.sampling = replace(sampler.sampling, **changed)  # type: ignore[arg-type]
+
+
+def _number(key: str, text: str, kind: type[int] | type[float]) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        whole = "a whole number" if kind is int else "a number"
+        raise UsageError(f"{key} takes {whole}, not {text!r}") from None

@@ -1,0 +1,125 @@
+"""`teal models`: what is stored, and its removal."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from teal_cli import console
+from teal_cli.errors import MissingError, UsageError
+from teal_cli.options import JsonOption, complete_stored
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from teal_cli.store.inventory import StoredModel
+
+RemoveOption = Annotated[
+    str | None,
+    typer.Option(
+        "--remove",
+        metavar="MODEL",
+        help="Delete what teal has stored of this model: checkpoints, profiles, half-done"
+        " calibrations. Hugging Face's cache stays as it is.",
+        autocompletion=complete_stored,
+    ),
+]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="With --remove: do not ask.")]
+
+
+def models(remove: RemoveOption = None, yes: YesOption = False, json: JsonOption = False) -> None:
+    """List the models that are stored: how large, how far prepared, last used when.
+
+    Sizes are those of teal's own files; what Hugging Face's cache holds is listed beside them.
+    """
+    if remove is not None:
+        _remove(remove, yes)
+        return
+    from teal_cli.store import inventory
+
+    stored = inventory.stored_models()
+    if json:
+        console.print_json([_document(model) for model in stored])
+    elif stored:
+        columns = ["model", "stored as", "size", "stage", "methods", "last used"]
+        console.print_table(columns, [row for model in stored for row in _rows(model)])
+    else:
+        console.print_dim("no models are stored yet; `teal chat` fetches the demo model")
+
+
+def _remove(name: str, yes: bool) -> None:
+    from teal_cli.store import inventory
+
+    model = inventory.find(name)
+    if not model.owned:
+        raise MissingError(
+            f"teal has stored nothing of {model.name}", hint=_cached_hint(model.download)
+        )
+    for folder in model.owned:
+        size = console.format_amount(inventory.folder_bytes(folder), "B")
+        print(f"{size:>9}  {folder}", file=sys.stderr)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError(
+                "nobody is there to be asked whether to remove this", hint="Say so with --yes."
+            )
+        if not console.confirm(f"Remove {model.name}?"):
+            return
+    nbytes = inventory.remove(model, console.reporter())
+    console.reporter().note(f"removed {console.format_amount(nbytes, 'B')} of {model.name}")
+    if hint := _cached_hint(model.download):
+        console.reporter().note(hint)
+
+
+def _cached_hint(download: Path | None) -> str | None:
+    """What stays in Hugging Face's cache, and what would remove it."""
+    if download is None:
+        return None
+    from teal_cli.store.inventory import folder_bytes
+
+    size = console.format_amount(folder_bytes(download), "B")
+    repository = download.name.replace("models--", "model/", 1).replace("--", "/")
+    return f"Hugging Face's cache keeps {size} of it; `hf cache rm {repository}` removes that."
+
+
+def _rows(model: StoredModel) -> list[list[str]]:
+    from teal_cli.store.inventory import folder_bytes
+
+    used = f"{model.last_used:%Y-%m-%d %H:%M}" if model.last_used else ""
+    rows = [
+        [
+            model.name,
+            checkpoint.folder.name,
+            console.format_amount(checkpoint.nbytes, "B"),
+            "calibrated" if checkpoint.methods else "converted",
+            ", ".join(checkpoint.methods),
+            used,
+        ]
+        for checkpoint in model.checkpoints
+    ]
+    if model.download is not None:
+        size = console.format_amount(folder_bytes(model.download), "B")
+        rows.append([model.name, "Hub's cache", size, "downloaded", "", used])
+    return rows
+
+
+def _document(model: StoredModel) -> dict[str, Any]:
+    from teal_cli.store.inventory import folder_bytes
+
+    return {
+        "model": model.name,
+        "checkpoints": [
+            {
+                "name": checkpoint.folder.name,
+                "path": checkpoint.folder,
+                "bytes": checkpoint.nbytes,
+                "methods": list(checkpoint.methods),
+            }
+            for checkpoint in model.checkpoints
+        ],
+        "download": model.download,
+        "download_bytes": None if model.download is None else folder_bytes(model.download),
+        "last_used": model.last_used.isoformat() if model.last_used else None,
+    }
