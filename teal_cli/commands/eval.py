@@ -53,7 +53,12 @@ ProtocolOption = Annotated[
     ),
 ]
 SamplesOption = Annotated[
-    int, typer.Option("--samples", min=0, help="Windows of text to score; 0 is the whole text.")
+    int,
+    typer.Option(
+        "--samples",
+        min=0,
+        help="Windows to score, evenly spread over the text; 0 is the whole text.",
+    ),
 ]
 ContextOption = Annotated[
     int | None,
@@ -218,13 +223,11 @@ def _on_text(
         reporter=run.reporter,
     )
     tokenizer = run.checkpoint.tokenizer()
-    text = plan.cut(
-        lambda length, count: windows(tokenizer, corpus, seq_len=length, samples=count),
-        samples or None,
-    )
+    text = plan.cut(lambda length: windows(tokenizer, corpus, seq_len=length))
+    chosen = protocols.spread(len(text), samples or None)
     result = perplexity.evaluate(
         run.checkpoint.load(run.device),
-        text,
+        text[chosen],
         [(setting.label, setting.thresholds) for setting in run.settings],
         plan,
         run.reporter,
@@ -234,6 +237,8 @@ def _on_text(
         "part": corpus.part,
         "column": column,
         "fingerprint": corpus.fingerprint,
+        "windows": len(text),
+        "windows_scored": chosen,
     }
     return comparison.QualityReport.of(run.inputs() | {"dataset": read}, run.settings, result)
 

@@ -161,7 +161,7 @@ class _Reusing(Decoder):
         for number, (a, b) in enumerate(itertools.pairwise(offsets)):
             level = levels[first + number]
             key = (run.cache, fused, number, *levels[:first], level)
-            parts.append(self._once(key, lambda t=level, w=wide[:, a:b]: threshold(x, t) @ w))
+            parts.append(self._once(key, partial(_product, x, level, wide[:, a:b])))
         y = torch.cat(parts, dim=-1)
         return y if bias is None else y + bias.to(x.dtype)
 
@@ -171,3 +171,7 @@ class _Reusing(Decoder):
         if len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
         return made
+
+
+def _product(x: Tensor, level: float, weight: Tensor) -> Tensor:
+    return threshold(x, level) @ weight

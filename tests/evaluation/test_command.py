@@ -38,6 +38,7 @@ def test_json_holds_everything_to_repeat_it(
     assert (document["windows"], document["scored_tokens"]) == (3, 3 * 127)
     assert len(document["model"]["fingerprint"]) == 64
     assert len(document["dataset"]["fingerprint"]) == 64
+    assert document["dataset"]["windows_scored"][::2] == [0, document["dataset"]["windows"] - 1]
     assert document["environment"]["versions"]["torch"]
     low, high = document["sparse"]
     assert (low["target_sparsity"], high["target_sparsity"]) == (0.3, 0.6)
@@ -57,7 +58,8 @@ def test_table_has_dense_and_sparse_side_by_side(
     )
     assert code == 0
     title, columns, dense, sparse, *_ = out.splitlines()
-    assert "protocol standard: 2 windows of 64 tokens, 126 scored" in title
+    windows = text.stat().st_size // 64  # one token a byte
+    assert f"protocol standard: 2 of {windows} windows of 64 tokens, 126 scored" in title
     assert columns.split()[:3] == ["target", "realised", "perplexity"]
     assert dense.startswith("dense")
     assert sparse.split()[:2] == ["sensitivity", "0.5"]
