@@ -130,7 +130,8 @@ def make_profile(
     """
     from teal_cli.inference.device import pick_device
     from teal_cli.sparsity import presets, streaming
-    from teal_cli.sparsity.calibrate import METHODS, calibrate
+    from teal_cli.sparsity.calibrate import calibrate
+    from teal_cli.sparsity.profile import METHODS
     from teal_cli.text.corpora import load_corpus
     from teal_cli.text.windows import windows
 

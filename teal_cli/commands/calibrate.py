@@ -226,15 +226,11 @@ def _show(
     json: bool,
 ) -> None:
     """Print, and draw, what the model's profile holds."""
-    from teal_cli import pipeline, profile_view
-    from teal_cli.benchmark.plot import SUFFIXES, require_matplotlib
-    from teal_cli.benchmark.report import check_suffix
+    from teal_cli import exports, pipeline, profile_view
     from teal_cli.sparsity.summary import summarise
     from teal_cli.store import artifacts, models
 
-    if plot is not None:
-        check_suffix(plot, SUFFIXES, "--plot")
-        require_matplotlib()
+    exports.check_figure(plot)
     profile, path = pipeline.stored_profile(models.resolve(model, revision), dtype)
     summary = summarise(
         profile, 0.5 if sparsity is None else sparsity, method, layer=layer, site=site

@@ -133,13 +133,17 @@ def evaluate(
         raise UsageError("--limit counts the documents of a task: it needs --tasks")
     reporter = console.reporter()
 
-    from teal_cli import pipeline
+    from teal_cli import exports, pipeline
     from teal_cli.evaluation import comparison, report
+    from teal_cli.evaluation.tasks import require_lm_eval
     from teal_cli.inference.device import pick_device
     from teal_cli.store import models
     from teal_cli.store.artifacts import atomic_write
 
-    _check_extras(output, plot, tasks=specs is not None)
+    exports.check_table(output)
+    exports.check_figure(plot)
+    if specs:
+        require_lm_eval()
     target_device = pick_device(device)
     checkpoint = pipeline.ensure_checkpoint(
         models.resolve(model, revision),
@@ -269,22 +273,6 @@ def _on_tasks(
         offline=run.offline,
         reporter=run.reporter,
     )
-
-
-def _check_extras(output: Path | None, plot: Path | None, *, tasks: bool) -> None:
-    """Fail before anything is measured for a file that cannot be written."""
-    from teal_cli.benchmark.plot import SUFFIXES, require_matplotlib
-    from teal_cli.benchmark.report import check_suffix
-    from teal_cli.evaluation import report
-    from teal_cli.evaluation.tasks import require_lm_eval
-
-    if output is not None:
-        check_suffix(output, report.SUFFIXES, "--output")
-    if plot is not None:
-        check_suffix(plot, SUFFIXES, "--plot")
-        require_matplotlib()
-    if tasks:
-        require_lm_eval()
 
 
 def _entries(text: str, option: str) -> tuple[str, ...]:

@@ -21,12 +21,10 @@ from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
 from teal_cli.sparsity import greedy, sensitivity
 from teal_cli.sparsity.observe import SKIPPED_POSITIONS, collect
-from teal_cli.sparsity.profile import ModelShape, Profile
+from teal_cli.sparsity.profile import METHODS, ModelShape, Profile, check_method
 from teal_cli.sparsity.quantiles import Quantiles
 from teal_cli.sparsity.refine import refine
 from teal_cli.sparsity.workspace import Workspace
-
-METHODS = ("sensitivity", "greedy", "uniform")  # the best one first
 
 _ALLOCATE = {"sensitivity": sensitivity.allocate, "greedy": greedy.allocate}
 
@@ -97,10 +95,7 @@ def _check(decoder: Decoder, windows: Tensor, methods: Iterable[str]) -> None:
             f"{decoder.config.max_position_embeddings} fit this model"
         )
     for method in methods:
-        if method not in METHODS:
-            raise UsageError(
-                f"there is no method {method!r}", hint=f"There are: {', '.join(METHODS)}."
-            )
+        check_method(method)
 
 
 def _dense(

@@ -109,7 +109,7 @@ def test_plot_in_every_format(
 def test_plot_without_matplotlib_names_the_extra(
     evaluate: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teal_cli.benchmark.plot.find_spec", lambda name: None)
+    monkeypatch.setattr("teal_cli.exports.find_spec", lambda name: None)
     code, _, said = evaluate(tiny_model, "--plot", "quality.png")
     assert code == 3
     assert "pip install 'teal-cli[plot]'" in said
@@ -129,6 +129,7 @@ def test_samples_0_is_the_whole_text(evaluate: Command, tiny_model: Path, text: 
         (("--context", "513"), 2, "a context of 513 tokens is out of range"),
         (("--protocol", "teal"), 2, "needs a context of 2560 tokens, this model has 512"),
         (("--method", "uniform,greedy"), 2, "teal calibrate --method greedy"),
+        (("--method", "magic"), 2, "There are: sensitivity, greedy, uniform."),
         (("--method", ","), 2, "--method names nothing"),
         (("--output", "quality.txt"), 2, "must end in .json, .csv or .md"),
         (("--plot", "quality.jpg"), 2, "must end in .png, .pdf or .svg"),
