@@ -81,6 +81,14 @@ LimitOption = Annotated[
     int | None,
     typer.Option("--limit", min=1, help="Documents of each task to run. [default: all]"),
 ]
+FewshotOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-fewshot",
+        min=0,
+        help="Worked examples before each document of a task. [default: what the task says]",
+    ),
+]
 OutputOption = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Also write the result to a .json, .csv or .md file."),
@@ -105,6 +113,7 @@ def evaluate(
     context: ContextOption = None,
     tasks: TasksOption = None,
     limit: LimitOption = None,
+    num_fewshot: FewshotOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
@@ -129,8 +138,9 @@ def evaluate(
     text_only = {"dataset": dataset, "column": column, "plot": plot}
     if specs and (given := [name for name, value in text_only.items() if value is not None]):
         raise UsageError(f"--{given[0]} is for perplexity: leave it out, or --tasks")
-    if limit is not None and not specs:
-        raise UsageError("--limit counts the documents of a task: it needs --tasks")
+    task_only = {"limit": limit, "num-fewshot": num_fewshot}
+    if not specs and (given := [name for name, value in task_only.items() if value is not None]):
+        raise UsageError(f"--{given[0]} is about tasks: it needs --tasks")
     reporter = console.reporter()
 
     from teal_cli import exports, pipeline
@@ -157,7 +167,7 @@ def evaluate(
     run = _Run(checkpoint, profile, settings, target_device, offline, reporter)
     found: report.Report
     if specs:
-        found = _on_tasks(run, specs, protocol, context, limit)
+        found = _on_tasks(run, specs, protocol, context, limit, num_fewshot)
     else:
         found = _on_text(run, dataset, column, samples, protocol, context)
         if plot is not None:
@@ -253,6 +263,7 @@ def _on_tasks(
     protocol: ProtocolName,
     context: int | None,
     limit: int | None,
+    num_fewshot: int | None,
 ) -> TasksReport:
     from teal_cli.evaluation import harness, protocols, tasks
 
@@ -270,6 +281,7 @@ def _on_tasks(
         run.settings,
         run.inputs() | {"protocol": protocol, "context": room},
         limit=limit,
+        num_fewshot=num_fewshot,
         offline=run.offline,
         reporter=run.reporter,
     )
