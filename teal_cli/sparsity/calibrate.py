@@ -65,7 +65,19 @@ def calibrate(
     _check(decoder, windows, methods)
     workspace = Workspace(work_dir, fingerprint)
     with torch.no_grad():
-        profile = base or _dense(decoder, windows, model, workspace, allocations, reporter)
+        profile = base
+        if profile is None:
+            # What the backward pass of `sensitivity` needs waits from here on.
+            states = workspace.dense_states(decoder, windows, keep_all="sensitivity" in methods)
+            counts = collect(decoder, windows, states, label="calibrating", reporter=reporter)
+            profile = Profile(
+                model=model,
+                fingerprint=fingerprint,
+                shape=ModelShape.of(decoder.config),
+                quantiles=Quantiles.from_counts(counts),
+                counts=counts,
+                allocations=allocations or {},
+            )
         for method in methods:
             if method in _ALLOCATE and method not in profile.allocations:
                 table = _ALLOCATE[method](decoder, windows, profile, workspace, reporter)
@@ -96,23 +108,3 @@ def _check(decoder: Decoder, windows: Tensor, methods: Iterable[str]) -> None:
         )
     for method in methods:
         check_method(method)
-
-
-def _dense(
-    decoder: Decoder,
-    windows: Tensor,
-    model: str,
-    workspace: Workspace,
-    allocations: Mapping[str, Tensor] | None,
-    reporter: Reporter,
-) -> Profile:
-    states = workspace.states("histograms", decoder, windows)
-    counts = collect(decoder, windows, states, label="calibrating", reporter=reporter)
-    return Profile(
-        model=model,
-        fingerprint=workspace.fingerprint,
-        shape=ModelShape.of(decoder.config),
-        quantiles=Quantiles.from_counts(counts),
-        counts=counts,
-        allocations=allocations or {},
-    )
