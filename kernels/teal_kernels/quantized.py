@@ -1,0 +1,201 @@
+"""Matrices of 8- and 4-bit integers in the layout that sparse decoding reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Columns that `QuantizedMatrix.multiply` turns into floats at a time: 32 MB at 4096 inputs.
+_TILE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedMatrix:
+    """A [K, N] matrix of integers, one input channel being one contiguous row.
+
+    int8: rows [K, N] int8, scales [N] float32, and w[k, n] = rows[k, n] * scales[n].
+
+    int4: rows [K, N / 2 + 4 * groups] uint8, where groups = ceil(N / group). A row holds its codes,
+    two a byte with the even column in the low half, then a float16 scale for each group of columns,
+    then a float16 offset for each, and w[k, n] = code * scale + offset. A row that is skipped skips
+    its scales as well.
+
+    Raises:
+        ValueError: shapes or dtypes are not as above, or N is not a multiple of 8.
+    """
+
+    rows: Tensor
+    scales: Tensor | None  # of int8
+    columns: int  # N
+    group: int  # columns of an int4 row that share scale and offset; 0 is int8
+
+    def __post_init__(self) -> None:
+        if self.columns % 8:
+            raise ValueError(f"quantized matrices need a multiple of 8 columns, got {self.columns}")
+        groups = self.groups
+        width = self.columns // 2 + 4 * groups if groups else self.columns
+        expected = torch.uint8 if groups else torch.int8
+        if self.rows.ndim != 2 or self.rows.shape[1] != width or self.rows.dtype != expected:
+            raise ValueError(
+                f"rows must be [inputs, {width}] {expected}, "
+                f"got {tuple(self.rows.shape)} {self.rows.dtype}"
+            )
+        if (self.scales is None) != bool(groups):
+            raise ValueError("int8 needs scales, and int4 holds its own in its rows")
+        if self.scales is not None and tuple(self.scales.shape) != (self.columns,):
+            raise ValueError(f"scales must be [{self.columns}], got {tuple(self.scales.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Inputs K and outputs N."""
+        return self.rows.shape[0], self.columns
+
+    @property
+    def bits(self) -> int:
+        """Of a weight: 8 or 4."""
+        return 4 if self.group else 8
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row; 0 for int8."""
+        return -(-self.columns // self.group) if self.group else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.rows.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of rows and scales."""
+        return self.rows.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def to(self, device: str | torch.device) -> QuantizedMatrix:
+        """The same matrix on another device."""
+        scales = None if self.scales is None else self.scales.to(device)
+        return QuantizedMatrix(self.rows.to(device), scales, self.columns, self.group)
+
+    @classmethod
+    def int8(cls, weight: Tensor) -> QuantizedMatrix:
+        """Round weight [K, N] to the nearest of 255 levels, with one scale a column."""
+        codes, scales = _int8_codes(weight, dim=0)
+        return cls(codes, scales, weight.shape[1], 0)
+
+    @classmethod
+    def int4(cls, weight: Tensor, group: int) -> QuantizedMatrix:
+        """Round weight [K, N] to the nearest of 16 levels between a group's extremes."""
+        scales, offsets = int4_grid(weight, group)
+        return cls.pack(int4_codes(weight, scales, offsets, group), scales, offsets, group)
+
+    @classmethod
+    def pack(cls, codes: Tensor, scales: Tensor, offsets: Tensor, group: int) -> QuantizedMatrix:
+        """Put int4 rows together: codes [K, N] uint8, scales and offsets [K, groups] float16."""
+        halves = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        parts = (
+            halves,
+            scales.contiguous().view(torch.uint8),
+            offsets.contiguous().view(torch.uint8),
+        )
+        return cls(torch.cat(parts, dim=1), None, codes.shape[1], group)
+
+    def dequantize(
+        self, start: int = 0, end: int | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Columns start to end as floats, [K, end - start]; computed in float32."""
+        end = self.columns if end is None else end
+        if self.scales is not None:
+            return (self.rows[:, start:end].float() * self.scales[start:end]).to(dtype)
+        first, last = start // 2, -(-end // 2)
+        pairs = self.rows[:, first:last]
+        codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
+        codes = codes[:, start - 2 * first : end - 2 * first]
+        # A slice's rows are too far apart to be seen as halves.
+        grids = self.rows[:, self.columns // 2 :].contiguous().view(torch.float16)
+        scales, offsets = grids.float().chunk(2, dim=1)
+        group = torch.arange(start, end, device=self.device) // self.group
+        return torch.addcmul(offsets[:, group], codes.float(), scales[:, group]).to(dtype)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [T, K] → [T, N] in the dtype of x, never holding more than a tile of floats."""
+        y = x.new_empty(x.shape[0], self.columns)
+        for start in range(0, self.columns, _TILE):
+            end = min(start + _TILE, self.columns)
+            torch.matmul(x, self.dequantize(start, end, dtype=x.dtype), out=y[:, start:end])
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """An lm_head [V, H] of int8 with a scale a row: w[v, h] = rows[v, h] * scales[v].
+
+    Raises:
+        ValueError: rows are not [V, H] int8, or scales not [V].
+    """
+
+    rows: Tensor
+    scales: Tensor  # float32
+
+    def __post_init__(self) -> None:
+        if self.rows.ndim != 2 or self.rows.dtype != torch.int8:
+            raise ValueError(f"rows must be [V, H] int8, got {self.rows.shape} {self.rows.dtype}")
+        if tuple(self.scales.shape) != (self.rows.shape[0],):
+            raise ValueError(f"scales must be [{self.rows.shape[0]}], got {self.scales.shape}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Vocabulary V and hidden size H."""
+        return self.rows.shape[0], self.rows.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of rows and scales."""
+        return self.rows.nbytes + self.scales.nbytes
+
+    def to(self, device: str | torch.device) -> QuantizedRows:
+        """The same matrix on another device."""
+        return QuantizedRows(self.rows.to(device), self.scales.to(device))
+
+    @classmethod
+    def int8(cls, weight: Tensor) -> QuantizedRows:
+        """Round weight [V, H] to the nearest of 255 levels, with one scale a row."""
+        return cls(*_int8_codes(weight, dim=1))
+
+    def dequantize(
+        self, start: int = 0, end: int | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Rows start to end as floats, [end - start, H]."""
+        return (self.rows[start:end].float() * self.scales[start:end, None]).to(dtype)
+
+
+def int4_grid(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Scale and offset (what code 0 stands for) of each group, so that 0 … 15 span its extremes.
+
+    weight [K, N] → two of [K, ceil(N / group)] float16.
+    """
+    short = -weight.shape[1] % group
+    # The last group is filled up with its own last column.
+    filled = F.pad(weight.float()[:, None], (0, short), mode="replicate")[:, 0]
+    low, high = filled.unflatten(1, (-1, group)).aminmax(dim=2)
+    offsets = low.half()
+    scales = ((high - offsets.float()) / 15).half()
+    return scales, offsets
+
+
+def int4_codes(weight: Tensor, scales: Tensor, offsets: Tensor, group: int) -> Tensor:
+    """The nearest codes on a grid of `int4_grid`: [K, N] uint8."""
+    columns = weight.shape[1]
+    step = scales.float().repeat_interleave(group, 1)[:, :columns]
+    low = offsets.float().repeat_interleave(group, 1)[:, :columns]
+    divisor = torch.where(step > 0, step, 1)
+    return ((weight.float() - low) / divisor).round_().clamp_(0, 15).to(torch.uint8)
+
+
+def _int8_codes(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Codes like weight, and float32 scales that each cover one slice along `dim`."""
+    wide = weight.float()
+    scales = wide.abs().amax(dim) / 127
+    divisor = torch.where(scales > 0, scales, 1).unsqueeze(dim)
+    return (wide / divisor).round_().clamp_(-127, 127).to(torch.int8), scales

@@ -1,0 +1,94 @@
+"""Matrices of integers: what their rows hold, and how far they are from the floats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from teal_kernels.quantized import QuantizedMatrix, QuantizedRows, int4_codes, int4_grid
+
+
+def random_weight(inputs: int, outputs: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(inputs, outputs, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("outputs", [8, 64, 104, 576])
+def test_int8_is_within_half_a_step(outputs: int) -> None:
+    weight = random_weight(37, outputs)
+    matrix = QuantizedMatrix.int8(weight)
+    assert matrix.shape == (37, outputs)
+    error = (matrix.dequantize() - weight).abs()
+    assert (error <= weight.abs().amax(0) / 127 * 0.5001).all()
+
+
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("outputs", [8, 64, 104, 576])
+def test_int4_is_within_half_a_step(outputs: int, group: int) -> None:
+    weight = random_weight(37, outputs)
+    matrix = QuantizedMatrix.int4(weight, group)
+    assert matrix.shape == (37, outputs)
+    assert matrix.rows.shape[1] == outputs // 2 + 4 * -(-outputs // group)
+    for start in range(0, outputs, group):
+        part = weight[:, start : start + group]
+        step = (part.amax(1) - part.amin(1)) / 15
+        error = (matrix.dequantize(start, min(start + group, outputs)) - part).abs().amax(1)
+        # float16 rounds scale and offset.
+        assert (error <= step * 0.5 + part.abs().amax(1) * 2**-10).all()
+
+
+def test_int4_rows_hold_codes_scales_and_offsets() -> None:
+    codes = torch.arange(16, dtype=torch.uint8).repeat(3, 1)
+    scales = torch.tensor([[1.0, 2.0]] * 3, dtype=torch.float16)
+    offsets = torch.tensor([[-8.0, 0.5]] * 3, dtype=torch.float16)
+    matrix = QuantizedMatrix.pack(codes, scales, offsets, 8)
+    assert matrix.rows[0, :8].tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
+    expected = [code - 8.0 for code in range(8)] + [code * 2 + 0.5 for code in range(8, 16)]
+    assert matrix.dequantize()[1].tolist() == expected
+    assert matrix.dequantize(3, 11)[2].tolist() == expected[3:11]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5, -3.0, 60000.0])
+def test_constant_and_outlier_columns(value: float) -> None:
+    weight = random_weight(16, 64)
+    weight[:, 5] = value
+    weight[3] = value
+    assert torch.isfinite(QuantizedMatrix.int8(weight).dequantize()).all()
+    int8 = QuantizedMatrix.int8(weight).dequantize()
+    torch.testing.assert_close(int8[:, 5], weight[:, 5])
+    int4 = QuantizedMatrix.int4(weight, 64).dequantize()
+    torch.testing.assert_close(int4[3], weight[3], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("group", [0, 64])
+def test_multiply_is_the_product_with_the_dequantized(group: int) -> None:
+    weight, x = random_weight(40, 4096 + 72), torch.randn(3, 40, dtype=torch.float64)
+    matrix = QuantizedMatrix.int4(weight, group) if group else QuantizedMatrix.int8(weight)
+    expected = x @ matrix.dequantize().double()
+    torch.testing.assert_close(matrix.multiply(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_codes_are_the_nearest() -> None:
+    weight = random_weight(5, 64)
+    scales, offsets = int4_grid(weight, 64)
+    codes = int4_codes(weight, scales, offsets, 64)
+    levels = torch.arange(16)[:, None, None] * scales.float() + offsets.float()
+    nearest = (weight - levels).abs().argmin(0)
+    assert torch.equal(codes.long(), nearest)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="multiple of 8"):
+        QuantizedMatrix.int8(random_weight(4, 12))
+    with pytest.raises(ValueError, match="rows must be"):
+        QuantizedMatrix(torch.zeros(4, 16), torch.ones(16), 16, 0)
+    with pytest.raises(ValueError, match="scales"):
+        QuantizedMatrix(torch.zeros(4, 16, dtype=torch.int8), None, 16, 0)
+
+
+def test_rows_are_within_half_a_step() -> None:
+    weight = random_weight(33, 48)
+    weight[7] = 0
+    rows = QuantizedRows.int8(weight)
+    assert rows.shape == (33, 48)
+    error = (rows.dequantize() - weight).abs()
+    assert (error <= weight.abs().amax(1, keepdim=True) / 127 * 0.5001).all()
+    assert torch.equal(rows.dequantize(5, 9), rows.dequantize()[5:9])
