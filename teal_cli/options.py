@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 Dtype = Literal["float16", "bfloat16", "float32"]
+Quantize = Literal["int8", "int8+head", "int4", "int4+head", "int4-128", "int4-128+head"]
 
 
 def check_sparsity(value: float | None) -> float | None:
@@ -67,6 +68,14 @@ OfflineOption = Annotated[
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option("--dtype", help="Data type of the weights. [default: the checkpoint's own]"),
+]
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option(
+        "--quantize",
+        help="Store the projections as int8, or as int4 in groups of 64 or, 'int4-128', of 128"
+        " weights; '+head' stores the lm_head as int8 too. [default: not quantized]",
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="'auto', 'cpu', 'cuda' or 'cuda:N'.")]
 SparsityOption = Annotated[

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from teal_cli.errors import MissingError, TealError
+from teal_cli.errors import MissingError, TealError, UsageError
 from teal_cli.model.checkpoint import MANIFEST, Checkpoint
 from teal_cli.progress import Reporter
 from teal_cli.store import artifacts, hub, models, paths
 from teal_cli.store.models import ModelRef
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from teal_cli.model.config import ModelConfig
+    from teal_cli.model.convert import Rounding
     from teal_cli.sparsity.profile import Profile
+    from teal_cli.text.corpora import Corpus
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,10 +41,16 @@ class CalibrationSettings:
     seed: int = 0
 
 
+# Rounding with regard for inputs learns a matrix of products where a profile learns quantiles.
+ROUNDING_TEXT = CalibrationSettings(samples=64)
+
+
 def ensure_checkpoint(
     ref: ModelRef,
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
+    device: str = "auto",
     token: str | None = None,
     offline: bool = False,
     reporter: Reporter,
@@ -46,16 +58,68 @@ def ensure_checkpoint(
     """The model's converted checkpoint, downloaded and converted first if it is not there.
 
     A converted model of the Hub is used as it is, without asking the Hub for a newer one
-    (`teal convert` does); a local one is compared with its source.
+    (`teal convert` does); a local one is compared with its source. `quantize` is a key of
+    QUANTIZATIONS, and `device` where a quantized one is made.
     """
     from teal_cli.model.convert import convert
 
-    checkpoint = _converted(ref, dtype) if ref.kind == "hub" else None
+    checkpoint = _converted(ref, dtype, quantize) if ref.kind == "hub" else None
     if checkpoint is None:
         source = hub.fetch(ref, token=token, offline=offline, reporter=reporter)
-        checkpoint = Checkpoint(convert(source, dtype=dtype, reporter=reporter))
+        rounding = rounding_for(quantize, device=device, offline=offline, reporter=reporter)
+        checkpoint = Checkpoint(convert(source, dtype=dtype, rounding=rounding, reporter=reporter))
     models.remember(ref)
     return checkpoint
+
+
+def rounding_for(
+    quantize: str | None,
+    method: str | None = None,
+    text: Mapping[str, Any] | None = None,
+    *,
+    device: str = "auto",
+    offline: bool = False,
+    reporter: Reporter,
+) -> Rounding | None:
+    """How `quantize`, a key of QUANTIZATIONS, makes its integers; None where it is None.
+
+    Args:
+        quantize: its name.
+        method: "gptq" or "nearest"; None takes the best, and what is there of any.
+        text: fields of `CalibrationSettings` that the user gave, for a method that reads text.
+        device: where such a method runs.
+        offline: ask no server for the text.
+        reporter: follows what takes long.
+
+    Raises:
+        UsageError: the quantization has no such method, or it reads no text.
+    """
+    from teal_cli.inference.device import pick_device
+    from teal_cli.model.convert import Nearest
+    from teal_cli.model.quantization import quantization
+    from teal_cli.rounding.layerwise import Gptq
+
+    kind = quantization(quantize)
+    if kind is None:
+        return None
+    asked: dict[str, Any] = {"method": method} if method else {}
+    if method == "nearest" or not kind.group:
+        if text or method == "gptq":
+            raise UsageError(
+                "rounding to the nearest integers reads no text"
+                if kind.group
+                else "int8 is rounded to the nearest integers, which reads no text"
+            )
+        return Nearest(kind, asked)
+    settings = dataclasses.replace(ROUNDING_TEXT, **(text or {}))
+    if text:
+        asked["settings"] = dataclasses.asdict(settings)
+
+    def read(tokenizer: Any, config: ModelConfig) -> tuple[Tensor, dict[str, Any]]:
+        corpus, tokens = _read_text(settings, tokenizer, config, offline, reporter)
+        return tokens, _provenance(corpus, settings)
+
+    return Gptq(kind, read, pick_device(device), asked)
 
 
 def ensure_profile(
@@ -74,7 +138,8 @@ def ensure_profile(
         profile = Profile.load(path)
         profile.check(checkpoint.config, checkpoint.fingerprint)
         return profile
-    preset = presets.preset_for(checkpoint.name)
+    # Rounding changes the activations, and the built-in thresholds are of float weights.
+    preset = presets.preset_for(checkpoint.name) if checkpoint.quantization is None else None
     if preset is not None:
         preset.check(checkpoint.config)
         return preset
@@ -83,7 +148,9 @@ def ensure_profile(
     )
 
 
-def stored_profile(ref: ModelRef, dtype: str | None = None) -> tuple[Profile, Path | None]:
+def stored_profile(
+    ref: ModelRef, dtype: str | None = None, quantize: str | None = None
+) -> tuple[Profile, Path | None]:
     """A model's profile as it is, and its file; the built-in one has none. Makes nothing.
 
     Raises:
@@ -93,14 +160,14 @@ def stored_profile(ref: ModelRef, dtype: str | None = None) -> tuple[Profile, Pa
     from teal_cli.sparsity import presets
     from teal_cli.sparsity.profile import Profile
 
-    checkpoint = _converted(ref, dtype)
+    checkpoint = _converted(ref, dtype, quantize)
     if checkpoint is not None and (path := profile_path(checkpoint)).exists():
         profile = Profile.load(path)
         profile.check(checkpoint.config, checkpoint.fingerprint)
         return profile, path
-    preset = presets.preset_for(ref.name)
+    preset = presets.preset_for(ref.name) if quantize is None else None
     if preset is None:
-        named = ref.path or ref.name
+        named = f"{ref.path or ref.name}{f' --quantize {quantize}' if quantize else ''}"
         raise MissingError(
             f"{named} has no profile yet", hint=f"Make one with: teal calibrate {named}"
         )
@@ -132,24 +199,11 @@ def make_profile(
     from teal_cli.sparsity import presets, streaming
     from teal_cli.sparsity.calibrate import calibrate
     from teal_cli.sparsity.profile import METHODS
-    from teal_cli.text.corpora import load_corpus
-    from teal_cli.text.windows import windows
 
     path = profile_path(checkpoint)
     before = _modified(path)
-    corpus = load_corpus(
-        settings.dataset,
-        split_role="calibration",
-        column=settings.column,
-        offline=offline,
-        reporter=reporter,
-    )
-    tokens = windows(
-        checkpoint.tokenizer(),
-        corpus,
-        seq_len=min(settings.seq_len, checkpoint.config.max_position_embeddings),
-        samples=settings.samples,
-        seed=settings.seed,
+    corpus, tokens = _read_text(
+        settings, checkpoint.tokenizer(), checkpoint.config, offline, reporter
     )
     work_dir = paths.cache_dir() / "calibration" / path.parent.name / path.stem
     with artifacts.lock(path, reporter):
@@ -174,13 +228,7 @@ def make_profile(
             methods=tuple(dict.fromkeys((method, *known, "uniform"))),
             base=base,
             allocations=known,
-            provenance={
-                "dataset": corpus.name,
-                "dataset_part": corpus.part,
-                "dataset_fingerprint": corpus.fingerprint,
-                "seed": settings.seed,
-                "settings": dataclasses.asdict(settings),
-            },
+            provenance=_provenance(corpus, settings),
             work_dir=work_dir,
             reporter=reporter,
         )
@@ -192,6 +240,44 @@ def make_profile(
 def profile_path(checkpoint: Checkpoint) -> Path:
     """Where the checkpoint's profile is, or will be."""
     return paths.profile_path(checkpoint.folder.parent.name, checkpoint.folder.name)
+
+
+def _read_text(
+    settings: CalibrationSettings,
+    tokenizer: Any,
+    config: ModelConfig,
+    offline: bool,
+    reporter: Reporter,
+) -> tuple[Corpus, Tensor]:
+    """The text that settings name, and its windows [samples, seq_len] int64."""
+    from teal_cli.text.corpora import load_corpus
+    from teal_cli.text.windows import windows
+
+    corpus = load_corpus(
+        settings.dataset,
+        split_role="calibration",
+        column=settings.column,
+        offline=offline,
+        reporter=reporter,
+    )
+    tokens = windows(
+        tokenizer,
+        corpus,
+        seq_len=min(settings.seq_len, config.max_position_embeddings),
+        samples=settings.samples,
+        seed=settings.seed,
+    )
+    return corpus, tokens
+
+
+def _provenance(corpus: Corpus, settings: CalibrationSettings) -> dict[str, Any]:
+    return {
+        "dataset": corpus.name,
+        "dataset_part": corpus.part,
+        "dataset_fingerprint": corpus.fingerprint,
+        "seed": settings.seed,
+        "settings": dataclasses.asdict(settings),
+    }
 
 
 def _same_text(
@@ -214,13 +300,19 @@ def _modified(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def _converted(ref: ModelRef, dtype: str | None) -> Checkpoint | None:
+def _converted(ref: ModelRef, dtype: str | None, quantize: str | None) -> Checkpoint | None:
     """The checkpoint that is there; of several dtypes, and none asked for, the newest."""
     folder = paths.model_dir(ref.slug)
     if dtype is not None:
-        candidates = [folder / dtype]
+        candidates = [paths.checkpoint_dir(ref.slug, dtype, quantize)]
     else:
-        manifests = sorted(folder.glob(f"[!.]*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+        pattern = paths.checkpoint_dir(ref.slug, "[!.-]*", quantize).name
+        manifests = [
+            path
+            for path in folder.glob(f"{pattern}/{MANIFEST}")
+            if quantize or "-" not in path.parent.name
+        ]
+        manifests.sort(key=lambda path: path.stat().st_mtime)
         candidates = [path.parent for path in manifests[-1:]]
     for candidate in candidates:
         try:

@@ -24,7 +24,7 @@ class QuantizedMatrix:
     its scales as well.
 
     Raises:
-        ValueError: shapes or dtypes are not as above, or N is not a multiple of 8.
+        ValueError: shapes or dtypes are not as above, N is no multiple of 8, or the group is odd.
     """
 
     rows: Tensor
@@ -35,6 +35,8 @@ class QuantizedMatrix:
     def __post_init__(self) -> None:
         if self.columns % 8:
             raise ValueError(f"quantized matrices need a multiple of 8 columns, got {self.columns}")
+        if self.group % 2:
+            raise ValueError(f"two codes share a byte: a group of {self.group} is odd")
         groups = self.groups
         width = self.columns // 2 + 4 * groups if groups else self.columns
         expected = torch.uint8 if groups else torch.int8
@@ -107,23 +109,31 @@ class QuantizedMatrix:
         """Columns start to end as floats, [K, end - start]; computed in float32."""
         end = self.columns if end is None else end
         if self.scales is not None:
-            return (self.rows[:, start:end].float() * self.scales[start:end]).to(dtype)
-        first, last = start // 2, -(-end // 2)
-        pairs = self.rows[:, first:last]
-        codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
-        codes = codes[:, start - 2 * first : end - 2 * first]
+            return self.rows[:, start:end].float().mul_(self.scales[start:end]).to(dtype)
+        group, first, last = self.group, start // self.group, -(-end // self.group)
+        pairs = self.rows[:, first * group // 2 : min(last * group, self.columns) // 2]
+        # In whole groups, of which the last may lie partly beyond the columns.
+        floats = self.rows.new_empty(len(pairs), (last - first) * group // 2, 2, dtype=torch.float)
+        floats[:, : pairs.shape[1], 0] = pairs & 15
+        floats[:, : pairs.shape[1], 1] = pairs >> 4
+        grouped = floats.view(len(pairs), last - first, group)
         # A slice's rows are too far apart to be seen as halves.
         grids = self.rows[:, self.columns // 2 :].contiguous().view(torch.float16)
-        scales, offsets = grids.float().chunk(2, dim=1)
-        group = torch.arange(start, end, device=self.device) // self.group
-        return torch.addcmul(offsets[:, group], codes.float(), scales[:, group]).to(dtype)
+        scales, offsets = grids.float()[:, :, None].chunk(2, dim=1)
+        grouped.mul_(scales[:, first:last]).add_(offsets[:, first:last])
+        return grouped.flatten(1)[:, start - first * group : end - first * group].to(dtype)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """x [T, K] → [T, N] in the dtype of x, never holding more than a tile of floats."""
-        y = x.new_empty(x.shape[0], self.columns)
-        for start in range(0, self.columns, _TILE):
-            end = min(start + _TILE, self.columns)
-            torch.matmul(x, self.dequantize(start, end, dtype=x.dtype), out=y[:, start:end])
+    def multiply(self, x: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+        """x [T, K] → its product with columns start to end, in the dtype of x.
+
+        It never holds more than a tile of floats, and so has no gradient.
+        """
+        end = self.columns if end is None else end
+        y = x.new_empty(x.shape[0], end - start)
+        for first in range(start, end, _TILE):
+            last = min(first + _TILE, end)
+            tile = self.dequantize(first, last, dtype=x.dtype)
+            torch.matmul(x, tile, out=y[:, first - start : last - start])
         return y
 
 
@@ -148,6 +158,11 @@ class QuantizedRows:
     def shape(self) -> tuple[int, int]:
         """Vocabulary V and hidden size H."""
         return self.rows.shape[0], self.rows.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """Of a weight."""
+        return 8
 
     @property
     def nbytes(self) -> int:

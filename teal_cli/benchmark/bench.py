@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from teal_cli.errors import TealError, UsageError
 from teal_cli.inference.session import Session
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
+from teal_cli.model.quantization import Quantization
 from teal_cli.progress import Reporter
 
 # Thresholds for a target sparsity, given the session that will use them.
@@ -63,22 +64,28 @@ class Settings:
 
 
 def require_memory_for(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, settings: Settings, name: str
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    settings: Settings,
+    name: str,
+    kind: Quantization | None = None,
 ) -> None:
     """Make sure that a model of random weights and its baselines fit, before they are made.
 
     Raises:
         TealError: they do not.
     """
-    weights = weight_bytes(config, dtype.itemsize)
-    needed = weights + cache_bytes(config, dtype.itemsize, settings.length)
+    needed = weight_bytes(config, dtype.itemsize, kind)
+    needed += cache_bytes(config, dtype.itemsize, settings.length)
     if device.type == "cpu":  # prefill turns one matrix at a time to float32
         needed += 4 * 2 * config.hidden_size * config.intermediate_size
     copies = len(settings.baselines)
-    what = f"{name} in {str(dtype).removeprefix('torch.')}"
+    what = f"{name} in {kind.name if kind else _name(dtype)}"
     if copies:
         what += f" with {copies} more cop{'y' if copies == 1 else 'ies'} for --baseline"
-    require_memory(needed + copies * weights, available_memory(device), what)
+    needed += copies * weight_bytes(config, dtype.itemsize)
+    require_memory(needed, available_memory(device), what)
 
 
 def measure(
@@ -104,15 +111,17 @@ def measure(
         deterministic=settings.deterministic,
         reporter=reporter,
     )
-    name, size = _name(decoder.dtype), decoder.dtype.itemsize
-    variants = [Variant(DENSE, "dense", name, size, session.backend)]
+    kind, size = decoder.weights.quantization, decoder.dtype.itemsize
+    name = kind.name if kind else _name(decoder.dtype)
+    dense = Variant(DENSE, "dense", name, size, session.backend, quantization=kind)
+    variants = [dense]
     decodings: dict[str, Decoding] = {
         DENSE: SessionDecoding(session, None, 0.0, prompt, settings.tokens)
     }
     for sparsity in settings.sparsities:
         label = f"sparse {sparsity:.4g}"
         thresholds = thresholds_for(session, sparsity)
-        variants.append(Variant(label, "sparse", name, size, session.backend, sparsity))
+        variants.append(replace(dense, label=label, kind="sparse", target_sparsity=sparsity))
         decodings[label] = SessionDecoding(session, thresholds, sparsity, prompt, settings.tokens)
     notes = []
     for baseline in settings.baselines:

@@ -22,7 +22,8 @@ from teal_cli.benchmark.timing import Run
 from teal_cli.environment import available_memory
 from teal_cli.errors import TealError
 from teal_cli.model.decoder import Decoder
-from teal_cli.model.weights import LayerWeights
+from teal_cli.model.sites import FUSED
+from teal_cli.model.weights import LayerWeights, floats
 from teal_cli.progress import Reporter
 
 
@@ -34,9 +35,9 @@ class _PlainModel:
         self.config = config
         self.embed_tokens = weights.embed_tokens.to(dtype)
         tied = weights.lm_head is weights.embed_tokens
-        self.lm_head = self.embed_tokens if tied else weights.lm_head.to(dtype)
+        self.lm_head = self.embed_tokens if tied else floats(weights.lm_head, dtype)
         self.norm = weights.norm.to(dtype)
-        self.layers = [_turned(layer, dtype) for layer in weights.layers]
+        self.layers: list[Any] = [_turned(layer, dtype) for layer in weights.layers]
         heads, width = config.num_key_value_heads, config.head_dim
         self.keys = [
             torch.zeros(1, heads, length, width, dtype=dtype, device=device) for _ in self.layers
@@ -228,7 +229,7 @@ def _fastest_dtype(decoder: Decoder) -> torch.dtype:
     if decoder.device.type == "cuda":
         return decoder.dtype
     x = torch.randn(1, decoder.config.hidden_size)
-    weight = decoder.weights.layers[0].gate_up.T.float().contiguous()
+    weight = floats(decoder.weights.layers[0].gate_up, torch.float32).T.contiguous()
     times = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         cast, turned = x.to(dtype), weight.to(dtype)
@@ -245,9 +246,10 @@ def _turned(layer: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     """A layer in another dtype, its matrices as [out_features, in_features]."""
     tensors: dict[str, Any] = {}
     for field in fields(LayerWeights):
-        tensor: Tensor | None = getattr(layer, field.name)
-        if tensor is not None and tensor.dim() == 2:
-            tensor = tensor.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        tensor = getattr(layer, field.name)
+        if field.name in FUSED:
+            turned = floats(tensor, dtype).T
+            tensor = turned.to(dtype, copy=True, memory_format=torch.contiguous_format)
         tensors[field.name] = None if tensor is None else tensor.to(dtype)
     return LayerWeights(**tensors)
 

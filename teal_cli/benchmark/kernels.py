@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from teal_cli.benchmark.bandwidth import Bandwidth
+from teal_cli.benchmark.cost import head_bytes, matrix_bytes
 from teal_cli.benchmark.projections import CpuProjection, GpuProjection, Projection, linear
 from teal_cli.benchmark.result import SCHEMA
 from teal_cli.benchmark.timing import Spread, spread
@@ -126,7 +127,7 @@ def _rows(
         projection.seconds()
         runs = [(projection.seconds(), dense.seconds()) for _ in range(repeats)]
         times = spread([ours * 1e6 for ours, _ in runs])
-        size = round(inputs * outputs * (1 - realised)) * decoder.dtype.itemsize
+        size = _bytes_read(decoder, name, realised)
         rows.append(
             KernelRow(
                 kernel="lm_head" if name == "logits" else name,
@@ -145,3 +146,11 @@ def _rows(
             )
         )
     return rows
+
+
+def _bytes_read(decoder: Decoder, name: str, sparsity: float) -> int:
+    config, size, kind = decoder.config, decoder.dtype.itemsize, decoder.weights.quantization
+    if name == "logits":
+        return head_bytes(config, size, kind)
+    shape = config.matrix_shapes[name]
+    return matrix_bytes(*shape, itemsize=size, kind=kind, sparsity=sparsity)

@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor
 from teal_cli.inference.session import step_tensors
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import FUSED, PROJECTIONS
-from teal_cli.model.weights import LayerWeights
+from teal_cli.model.weights import LayerWeights, floats
 
 if TYPE_CHECKING:
     from teal_kernels.gpu.launch import StepLaunches
@@ -198,7 +198,9 @@ def linear(decoder: Decoder, name: str) -> tuple[Timed, torch.dtype]:
     fastest.
     """
     device = decoder.device
-    if name == "logits":
+    if decoder.weights.quantization is not None:
+        weights = _copies(decoder, _dequantized(decoder, name))
+    elif name == "logits":
         weights = _copies(decoder, decoder.weights.lm_head)
     elif device.type == "cuda":
         weights = [getattr(layer, name) for layer in _rotated(decoder, name)]
@@ -240,25 +242,40 @@ def _rotated(decoder: Decoder, name: str) -> list[LayerWeights]:
         return layers
     size = sum(getattr(layer, name).nbytes for layer in layers)
     copies = [
-        dataclasses.replace(layer, **{name: getattr(layer, name).clone()})
+        dataclasses.replace(layer, **{name: _clone(getattr(layer, name))})
         for _ in range(1, -(-_enough(decoder) // size))
         for layer in layers
     ]
     return layers + copies
 
 
-def _copies(decoder: Decoder, weight: Tensor) -> list[Tensor]:
+def _copies(decoder: Decoder, weight: Any) -> list[Any]:
     """A matrix and copies of it, far larger than the cache, in turns."""
     count = -(-_enough(decoder) // weight.nbytes) if decoder.device.type == "cuda" else 1
-    copies = [weight, *(weight.clone() for _ in range(1, count))]
+    copies = [weight, *(_clone(weight) for _ in range(1, count))]
     return copies * -(-_LEAST_LAUNCHES // count)
+
+
+def _clone(weight: Any) -> Any:
+    """A copy of a tensor, or of a quantized matrix but for its scales."""
+    if isinstance(weight, Tensor):
+        return weight.clone()
+    return dataclasses.replace(weight, rows=weight.rows.clone())
+
+
+def _dequantized(decoder: Decoder, name: str) -> Tensor:
+    """A matrix in the dtype of the activations, [out_features, in_features]."""
+    weights = decoder.weights
+    if name == "logits":
+        return floats(weights.lm_head, decoder.dtype)
+    return floats(getattr(weights.layers[0], name), decoder.dtype).T.contiguous()
 
 
 def _enough(decoder: Decoder) -> int:
     return _CACHES * int(torch.cuda.get_device_properties(decoder.device).L2_cache_size)
 
 
-def _some(decoder: Decoder, name: str) -> list[Tensor]:
+def _some(decoder: Decoder, name: str) -> list[Any]:
     """A matrix of as many layers as a CPU is sure not to hold in its caches."""
     weights = [getattr(layer, name) for layer in decoder.weights.layers]
     return weights[: max(1, _CPU_WEIGHT_BYTES // weights[0].nbytes)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from teal_cli.benchmark.kernels import KernelResult, KernelRow
 from teal_cli.benchmark.result import BenchResult, CardRow, Row
@@ -61,7 +62,7 @@ def heading(result: BenchResult) -> str:
     threads = f", {machine['threads']} threads" if machine["threads"] else ""
     weights = ", random weights" if model["weights"] == "random" else ""
     return (
-        f"{model['name']}{weights}, {model['dtype']}, {machine['device_name']}{threads}: "
+        f"{model['name']}{weights}, {_weights_type(model)}, {machine['device_name']}{threads}: "
         f"{settings['tokens']} tokens after a prompt of {settings['prompt_tokens']}, "
         f"median of {settings['repeats']} [p20–p80]"
     )
@@ -102,7 +103,10 @@ def tune_table(rows: Sequence[Tuned]) -> Table:
 def kernel_heading(result: KernelResult | TuneResult) -> str:
     """Which kernels were measured where, in one line."""
     model, machine = result.model, result.environment
-    return f"{model['name']}, {model['dtype']}, {machine['device_name']}: one matrix of every layer"
+    return (
+        f"{model['name']}, {_weights_type(model)}, {machine['device_name']}: "
+        "one matrix of every layer"
+    )
 
 
 def render_kernels(result: KernelResult | TuneResult, suffix: str) -> str:
@@ -135,6 +139,7 @@ def _csv(result: BenchResult) -> str:
     common = {
         "model": result.model["name"],
         "weights": result.model["weights"],
+        "quantization": result.model.get("quantization"),
         "device": result.environment["device_name"],
         "threads": result.environment["threads"],
         "torch": result.environment["versions"].get("torch"),
@@ -194,6 +199,11 @@ def _pipe_table(table: Table) -> str:
     columns, rows = table
     rule = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (columns, rule, *rows))
+
+
+def _weights_type(model: Mapping[str, Any]) -> str:
+    kind = model.get("quantization")
+    return f"{kind} ({model['dtype']})" if kind else str(model["dtype"])
 
 
 def _spread(value: Spread, digits: int) -> str:

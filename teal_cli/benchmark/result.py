@@ -11,6 +11,7 @@ from teal_cli.benchmark.bandwidth import Bandwidth
 from teal_cli.benchmark.cost import TokenBytes, token_bytes
 from teal_cli.benchmark.timing import Run, Spread, speedup, spread
 from teal_cli.model.config import ModelConfig
+from teal_cli.model.quantization import Quantization
 
 SCHEMA = 1
 DENSE = "dense"
@@ -28,6 +29,7 @@ class Variant:
     itemsize: int
     backend: str  # what computes
     target_sparsity: float | None = None
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +79,16 @@ def cost_card(
     bandwidth: Bandwidth,
     *,
     itemsize: int,
+    quantization: Quantization | None = None,
     position: int,
     sparsities: Sequence[float],
 ) -> tuple[CardRow, ...]:
     """Bytes and ceiling of a dense token, then at each sparsity."""
     rows = []
     for sparsity in (0.0, *(value for value in sparsities if value > 0)):
-        cost = token_bytes(config, itemsize=itemsize, sparsity=sparsity, position=position)
+        cost = token_bytes(
+            config, itemsize=itemsize, kind=quantization, sparsity=sparsity, position=position
+        )
         rows.append(CardRow(sparsity, cost, bandwidth.bytes_per_s / cost.total))
     return tuple(rows)
 
@@ -113,7 +118,11 @@ def rows(
         if variant.kind == "sparse":
             realised = fmean(run.realised_sparsity or 0.0 for run in mine)
         cost = token_bytes(
-            config, itemsize=variant.itemsize, sparsity=realised or 0.0, position=position
+            config,
+            itemsize=variant.itemsize,
+            kind=variant.quantization,
+            sparsity=realised or 0.0,
+            position=position,
         )
         times = spread([run.time_per_token_s for run in mine])
         found.append(

@@ -14,6 +14,7 @@ from teal_cli.errors import UsageError
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
+from teal_cli.model.quantization import Quantization
 from teal_cli.model.random_weights import SHAPES, random_decoder
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.profile import Profile
@@ -66,17 +67,18 @@ def model_subject(
     thresholds = {value: profile.thresholds(value, method) for value in settings.sparsities}
     tokens = checkpoint.tokenizer()(_TEXT)["input_ids"]
     tokens *= -(-settings.prompt_tokens // len(tokens))
+    decoder = checkpoint.load(device)
     description = {
         "name": checkpoint.name,
         "weights": "its own",
         "revision": checkpoint.revision,
         "fingerprint": checkpoint.fingerprint,
-        "dtype": _name(checkpoint.dtype),
+        **weights_type(decoder),
         "method": method or profile.default_method,
         "calibrated_on": profile.provenance.get("dataset"),
     }
     return Subject(
-        checkpoint.load(device),
+        decoder,
         description,
         tokens[: settings.prompt_tokens],
         lambda session, sparsity: thresholds[sparsity],
@@ -89,6 +91,7 @@ def random_subject(
     settings: Settings,
     device: torch.device,
     reporter: Reporter,
+    kind: Quantization | None = None,
 ) -> Subject:
     """Random weights at a model's shape, a random prompt, and thresholds that decoding meets.
 
@@ -98,12 +101,14 @@ def random_subject(
         settings: the seed is theirs.
         device: where to make the weights.
         reporter: follows what takes long.
+        kind: how the matrices are quantized.
 
     Raises:
         UsageError: there is no such shape, or its context is too short.
+        UnsupportedError: the shape cannot be quantized like that.
         TealError: there is not enough memory.
     """
-    decoder, description = random_model(model, dtype, settings, device, reporter)
+    decoder, description = random_model(model, dtype, settings, device, reporter, kind)
     config = decoder.config
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.prompt_tokens,)
@@ -123,6 +128,7 @@ def random_model(
     settings: Settings,
     device: torch.device,
     reporter: Reporter,
+    kind: Quantization | None = None,
 ) -> tuple[Decoder, dict[str, Any]]:
     """Random weights at a model's shape, and what names them; arguments as `random_subject`.
 
@@ -132,10 +138,16 @@ def random_model(
     """
     name, config = _shape(model)
     settings.check(config)
-    require_memory_for(config, dtype, device, settings, name)
+    require_memory_for(config, dtype, device, settings, name, kind)
     with reporter.task(f"making random weights at the shape of {name}"):
-        decoder = random_decoder(config, device=device, dtype=dtype, seed=settings.seed)
-    return decoder, {"name": name, "weights": "random", "dtype": _name(dtype)}
+        decoder = random_decoder(config, device=device, dtype=dtype, seed=settings.seed, kind=kind)
+    return decoder, {"name": name, "weights": "random", **weights_type(decoder)}
+
+
+def weights_type(decoder: Decoder) -> dict[str, str | None]:
+    """What the weights are stored as, for results."""
+    kind = decoder.weights.quantization
+    return {"dtype": _name(decoder.dtype), "quantization": kind.name if kind else None}
 
 
 def _shape(model: str | None) -> tuple[str, ModelConfig]:

@@ -19,6 +19,7 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.hf_layout import parts
 from teal_cli.model.sites import FUSED
+from teal_cli.model.weights import floats
 from teal_cli.progress import Reporter
 
 _PROBE_TOKENS, _PROBE_RUNS = 12, 2
@@ -138,7 +139,9 @@ def transformers_model(decoder: Decoder, dtype: torch.dtype) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     state: dict[str, Tensor] = {}
     for name, tensor in decoder.weights.named_tensors():
-        state.update(_hf_tensors(decoder.config, name, tensor, dtype))
+        if name == "lm_head" and decoder.config.tie_word_embeddings:
+            continue  # quantized apart from the embedding, which transformers ties it to
+        state.update(_hf_tensors(decoder.config, name, floats(tensor, dtype), dtype))
     model.load_state_dict(state, strict=not decoder.config.tie_word_embeddings, assign=True)
     model.tie_weights()
     # Not part of the state: on the meta device its frequencies were never computed.

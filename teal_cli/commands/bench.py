@@ -19,6 +19,7 @@ from teal_cli.options import (
     MethodOption,
     ModelArgument,
     OfflineOption,
+    QuantizeOption,
     RevisionOption,
     SeedOption,
     TokenOption,
@@ -111,6 +112,7 @@ def bench(
     method: MethodOption = None,
     deterministic: DeterministicOption = False,
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     revision: RevisionOption = None,
@@ -140,6 +142,7 @@ def bench(
     from teal_cli.benchmark import tune as tuning
     from teal_cli.environment import environment
     from teal_cli.inference.device import pick_device
+    from teal_cli.model.quantization import quantization
     from teal_cli.store import models
     from teal_cli.store.artifacts import atomic_write
 
@@ -152,26 +155,30 @@ def bench(
     )
     if tune:
         tuning.require_tunable(target_device)
-    kind = getattr(torch, dtype or "float16")
+    kind, floats = quantization(quantize), getattr(torch, dtype or "float16")
     if random_weights and (kernels or tune):
-        decoder, description = subject.random_model(model, kind, settings, target_device, reporter)
+        decoder, description = subject.random_model(
+            model, floats, settings, target_device, reporter, kind
+        )
         _run_kernels(decoder, description, settings, tune, output, json, reporter)
         return
     if random_weights:
-        tested = subject.random_subject(model, kind, settings, target_device, reporter)
+        tested = subject.random_subject(model, floats, settings, target_device, reporter, kind)
     else:
         subject.check_has_weights(model)
         checkpoint = pipeline.ensure_checkpoint(
             models.resolve(model, revision),
             dtype=dtype,
+            quantize=quantize,
+            device=device,
             token=token,
             offline=offline,
             reporter=reporter,
         )
         if kernels or tune:
-            description = {"name": checkpoint.name, "weights": "its own"}
-            description["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
             decoder = checkpoint.load(target_device)
+            description = {"name": checkpoint.name, "weights": "its own"}
+            description |= subject.weights_type(decoder)
             _run_kernels(decoder, description, settings, tune, output, json, reporter)
             return
         profile = pipeline.ensure_profile(
@@ -184,6 +191,7 @@ def bench(
         decoder.config,
         measured,
         itemsize=decoder.dtype.itemsize,
+        quantization=decoder.weights.quantization,
         position=settings.mean_position,
         sparsities=sparsities,
     )

@@ -19,6 +19,7 @@ from teal_cli.options import (
     JsonOption,
     ModelArgument,
     OfflineOption,
+    QuantizeOption,
     RevisionOption,
     TokenOption,
     check_sparsity,
@@ -109,6 +110,7 @@ def calibrate(
     site: SiteOption = None,
     plot: PlotOption = None,
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
     token: TokenOption = None,
@@ -126,9 +128,9 @@ def calibrate(
     look = _Look(sparsity, layer, site, plot)
     if show:
         _check_show(given | {"import": import_dir, "force": force or None}, look)
-        _show(model, revision, dtype, method, look, json=json)
+        _show(model, revision, dtype, quantize, method, look, json=json)
         return
-    _check_no_show(given, look, import_dir, method)
+    _check_no_show(given, look, import_dir, {"method": method, "quantize": quantize})
     reporter = console.reporter()
 
     from teal_cli import pipeline
@@ -137,6 +139,8 @@ def calibrate(
     checkpoint = pipeline.ensure_checkpoint(
         models.resolve(model, revision),
         dtype=dtype,
+        quantize=quantize,
+        device=device,
         token=token,
         offline=offline,
         reporter=reporter,
@@ -176,16 +180,20 @@ class _Look:
 
 
 def _check_no_show(
-    given: dict[str, Any], look: _Look, import_dir: Path | None, method: str | None
+    given: dict[str, Any], look: _Look, import_dir: Path | None, others: dict[str, Any]
 ) -> None:
     for name, value in asdict(look).items():
         if value is not None:
             raise UsageError(f"--{name} goes with --show")
-    if import_dir is not None and given:
+    if import_dir is None:
+        return
+    if given:
         option = next(iter(given)).replace("_", "-")
         raise UsageError(f"--import reads no text: leave out --{option}")
-    if import_dir is not None and method is not None:
+    if others["method"] is not None:
         raise UsageError("--import brings the release's own allocation: leave out --method")
+    if others["quantize"] is not None:
+        raise UsageError("--import brings thresholds of float weights: leave out --quantize")
 
 
 def _check_show(others: dict[str, Any], look: _Look) -> None:
@@ -226,6 +234,7 @@ def _show(
     model: str | None,
     revision: str | None,
     dtype: str | None,
+    quantize: str | None,
     method: str | None,
     look: _Look,
     *,
@@ -237,7 +246,7 @@ def _show(
     from teal_cli.store import artifacts, models
 
     exports.check_figure(look.plot)
-    profile, path = pipeline.stored_profile(models.resolve(model, revision), dtype)
+    profile, path = pipeline.stored_profile(models.resolve(model, revision), dtype, quantize)
     target = 0.5 if look.sparsity is None else look.sparsity
     summary = summarise(profile, target, method, layer=look.layer, site=look.site)
     if json:
@@ -262,7 +271,9 @@ def _made_as_asked(checkpoint: Checkpoint, given: dict[str, Any]) -> Profile | N
 
     path = pipeline.profile_path(checkpoint)
     if not path.exists():
-        return presets.preset_for(checkpoint.name) if not given else None
+        if given or checkpoint.quantization is not None:
+            return None
+        return presets.preset_for(checkpoint.name)
     try:
         profile = Profile.load(path)
         profile.check(checkpoint.config, checkpoint.fingerprint)

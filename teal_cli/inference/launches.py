@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from teal_cli import __version__
 from teal_cli.environment import device_name
 from teal_cli.model.decoder import Decoder
+from teal_cli.model.sites import FUSED
 from teal_cli.progress import Reporter
 from teal_cli.store import paths
 from teal_cli.store.artifacts import atomic_write
@@ -26,19 +27,15 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 KIND = "launches"
-MATRICES = ("qkv", "o", "gate_up", "down")
+MATRICES = tuple(FUSED)
 
 Entries = dict[str, dict[str, Any]]  # key → the launch's fields
 
 
 def shapes(decoder: Decoder) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of every matrix that the step multiplies, by its name in the step."""
-    layer, config = decoder.weights.layers[0], decoder.config
-    found = {}
-    for name in MATRICES:
-        inputs, outputs = getattr(layer, name).shape
-        found[name] = (inputs, outputs)
-    return found | {"logits": (config.hidden_size, config.vocab_size)}
+    config = decoder.config
+    return config.matrix_shapes | {"logits": (config.hidden_size, config.vocab_size)}
 
 
 def matrix_key(decoder: Decoder, name: str, regime: float) -> str:
@@ -51,11 +48,14 @@ def matrix_key(decoder: Decoder, name: str, regime: float) -> str:
 def table_launches(decoder: Decoder) -> dict[float, StepLaunches]:
     """What the kernels' own table says, by the sparsity from which it holds."""
     from teal_kernels.gpu.launch import REGIMES, DeviceClass, StepLaunches
+    from teal_kernels.gpu.tensors import bits_of
 
+    weights = decoder.weights
     return {
         regime: StepLaunches.choose(
             shapes(decoder),
-            decoder.dtype.itemsize,
+            bits_of(weights.layers[0].qkv),
+            logits_bits=bits_of(weights.lm_head),
             regime=regime,
             device=DeviceClass.of(decoder.device),
         )
@@ -154,4 +154,6 @@ def _made_for() -> dict[str, str]:
 
 
 def _dtype(decoder: Decoder) -> str:
-    return str(decoder.dtype).removeprefix("torch.")
+    """What the matrices are stored as."""
+    kind = decoder.weights.quantization
+    return kind.name if kind else str(decoder.dtype).removeprefix("torch.")

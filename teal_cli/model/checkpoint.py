@@ -12,7 +12,8 @@ from torch import Tensor
 from teal_cli.errors import TealError
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
-from teal_cli.model.weights import build_weights, tensor_shapes
+from teal_cli.model.quantization import Quantization, quantization
+from teal_cli.model.weights import load_weights, stored_tensors
 from teal_cli.store.artifacts import read_manifest
 
 MANIFEST = "manifest.json"
@@ -21,7 +22,7 @@ _MEND = "Make it again: `teal convert {name} --force`."
 
 
 class Checkpoint:
-    """One model in one dtype, in the decoder's layout.
+    """One model in one dtype and quantization, in the decoder's layout.
 
     Raises:
         MissingError: the folder holds no checkpoint.
@@ -50,6 +51,16 @@ class Checkpoint:
         dtype = getattr(torch, self._manifest["dtype"])
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the matrices are stored; None is in `dtype`."""
+        return quantization(self._manifest.get("quantization"))
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """How they were rounded, and on what text; empty if they were not."""
+        return dict(self._manifest.get("rounding", {}))
 
     @property
     def fingerprint(self) -> str:
@@ -90,13 +101,13 @@ class Checkpoint:
             raise TealError(
                 f"{self.folder / shard} is damaged: {error}", hint=_MEND.format(name=self.name)
             ) from None
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if shapes != tensor_shapes(self.config):
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        if found != stored_tensors(self.config, self.dtype, self.quantization):
             raise TealError(
                 f"the tensors in {self.folder} are not those of its config.json",
                 hint=_MEND.format(name=self.name),
             )
-        return Decoder(self.config, build_weights(self.config, tensors.__getitem__))
+        return Decoder(self.config, load_weights(self.config, tensors, self.quantization))
 
     def tokenizer(self) -> Any:
         """The transformers tokenizer.
@@ -104,24 +115,7 @@ class Checkpoint:
         Raises:
             TealError: the checkpoint came without a usable one.
         """
-        try:
-            return self._tokenizer_class().from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise TealError(f"{self.name} has no usable tokenizer: {error}") from None
-
-    def _tokenizer_class(self) -> Any:
-        """AutoTokenizer, or what it would choose: importing it takes 2 s more on a Zen 3."""
-        path = self.folder / "tokenizer_config.json"
-        named = _read_object(path).get("tokenizer_class") if path.is_file() else None
-        if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
-            from transformers import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer
+        return load_tokenizer(self.folder, self.name)
 
     def generation_defaults(self) -> dict[str, Any]:
         """What the model's authors put in generation_config.json; empty if nothing."""
@@ -137,6 +131,33 @@ class Checkpoint:
         if ids is None:
             return ()
         return tuple(ids) if isinstance(ids, list) else (int(ids),)
+
+
+def load_tokenizer(folder: Path, name: str) -> Any:
+    """The transformers tokenizer in a folder of the model `name`.
+
+    Raises:
+        TealError: there is no usable one.
+    """
+    try:
+        return _tokenizer_class(folder).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise TealError(f"{name} has no usable tokenizer: {error}") from None
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """AutoTokenizer, or what it would choose: importing it takes 2 s more on a Zen 3."""
+    path = folder / "tokenizer_config.json"
+    named = _read_object(path).get("tokenizer_class") if path.is_file() else None
+    if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -125,6 +125,17 @@ class ModelConfig:
         }
 
     @property
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """(in_features, out_features) of a layer's four matrices: projections side by side."""
+        h, i = self.hidden_size, self.intermediate_size
+        return {
+            "qkv": (h, self.q_size + 2 * self.kv_size),
+            "o": (self.q_size, h),
+            "gate_up": (h, 2 * i),
+            "down": (i, h),
+        }
+
+    @property
     def site_sizes(self) -> dict[str, int]:
         """Channels at each of the four input sites, in their fixed order."""
         return {

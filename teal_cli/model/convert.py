@@ -1,12 +1,18 @@
-"""Turns a Hugging Face folder or a GGUF file into the decoder's layout, one tensor at a time."""
+"""Turns a Hugging Face folder or a GGUF file into the decoder's layout, one tensor at a time.
+
+Where the result is quantized, the floats go straight from the source to the rounding.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,11 +20,12 @@ import torch
 from torch import Tensor
 
 from teal_cli.errors import TealError, UsageError
-from teal_cli.model.checkpoint import KIND, MANIFEST, Checkpoint
+from teal_cli.model.checkpoint import KIND, MANIFEST, Checkpoint, load_tokenizer
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.hf_layout import assemble, hf_shapes, parts
+from teal_cli.model.quantization import Quantization, Quantized, tensors_of
 from teal_cli.model.shards import plan_shards, write_shard
-from teal_cli.model.weights import tensor_shapes
+from teal_cli.model.weights import stored_tensors, tensor_shapes
 from teal_cli.progress import Reporter
 from teal_cli.store import artifacts, paths
 
@@ -53,14 +60,88 @@ class TensorReader(Protocol):
         """Write the tokenizer and the generation defaults."""
 
 
+Rounder = Callable[[str], Quantized]
+
+
+class FloatWeights:
+    """A source's tensors in the decoder's layout, each read when it is asked for."""
+
+    def __init__(self, reader: TensorReader, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.config, self.dtype = config, dtype
+        self._reader = reader
+        # A tied lm_head is stored once it is quantized.
+        self._shapes = tensor_shapes(dataclasses.replace(config, tie_word_embeddings=False))
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor of this name in a checkpoint; the errors of the reader."""
+        source = name
+        if name == "lm_head" and self.config.tie_word_embeddings:
+            source = "embed_tokens"
+        read = (self._reader.read(part, self.dtype) for part in parts(source))
+        return assemble(source, self._shapes[name], read)
+
+
+class Rounding(Protocol):
+    """How matrices become integers."""
+
+    @property
+    def kind(self) -> Quantization:
+        """What they become."""
+
+    def serves(self, record: Mapping[str, Any]) -> bool:
+        """Whether what was rounded as `record` says is what is asked for."""
+
+    def begin(
+        self,
+        floats: FloatWeights,
+        tokenizer: Callable[[], Any],
+        work_dir: Path,
+        reporter: Reporter,
+    ) -> tuple[Rounder, dict[str, Any]]:
+        """A function that rounds the tensors it is asked for, in their order; and its record.
+
+        Args:
+            floats: the model.
+            tokenizer: gives its tokenizer.
+            work_dir: for files of its own; removed with all that is in it.
+            reporter: told what is read.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """Every weight to the nearest integer; `asked` holds what a record has to say."""
+
+    kind: Quantization
+    asked: Mapping[str, Any] = field(default_factory=dict)
+
+    def serves(self, record: Mapping[str, Any]) -> bool:
+        return all(record.get(name) == value for name, value in self.asked.items())
+
+    def begin(
+        self,
+        floats: FloatWeights,
+        tokenizer: Callable[[], Any],
+        work_dir: Path,
+        reporter: Reporter,
+    ) -> tuple[Rounder, dict[str, Any]]:
+        return lambda name: self.kind.round(name, floats(name)), {"method": "nearest"}
+
+
 def convert(
-    source: Source, *, dtype: str | None = None, reporter: Reporter, force: bool = False
+    source: Source,
+    *,
+    dtype: str | None = None,
+    rounding: Rounding | None = None,
+    reporter: Reporter,
+    force: bool = False,
 ) -> Path:
     """Convert a model, unless that is done already; peak memory is a few of its largest tensors.
 
     Args:
         source: the fetched model.
         dtype: float16, bfloat16 or float32; None keeps the source's own (GGUF: float16).
+        rounding: how to quantize it; None does not.
         reporter: told what is written where.
         force: convert even if an up-to-date checkpoint is there.
 
@@ -70,7 +151,7 @@ def convert(
     Raises:
         UsageError: `dtype` is not one of the three.
         MissingError, UnsupportedError, TealError: the source lacks something, is of another
-            architecture, is damaged, or the disk is full.
+            architecture, is damaged, or cannot be quantized, or the disk is full.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -81,12 +162,14 @@ def convert(
         else:
             reader = open_reader(source)
             dtype = str(reader.dtype).removeprefix("torch.")
-    folder = paths.model_dir(source.ref.slug) / dtype
-    if not force and _up_to_date(folder, source):
+    kind = None if rounding is None else rounding.kind.name
+    folder = paths.checkpoint_dir(source.ref.slug, dtype, kind)
+    if not force and _up_to_date(folder, source, rounding):
         return folder
     with artifacts.lock(folder, reporter):
-        if force or not _up_to_date(folder, source):
-            _convert(source, reader or open_reader(source), DTYPES[dtype], folder, reporter)
+        if force or not _up_to_date(folder, source, rounding):
+            reader = reader or open_reader(source)
+            _convert(source, reader, DTYPES[dtype], rounding, folder, reporter)
     return folder
 
 
@@ -102,54 +185,75 @@ def open_reader(source: Source) -> TensorReader:
     return HfFolder(source.folder)
 
 
-def _up_to_date(folder: Path, source: Source) -> bool:
+def _up_to_date(folder: Path, source: Source, rounding: Rounding | None) -> bool:
     try:
         checkpoint = Checkpoint(folder)
     except TealError:
         return False
-    return checkpoint.source_fingerprint == source.fingerprint
+    if checkpoint.source_fingerprint != source.fingerprint:
+        return False
+    return rounding is None or rounding.serves(checkpoint.rounding)
 
 
 def _convert(
-    source: Source, reader: TensorReader, dtype: torch.dtype, folder: Path, reporter: Reporter
+    source: Source,
+    reader: TensorReader,
+    dtype: torch.dtype,
+    rounding: Rounding | None,
+    folder: Path,
+    reporter: Reporter,
 ) -> None:
     config = ModelConfig.from_dict(reader.config)
+    kind = None if rounding is None else rounding.kind
     _check_tensors(reader, config)
-    shapes = tensor_shapes(config)
-    total_bytes = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    if kind is not None:
+        kind.check(config)
+    plan = stored_tensors(config, dtype, kind)
+    total_bytes = sum(stored.nbytes for stored in plan.values())
     name = str(dtype).removeprefix("torch.")
-    reporter.note(f"converting {source.ref.name} to {name}, {total_bytes / 1e9:.2f} GB → {folder}")
+    what = name if kind is None else f"{kind.name} ({name})"
+    reporter.note(f"converting {source.ref.name} to {what}, {total_bytes / 1e9:.2f} GB → {folder}")
     artifacts.check_free_space(folder, total_bytes)
 
     canonical = json.dumps(dataclasses.asdict(config), sort_keys=True)
-    digest = hashlib.sha256(f"{canonical} {name}".encode())
+    digest = hashlib.sha256(f"{canonical} {what}".encode())
     with artifacts.atomic_dir(folder) as temporary:
         reader.write_companions(temporary)
         text = json.dumps(reader.config, indent=2, ensure_ascii=False)
         (temporary / "config.json").write_text(text, encoding="utf-8")
-        sizes = {}
-        with reporter.task("Converting", total_bytes, "B") as task:
-            for shard, group in plan_shards(shapes, dtype, SHARD_BYTES).items():
-                tensors = _assembled(reader, group, dtype)
-                path = temporary / shard
-                write_shard(path, group, dtype, tensors, digest=digest, progress=task.advance)
-                sizes[shard] = path.stat().st_size
-        manifest = {
+        floats = FloatWeights(reader, config, dtype)
+        manifest: dict[str, Any] = {
             "model": source.ref.name,
             "revision": source.revision,
             "source": source.fingerprint,
             "dtype": name,
-            "shards": sizes,
-            "fingerprint": digest.hexdigest(),
         }
+        rounder, work_dir = None, temporary / "work"
+        if rounding is not None:
+            tokenizer = partial(load_tokenizer, temporary, source.ref.name)
+            rounder, record = rounding.begin(floats, tokenizer, work_dir, reporter)
+            manifest |= {"quantization": rounding.kind.name, "rounding": record}
+        tensors = _tensors(floats, kind, rounder)
+        sizes = {}
+        with reporter.task("Converting", total_bytes, "B") as task:
+            for shard, group in plan_shards(plan, SHARD_BYTES).items():
+                path, own = temporary / shard, islice(tensors, len(group))
+                write_shard(path, group, own, digest=digest, progress=task.advance)
+                sizes[shard] = path.stat().st_size
+        shutil.rmtree(work_dir, ignore_errors=True)
+        manifest |= {"shards": sizes, "fingerprint": digest.hexdigest()}
         artifacts.write_manifest(temporary / MANIFEST, KIND, manifest)
 
 
-def _assembled(
-    reader: TensorReader, names: dict[str, tuple[int, ...]], dtype: torch.dtype
+def _tensors(
+    floats: FloatWeights, kind: Quantization | None, rounder: Rounder | None
 ) -> Iterator[Tensor]:
-    for name, shape in names.items():
-        yield assemble(name, shape, (reader.read(part, dtype) for part in parts(name)))
+    """What the files hold, in the order of `stored_tensors`."""
+    for name in tensor_shapes(floats.config, kind):
+        if kind is not None and rounder is not None and kind.quantizes(name):
+            yield from tensors_of(rounder(name))
+        else:
+            yield floats(name)
 
 
 def _check_tensors(reader: TensorReader, config: ModelConfig) -> None:

@@ -17,7 +17,7 @@ from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.rope import RotaryEmbedding
 from teal_cli.model.sites import FUSED, PROJECTIONS, SITE_OF
-from teal_cli.model.weights import DecoderWeights, LayerWeights
+from teal_cli.model.weights import DecoderWeights, LayerWeights, Matrix, multiply
 
 Observer = Callable[[int, str, Tensor], None]
 
@@ -134,9 +134,15 @@ class Decoder:
             hidden.shape[0], self.config.vocab_size, dtype=torch.float32, device=hidden.device
         )
         for start in range(0, self.config.vocab_size, _VOCAB_CHUNK):
-            rows = self.weights.lm_head[start : start + _VOCAB_CHUNK]
-            out[:, start : start + _VOCAB_CHUNK] = F.linear(hidden, rows.to(hidden.dtype))
+            rows = self._head_rows(start, start + _VOCAB_CHUNK, hidden.dtype)
+            out[:, start : start + _VOCAB_CHUNK] = F.linear(hidden, rows)
         return out
+
+    def _head_rows(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        head = self.weights.lm_head
+        if isinstance(head, Tensor):
+            return head[start:end].to(dtype)
+        return head.dequantize(start, end, dtype=dtype)
 
     def _layer(self, index: int, hidden: Tensor, run: _Pass) -> Tensor:
         layer = self.weights.layers[index]
@@ -170,19 +176,17 @@ class Decoder:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last axis, its mean taken in float32."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
-        return (wide * scale).to(x.dtype) * weight.to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.config.rms_norm_eps)
 
     def _project(
-        self, fused: str, index: int, x: Tensor, weight: Tensor, bias: Tensor | None, run: _Pass
+        self, fused: str, index: int, x: Tensor, weight: Matrix, bias: Tensor | None, run: _Pass
     ) -> Tensor:
         """One fused matrix, x [T, K] → [T, N], each projection's input thresholded by its own."""
         names = FUSED[fused]
         if run.observe is not None:
             run.observe(index, SITE_OF[names[0]], x)
         if run.thresholds is None or run.position + x.shape[0] <= run.sparse_from:
-            y = x @ weight.to(x.dtype)
+            y = multiply(x, weight)
         else:
             first = PROJECTIONS.index(names[0])
             thresholds = run.thresholds[index, first : first + len(names)]
@@ -191,18 +195,18 @@ class Decoder:
         return y if bias is None else y + bias.to(x.dtype)
 
     def _sparse(
-        self, fused: str, x: Tensor, weight: Tensor, thresholds: Tensor, dense_rows: int
+        self, fused: str, x: Tensor, weight: Matrix, thresholds: Tensor, dense_rows: int
     ) -> Tensor:
         offsets = self.offsets[fused]
         # For a single token, reading them from the device takes longer than two products more.
         alone = x.shape[0] == 1 and x.is_cuda
         levels = thresholds.unbind() if alone else thresholds.tolist()
-        weight = weight.to(x.dtype)
         if len(set(levels)) == 1:
-            return threshold(x, levels[0], dense_rows) @ weight
+            return multiply(threshold(x, levels[0], dense_rows), weight)
         blocks = zip(levels, offsets[:-1], offsets[1:], strict=True)
         return torch.cat(
-            [threshold(x, level, dense_rows) @ weight[:, a:b] for level, a, b in blocks], dim=-1
+            [multiply(threshold(x, level, dense_rows), weight, a, b) for level, a, b in blocks],
+            dim=-1,
         )
 
 

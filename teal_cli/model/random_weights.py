@@ -9,21 +9,37 @@ from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
+from teal_cli.model.quantization import Quantization, Quantized
 from teal_cli.model.weights import build_weights, tensor_shapes
 
 
 def random_decoder(
-    config: ModelConfig, *, device: str | torch.device, dtype: torch.dtype, seed: int
+    config: ModelConfig,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    kind: Quantization | None = None,
 ) -> Decoder:
     """A decoder whose weights are normal with deviation 1/sqrt(inputs) and whose norms are near 1.
 
     Activations then keep their size from layer to layer, and no tensor holds runs of zeros that
-    a memory system or a kernel could profit from.
+    a memory system or a kernel could profit from. What `kind` quantizes is rounded as soon as it
+    is made.
+
+    Raises:
+        UnsupportedError: the shape cannot be quantized like that.
     """
-    shapes = tensor_shapes(config)
+    if kind is not None:
+        kind.check(config)
+    shapes = tensor_shapes(config, kind)
     generator = torch.Generator(device).manual_seed(seed)
 
-    def tensor(name: str) -> Tensor:
+    def tensor(name: str) -> Tensor | Quantized:
+        made = floats(name)
+        return kind.round(name, made) if kind is not None and kind.quantizes(name) else made
+
+    def floats(name: str) -> Tensor:
         shape = shapes[name]
         out = torch.empty(shape, dtype=dtype, device=device)
         if len(shape) == 2:
@@ -31,7 +47,7 @@ def random_decoder(
             return out.normal_(std=inputs**-0.5, generator=generator)
         return out.normal_(mean=float("norm" in name), std=0.1, generator=generator)
 
-    return Decoder(config, build_weights(config, tensor))
+    return Decoder(config, build_weights(config, tensor, kind))
 
 
 def _shape(

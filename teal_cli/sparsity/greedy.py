@@ -12,7 +12,7 @@ from torch import Tensor
 
 from teal_cli.model.decoder import Decoder, _Pass, threshold
 from teal_cli.model.sites import FUSED, PROJECTIONS
-from teal_cli.model.weights import LayerWeights
+from teal_cli.model.weights import LayerWeights, Matrix, floats
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.profile import Profile
 from teal_cli.sparsity.spool import sweep
@@ -148,12 +148,12 @@ class _Reusing(Decoder):
         return self._once((run.cache, *run.thresholds[index, :4].tolist()), make)
 
     def _project(
-        self, fused: str, index: int, x: Tensor, weight: Tensor, bias: Tensor | None, run: _Pass
+        self, fused: str, index: int, x: Tensor, weight: Matrix, bias: Tensor | None, run: _Pass
     ) -> Tensor:
         if run.thresholds is None:
             return super()._project(fused, index, x, weight, bias, run)
-        if fused not in self._wide:  # a CPU computes 16-bit weights in float32
-            self._wide[fused] = weight.to(x.dtype)
+        if fused not in self._wide:  # as they are computed with, a copy on a CPU
+            self._wide[fused] = floats(weight, x.dtype)
         wide, offsets = self._wide[fused], self.offsets[fused]
         levels = run.thresholds[index].tolist()
         first = PROJECTIONS.index(FUSED[fused][0])

@@ -17,6 +17,7 @@ from torch import Tensor
 from teal_cli.errors import TealError
 from teal_cli.model.decoder import Decoder, _Pass
 from teal_cli.model.sites import FUSED, PROJECTIONS, SITE_OF
+from teal_cli.model.weights import Matrix, floats
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.observe import SKIPPED_POSITIONS, collect
 from teal_cli.sparsity.profile import ModelShape, Profile
@@ -179,13 +180,13 @@ class _Tapped(Decoder):
         return first, list(zip((x.detach() for x in self._read), rest, strict=True))
 
     def _project(
-        self, fused: str, index: int, x: Tensor, weight: Tensor, bias: Tensor | None, run: _Pass
+        self, fused: str, index: int, x: Tensor, weight: Matrix, bias: Tensor | None, run: _Pass
     ) -> Tensor:
-        weight, offsets = weight.to(x.dtype), self.offsets[fused]
+        whole, offsets = floats(weight, x.dtype), self.offsets[fused]
         read = [x.view_as(x) for _ in FUSED[fused]]
         self._read += read
         parts = zip(read, offsets[:-1], offsets[1:], strict=True)
-        y = torch.cat([z @ weight[:, a:b] for z, a, b in parts], dim=-1)
+        y = torch.cat([z @ whole[:, a:b] for z, a, b in parts], dim=-1)
         return y if bias is None else y + bias.to(x.dtype)
 
 

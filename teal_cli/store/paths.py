@@ -22,13 +22,18 @@ def state_dir() -> Path:
 
 
 def model_dir(slug: str) -> Path:
-    """The folder of a model's converted checkpoints, one below it for each dtype."""
+    """The folder of a model's converted checkpoints, one below it for each way of storing them."""
     return data_dir() / "models" / slug
 
 
-def profile_path(slug: str, dtype: str) -> Path:
-    """The sparsity profile of a model's checkpoint in this dtype."""
-    return data_dir() / "profiles" / slug / f"{dtype}.safetensors"
+def checkpoint_dir(slug: str, dtype: str, quantization: str | None = None) -> Path:
+    """The folder of a model's checkpoint in this dtype, its matrices quantized or not."""
+    return model_dir(slug) / "-".join(filter(None, (dtype, quantization)))
+
+
+def profile_path(slug: str, checkpoint: str) -> Path:
+    """The sparsity profile of a model's checkpoint, which is named by its folder."""
+    return data_dir() / "profiles" / slug / f"{checkpoint}.safetensors"
 
 
 def _folder(kind: str) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
+from teal_cli.model.quantization import Quantization
 from teal_cli.model.random_weights import random_decoder
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +41,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 20,
         "intermediate_size": 97,
     },
+    "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "attention_bias": True, "head_dim": 32},
     "mistral": {"model_type": "mistral", "sliding_window": 7, "head_dim": 16},
 }
@@ -89,7 +91,7 @@ def _close(y: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("thresholds", [None, "spread"], ids=["dense", "sparse"])
-@pytest.mark.parametrize("family", _FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen2-odd", "qwen3", "mistral"])
 def test_step_equals_the_decoder(family: str, thresholds: str | None, device: str) -> None:
     decoder = _decoder(family, device)
     levels = None
@@ -188,6 +190,41 @@ def test_projections_with_their_inputs(tile: dict[str, int], device: str) -> Non
     expected = step.h + reference.sparse_project(x, layer.down, (0, 60), levels[6:])
     step._activate_project(0, layer)
     _close(step.h, expected)
+
+
+@pytest.mark.parametrize("slots", [0, 16], ids=["masked", "survivors"])
+@pytest.mark.parametrize("group", [0, 64, 128], ids=["int8", "int4", "int4-128"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        # Groups that end in the middle of a row of four words, and ones that do not.
+        {"hidden_size": 72, "num_attention_heads": 3, "num_key_value_heads": 1},
+        {"hidden_size": 160, "num_attention_heads": 4, "head_dim": 32},
+    ],
+    ids=["odd", "even"],
+)
+def test_quantized_step_equals_the_decoder(
+    sizes: dict[str, int], group: int, slots: int, device: str
+) -> None:
+    from teal_kernels.gpu import Launch
+
+    config = ModelConfig.from_dict(
+        {**_BASE, **_FAMILIES["qwen2"], "intermediate_size": 104, "num_hidden_layers": 1, **sizes}
+    )
+    decoder = random_decoder(
+        config, device=device, dtype=torch.float32, seed=1, kind=Quantization(group, head=True)
+    )
+    step, cache = _step(decoder, 40)
+    launch = Launch(32, 64, 1, slots=slots, more=slots // 2)
+    step.launches = step.launches._replace(qkv=launch, o=launch, gate_up=launch, down=launch)
+    other = decoder.new_cache(40)
+    other.keys.copy_(cache.keys)
+    other.values.copy_(cache.values)
+    levels = torch.tensor([[0.3, 0.5, 0.7, 0.1, 0.4, 0.6, 0.2]], device=device)
+    step.set_thresholds(levels)
+    tokens = torch.tensor([3], device=device)
+    hidden = decoder.forward(tokens, cache=other, position=10, thresholds=levels)
+    _close(step(3, 10), decoder.logits(hidden)[0])
 
 
 @pytest.mark.parametrize("window", [None, 7], ids=str)

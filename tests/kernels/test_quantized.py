@@ -46,6 +46,16 @@ def test_int4_rows_hold_codes_scales_and_offsets() -> None:
     assert matrix.dequantize(3, 11)[2].tolist() == expected[3:11]
 
 
+@pytest.mark.parametrize("group", [0, 64, 128])
+@pytest.mark.parametrize(("start", "end"), [(0, 1), (3, 70), (64, 96), (101, 104), (63, 104)])
+def test_any_columns_can_be_had_alone(group: int, start: int, end: int) -> None:
+    weight, x = random_weight(9, 104), torch.randn(2, 9, dtype=torch.float64)
+    matrix = QuantizedMatrix.int4(weight, group) if group else QuantizedMatrix.int8(weight)
+    part = matrix.dequantize()[:, start:end]
+    assert torch.equal(matrix.dequantize(start, end), part)
+    torch.testing.assert_close(matrix.multiply(x, start, end), x @ part.double())
+
+
 @pytest.mark.parametrize("value", [0.0, 1.5, -3.0, 60000.0])
 def test_constant_and_outlier_columns(value: float) -> None:
     weight = random_weight(16, 64)
@@ -78,6 +88,8 @@ def test_codes_are_the_nearest() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="multiple of 8"):
         QuantizedMatrix.int8(random_weight(4, 12))
+    with pytest.raises(ValueError, match="odd"):
+        QuantizedMatrix.int4(random_weight(4, 16), 7)
     with pytest.raises(ValueError, match="rows must be"):
         QuantizedMatrix(torch.zeros(4, 16), torch.ones(16), 16, 0)
     with pytest.raises(ValueError, match="scales"):

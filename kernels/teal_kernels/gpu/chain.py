@@ -21,7 +21,8 @@ from teal_kernels.gpu.launch import (
 )
 from teal_kernels.gpu.projection import INTERPRETED
 from teal_kernels.gpu.sample import Choice, Chooser
-from teal_kernels.gpu.tensors import Geometry, LayerTensors
+from teal_kernels.gpu.tensors import Geometry, LayerTensors, Stored, bits_of
+from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
 
 PROJECTIONS = 7  # q k v o gate up down: columns of the thresholds and of the counters
 _FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}
@@ -36,7 +37,7 @@ class Chain:
         layers: Sequence[LayerTensors],
         embed_tokens: Tensor,
         norm: Tensor,
-        lm_head: Tensor,
+        lm_head: Tensor | QuantizedRows,
         keys: Tensor,
         values: Tensor,
         cos: Tensor,
@@ -51,7 +52,8 @@ class Chain:
         """Bind the step to tensors, which it reads (and of the cache, writes) in place.
 
         Args:
-            layers: objects with the attributes of `LayerTensors`, all of one dtype and device.
+            layers: objects with the attributes of `LayerTensors`, all of one dtype and device;
+                quantized matrices all of one kind.
             embed_tokens: [vocab_size, hidden_size].
             norm: [hidden_size].
             lm_head: [vocab_size, hidden_size].
@@ -91,7 +93,8 @@ class Chain:
         self.choices = launches or {
             regime: StepLaunches.choose(
                 shapes,
-                embed_tokens.element_size(),
+                bits_of(first.qkv),
+                logits_bits=bits_of(lm_head),
                 regime=regime,
                 device=DeviceClass.of(device),
             )
@@ -184,7 +187,8 @@ class Chain:
             self._norm_project(name, index, norm, weight, self.gate_up, widths, zero=self.qkv)
 
     def _project_logits(self) -> None:
-        logits = self.launches.logits
+        logits, head = self.launches.logits, self.lm_head
+        rows, scales = (head.rows, head.scales) if isinstance(head, QuantizedRows) else (head, None)
         self._launch(
             decode.logits_kernel,
             (triton.cdiv(self.vocab, logits.block_n),),
@@ -192,11 +196,12 @@ class Chain:
             self.logits,
             self.h,
             self.norm,
-            self.lm_head,
+            rows,
+            scales,
             self.geometry.rms_norm_eps,
             self.hidden,
             self.vocab,
-            self.lm_head.stride(0),
+            rows.stride(0),
             BLOCK_H=logits.block_k,
             BLOCK_V=logits.block_n,
         )
@@ -206,13 +211,14 @@ class Chain:
         name: str,
         index: int,
         norm: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantizedMatrix,
         out: Tensor,
         widths: tuple[int, int, int],
         zero: Tensor | None = None,
     ) -> None:
         launch: Launch = getattr(self.launches, name)
         grid = launch.grid(self.hidden, *widths)
+        stored = Stored.of(weight)
         self._launch(
             decode.norm_project_kernel,
             grid,
@@ -221,19 +227,19 @@ class Chain:
             self.h,
             self.scales[index, int(name == "gate_up") :],
             norm,
-            weight,
+            *stored[:3],
             *self._buffers(name, index),
             zero,
             0 if zero is None else zero.numel(),
             self.geometry.rms_norm_eps,
             self.hidden,
-            weight.stride(0),
-            N0=widths[0],
-            N1=widths[1],
-            N2=widths[2],
+            stored.elements.stride(0),
+            N0=widths[0] // stored.pack,
+            N1=widths[1] // stored.pack,
+            N2=widths[2] // stored.pack,
             ZERO=_share(zero, grid),
             BLOCK_H=triton.next_power_of_2(self.hidden),
-            **self._tile(launch),
+            **self._tile(launch, stored),
         )
 
     def _attention(self, index: int, layer: LayerTensors) -> None:
@@ -276,6 +282,7 @@ class Chain:
         g = self.geometry
         launch, chunk = self.launches.o, self.chunk
         grid = launch.grid(layer.o.shape[0], self.hidden)
+        stored = Stored.of(layer.o)
         self._launch(
             decode.combine_project_kernel,
             grid,
@@ -285,13 +292,13 @@ class Chain:
             self.maxima,
             self.sums,
             self.position,
-            layer.o,
+            *stored[:3],
             layer.o_bias,
             *self._buffers("o", index),
             self.gate_up,
             self.gate_up.numel(),
-            self.hidden,
-            layer.o.stride(0),
+            self.hidden // stored.pack,
+            stored.elements.stride(0),
             HEADS=g.num_attention_heads,
             HEAD_DIM=g.head_dim,
             BIAS=layer.o_bias is not None,
@@ -299,31 +306,32 @@ class Chain:
             CHUNK=chunk,
             SPLITS=triton.next_power_of_2(triton.cdiv(self.reach, chunk)),
             ZERO=_share(self.gate_up, grid),
-            **self._tile(launch),
+            **self._tile(launch, stored),
         )
 
     def _activate_project(self, index: int, layer: LayerTensors) -> None:
-        launch = self.launches.down
+        launch, stored = self.launches.down, Stored.of(layer.down)
         self._launch(
             decode.activate_project_kernel,
             launch.grid(layer.down.shape[0], self.hidden),
             launch.num_warps,
             self.h,
             self.gate_up,
-            layer.down,
+            *stored[:3],
             *self._buffers("down", index),
             layer.down.shape[0],
-            self.hidden,
-            layer.down.stride(0),
-            **self._tile(launch),
+            self.hidden // stored.pack,
+            stored.elements.stride(0),
+            **self._tile(launch, stored),
         )
 
-    def _tile(self, launch: Launch) -> dict[str, Any]:
+    def _tile(self, launch: Launch, stored: Stored) -> dict[str, Any]:
         return {
+            "GROUP": stored.group,
             "AHEAD": launch.ahead if self.pdl else 0,
             "PROGRAMS": self.resident,
             "BLOCK_K": launch.block_k,
-            "BLOCK_N": launch.block_n,
+            "BLOCK_N": launch.block_n // stored.pack,
             "SLOTS": launch.slots,
             "MORE": launch.more,
             "maxnreg": launch.registers,

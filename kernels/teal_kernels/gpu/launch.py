@@ -31,9 +31,14 @@ class Launch(NamedTuple):
         return columns, triton.cdiv(inputs, self.block_k)
 
 
-# Launch by bytes an element, of a projection on its own. On an H100 one tile a program with all
+# Launch by bits of a weight, of a projection on its own. On an H100 one tile a program with all
 # its loads in flight beats small tiles in a loop by 10 to 25 %.
-PROJECTION = {2: Launch(16, 1024, 4), 4: Launch(16, 512, 4)}
+PROJECTION = {
+    4: Launch(16, 4096, 4),
+    8: Launch(16, 2048, 4),
+    16: Launch(16, 1024, 4),
+    32: Launch(16, 512, 4),
+}
 
 # Sparsities from which a step has launches of its own.
 DENSE, SPARSE, SPARSER = REGIMES = (0.0, 0.2, 0.58)
@@ -56,8 +61,8 @@ _H100: dict[float, dict[str, Launch]] = {
         "down": Launch(64, 256, 1, slots=16, more=4),
     },
 }
-# By compute capability and bytes an element.
-_TABLES = {((9, 0), 2): _H100}
+# By compute capability and bits of a weight.
+_TABLES = {((9, 0), 16): _H100}
 
 # lm_head: rows of [vocab, hidden] a program; 64 KB of weights for 8 warps.
 _LOGITS_BYTES = 64 << 10
@@ -91,25 +96,26 @@ class StepLaunches(NamedTuple):
     def choose(
         cls,
         shapes: Mapping[str, tuple[int, ...]],
-        element_size: int,
+        bits: int,
         *,
+        logits_bits: int,
         regime: float,
         device: DeviceClass,
     ) -> StepLaunches:
         """Take launches from the device's table, cut to the shapes (name → inputs, outputs).
 
-        A device or dtype without a table gets one tile for all, without a limit on registers or
-        rows fetched ahead: both pay or cost as the device is made.
+        A device or width of weights without a table gets one tile for all, without a limit on
+        registers or rows fetched ahead: both pay or cost as the device is made.
         """
-        plain = dict.fromkeys(_H100[regime], PROJECTION[element_size])
-        table = _TABLES.get((device.capability, element_size), {}).get(regime, plain)
+        plain = dict.fromkeys(_H100[regime], PROJECTION[bits])
+        table = _TABLES.get((device.capability, bits), {}).get(regime, plain)
         tiles = {
-            name: fit(launch, shapes[name][0], shapes[name][1], 2 * device.processors)
+            name: fit(launch, shapes[name][0], shapes[name][1], bits, 2 * device.processors)
             for name, launch in table.items()
         }
         hidden, vocab = shapes["logits"]
         block_h = triton.next_power_of_2(hidden)
-        rows = max(1, min(_LOGITS_BYTES // (block_h * element_size), 16))
+        rows = max(1, min(8 * _LOGITS_BYTES // (block_h * logits_bits), 16))
         rows = min(1 << (rows.bit_length() - 1), triton.next_power_of_2(vocab))
         return cls(**tiles, logits=Launch(block_h, rows, 8))
 
@@ -129,13 +135,18 @@ def regime_of(sparsity: float) -> float:
     return max(start for start in REGIMES if start <= max(sparsity, 0.0))
 
 
-def fit(launch: Launch, inputs: int, outputs: int, programs: int = 0) -> Launch:
+def fit(launch: Launch, inputs: int, outputs: int, bits: int, programs: int = 0) -> Launch:
     """Shrink a tile to a small matrix, and until there are as many programs as asked for."""
+    least = max(16, 256 // bits)
     block_k = min(launch.block_k, max(16, triton.next_power_of_2(inputs)))
-    block_n = min(launch.block_n, max(16, triton.next_power_of_2(outputs)))
-    while block_n > 128 and triton.cdiv(inputs, block_k) * triton.cdiv(outputs, block_n) < programs:
+    block_n = min(launch.block_n, max(least, triton.next_power_of_2(outputs)))
+    while (
+        block_n > 2048 // bits
+        and triton.cdiv(inputs, block_k) * triton.cdiv(outputs, block_n) < programs
+    ):
         block_n //= 2
     # Rows are fetched ahead in lines of 128 bytes, and lines start at multiples of them.
-    ahead = launch.ahead if block_n >= 64 and outputs % 64 == 0 else 0
+    lines = bits >= 8 and block_n * bits >= 1024 and outputs * bits % 1024 == 0
+    ahead = launch.ahead if lines else 0
     slots, more = (launch.slots, launch.more) if block_k >= 32 else (0, 0)
     return Launch(block_k, block_n, launch.num_warps, launch.registers, ahead, slots, more)

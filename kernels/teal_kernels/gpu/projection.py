@@ -103,7 +103,9 @@ def sparse_project(
     inputs, outputs = weight.shape
     y = torch.zeros(outputs, dtype=torch.float32, device=x.device)
     if inputs and outputs:
-        chosen = launch or fit(PROJECTION[weight.element_size()], inputs, outputs)
+        chosen = launch or fit(
+            PROJECTION[8 * weight.element_size()], inputs, outputs, 8 * weight.element_size()
+        )
         grid = (triton.cdiv(outputs, chosen.block_n), triton.cdiv(inputs, chosen.block_k))
         bounds = (*offsets[1:-1], *(outputs,) * _MAX_BLOCKS)
         with torch.cuda.device_of(x):  # Triton launches on the current device

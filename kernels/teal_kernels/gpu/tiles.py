@@ -11,6 +11,16 @@ from teal_kernels.gpu.handover import _fixed
 from teal_kernels.gpu.projection import INTERPRETED
 
 _COMPILED = tl.constexpr(not INTERPRETED)
+FLOATS = tl.constexpr(-1)  # GROUP of a matrix that is not quantized
+# Factors before and after a product with integers: see `_field`.
+_LARGE = tl.constexpr(2.0**96)
+_UNITS = tl.constexpr(2.0**53)
+
+
+@triton.constexpr_function
+def _pack(group):
+    """Columns in a stored element: integers are read in words of 32 bits."""
+    return 1 if group < 0 else 8 if group else 4
 
 
 @triton.jit
@@ -101,16 +111,100 @@ def _nth_bit(bits, n):
 
 
 @triton.jit
-def _rows(w_ptr, rows, mask, offs_n, end, stride_wk):
-    """Rows of w, each read only where `mask` says so; weights pass through the cache once."""
-    offs = rows.to(tl.int64)[:, None] * stride_wk + offs_n[None, :]
-    inside = mask[:, None] & (offs_n < end)[None, :]
-    return tl.load(w_ptr + offs, mask=inside, other=0.0, eviction_policy="evict_first")
+def _field(x, words, MASK: tl.constexpr, ONE: tl.constexpr):
+    """Sum over rows of x times the integers that MASK leaves of words, in units of ONE.
+
+    An integer n below 2^24 is, as the bits of a float32, n * 2^-149 exactly: multiplication takes
+    subnormal numbers at full speed, and conversion, which is slow, is not needed. To keep the
+    products normal x is large by _LARGE.
+    """
+    return tl.sum(x * (words & MASK).to(tl.float32, bitcast=True), axis=0) * (_UNITS / ONE)
 
 
 @triton.jit
-def _gather(x, bits, counts, w_ptr, row, offs_n, end, stride_wk, first, SLOTS: tl.constexpr):
-    """The survivors from `first` on, SLOTS of every 32 channels: their x, and their rows of w."""
+def _load_rows(
+    w_ptr,
+    grid_ptr,
+    groups,
+    rows,
+    mask,
+    start,
+    end,
+    stride_wk,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Rows of w, each read only where `mask` says so; weights pass through the cache once.
+
+    GROUP is that of `QuantizedMatrix`, and FLOATS for floats; start, end and BLOCK_N count stored
+    elements. Of int4 a scale and an offset are read for every WORDS of them.
+    """
+    offs = rows.to(tl.int64)[:, None] * stride_wk
+    if GROUP <= 0:
+        offs_n = start + tl.arange(0, BLOCK_N)
+        offs += offs_n[None, :]
+        inside = mask[:, None] & (offs_n < end)[None, :]
+        return (tl.load(w_ptr + offs, mask=inside, other=0, eviction_policy="evict_first"),)
+    else:  # noqa: RET505 - what follows a return is compiled otherwise
+        offs_b = start + tl.arange(0, BLOCK_N // WORDS) * WORDS
+        offs_n = offs_b[:, None] + tl.arange(0, WORDS)[None, :]
+        inside = mask[:, None, None] & (offs_n < end)[None, :, :]
+        codes = tl.load(
+            w_ptr + offs[:, :, None] + offs_n[None, :, :],
+            mask=inside,
+            other=0,
+            eviction_policy="evict_first",
+        )
+        inside = mask[:, None] & (offs_b < end)[None, :]
+        grid = grid_ptr + 2 * offs + (offs_b // (GROUP // 8))[None, :]
+        scales = tl.load(grid, mask=inside, other=0.0)
+        offsets = tl.load(grid + groups, mask=inside, other=0.0)
+        return codes, scales, offsets
+
+
+@triton.jit
+def _multiply_int8(x, words):
+    """Sum over rows of x [R] times the bytes of words [R, C], in their order: [4 * C]."""
+    words ^= 0x80808080  # from signed to 128 more
+    large = (x * _LARGE)[:, None]
+    even = tl.join(_field(large, words, 0xFF, 1), _field(large, words, 0xFF0000, 1 << 16))
+    odd = tl.join(_field(large, words, 0xFF00, 1 << 8), _field(large, words >> 24, 0xFF, 1))
+    y = tl.join(even, odd) - 128.0 * tl.sum(x, axis=0)
+    return tl.reshape(y, (4 * words.shape[1],))
+
+
+@triton.jit
+def _multiply_int4(x, words, scales, offsets):
+    """Sum over rows of x [R] times the weights in words [R, B, W]: [8 * B * W].
+
+    Each of the 8 codes in a word is times scales and plus offsets, [R, B].
+    """
+    large = ((x * _LARGE)[:, None] * scales.to(tl.float32))[:, :, None]
+    y0 = tl.join(_field(large, words, 0xF, 1), _field(large, words, 0xF0000, 1 << 16))
+    y1 = tl.join(_field(large, words, 0xF0, 1 << 4), _field(large, words, 0xF00000, 1 << 20))
+    y2 = tl.join(_field(large, words, 0xF00, 1 << 8), _field(large, words >> 24, 0xF, 1))
+    y3 = tl.join(_field(large, words, 0xF000, 1 << 12), _field(large, words >> 28, 0xF, 1))
+    offset = tl.sum(x[:, None] * offsets.to(tl.float32), axis=0)
+    y = tl.join(tl.join(y0, y2), tl.join(y1, y3)) + offset[:, None, None, None, None]
+    return tl.reshape(y, (8 * words.shape[1] * words.shape[2],))
+
+
+@triton.jit
+def _multiply(x, tile, GROUP: tl.constexpr):
+    """Sum over rows of x times the weights that `_load_rows` gave; int8's are not scaled yet."""
+    if GROUP < 0:
+        y = tl.sum(x[:, None] * tile[0].to(tl.float32), axis=0)
+    elif GROUP == 0:
+        y = _multiply_int8(x, tile[0].to(tl.uint32, bitcast=True))
+    else:
+        y = _multiply_int4(x, tile[0].to(tl.uint32, bitcast=True), tile[1], tile[2])
+    return y
+
+
+@triton.jit
+def _gather(x, bits, counts, row, first, SLOTS: tl.constexpr):
+    """The survivors from `first` on, SLOTS of every 32 channels: their x, row, and existence."""
     GROUPS: tl.constexpr = x.shape[0]
     n = first + tl.arange(0, SLOTS)[None, :]
     index = _nth_bit(bits[:, None], n)
@@ -122,8 +216,7 @@ def _gather(x, bits, counts, w_ptr, row, offs_n, end, stride_wk, first, SLOTS: t
     there = n < counts[:, None]
     values = tl.reshape(tl.where(there, tl.gather(x, index, 1), 0.0), (GROUPS * SLOTS,))
     rows = tl.reshape(row + tl.arange(0, GROUPS)[:, None] * 32 + index, (GROUPS * SLOTS,))
-    there = tl.reshape(there, (GROUPS * SLOTS,))
-    return values, _rows(w_ptr, rows, there, offs_n, end, stride_wk)
+    return values, rows, tl.reshape(there, (GROUPS * SLOTS,))
 
 
 @triton.jit
@@ -131,6 +224,8 @@ def _accumulate(
     y_ptr,
     x,
     w_ptr,
+    grid_ptr,
+    groups,
     threshold,
     kept_ptr,
     count,
@@ -139,10 +234,12 @@ def _accumulate(
     start,
     end,
     stride_wk,
+    GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLOTS: tl.constexpr,
     MORE: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """Add one tile's product to y float32; channels with abs(x) <= threshold are never loaded.
 
@@ -150,11 +247,13 @@ def _accumulate(
     32 channels at once, and in a loop those beyond.
     """
     keep = (tl.abs(x) > threshold) & mask_k
-    offs_n = start + tl.arange(0, BLOCK_N)
     if SLOTS == 0:
         kept = tl.sum(keep.to(tl.int32), axis=0)
-        w = _rows(w_ptr, row + tl.arange(0, BLOCK_K), keep, offs_n, end, stride_wk)
-        y = tl.sum(tl.where(keep, x, 0.0)[:, None] * w.to(tl.float32), axis=0)
+        w = _load_rows(
+            w_ptr, grid_ptr, groups, row + tl.arange(0, BLOCK_K), keep, start, end, stride_wk,
+            GROUP, BLOCK_N, WORDS,
+        )  # fmt: skip
+        y = _multiply(tl.where(keep, x, 0.0), w, GROUP)
     else:
         GROUPS: tl.constexpr = BLOCK_K // 32
         keep = tl.reshape(keep, (GROUPS, 32)).to(tl.uint32)
@@ -162,18 +261,32 @@ def _accumulate(
         bits = tl.sum(keep << tl.arange(0, 32)[None, :].to(tl.uint32), axis=1)
         counts = _count_bits(bits).to(tl.int32)
         kept = tl.sum(counts, axis=0)
-        x1, w1 = _gather(x, bits, counts, w_ptr, row, offs_n, end, stride_wk, 0, SLOTS)
+        x1, rows1, there1 = _gather(x, bits, counts, row, 0, SLOTS)
+        w1 = _load_rows(
+            w_ptr, grid_ptr, groups, rows1, there1, start, end, stride_wk, GROUP, BLOCK_N, WORDS
+        )
         if MORE > 0:
-            x2, w2 = _gather(x, bits, counts, w_ptr, row, offs_n, end, stride_wk, SLOTS, MORE)
-        y = tl.sum(x1[:, None] * w1.to(tl.float32), axis=0)
+            x2, rows2, there2 = _gather(x, bits, counts, row, SLOTS, MORE)
+            w2 = _load_rows(
+                w_ptr, grid_ptr, groups, rows2, there2, start, end, stride_wk, GROUP, BLOCK_N, WORDS
+            )
+        y = _multiply(x1, w1, GROUP)
         if MORE > 0:
-            y += tl.sum(x2[:, None] * w2.to(tl.float32), axis=0)
+            y += _multiply(x2, w2, GROUP)
         most = tl.max(counts, axis=0)
         first = SLOTS + MORE
         while first < most:
-            x1, w1 = _gather(x, bits, counts, w_ptr, row, offs_n, end, stride_wk, first, SLOTS)
-            y += tl.sum(x1[:, None] * w1.to(tl.float32), axis=0)
+            x1, rows1, there1 = _gather(x, bits, counts, row, first, SLOTS)
+            w1 = _load_rows(
+                w_ptr, grid_ptr, groups, rows1, there1, start, end, stride_wk, GROUP, BLOCK_N, WORDS
+            )
+            y += _multiply(x1, w1, GROUP)
             first += SLOTS
-    tl.atomic_add(y_ptr + offs_n, _fixed(y_ptr, y), mask=offs_n < end, sem="relaxed")
+    PACK: tl.constexpr = _pack(GROUP)
+    offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
+    mask_n = offs_n < end * PACK
+    if GROUP == 0:
+        y *= tl.load(grid_ptr + offs_n, mask=mask_n, other=0.0)
+    tl.atomic_add(y_ptr + offs_n, _fixed(y_ptr, y), mask=mask_n, sem="relaxed")
     if count:
         tl.atomic_add(kept_ptr, kept, sem="relaxed")

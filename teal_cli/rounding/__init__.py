@@ -1,0 +1,1 @@
+"""Rounding weights to integers with regard for what they multiply."""
