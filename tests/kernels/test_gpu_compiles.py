@@ -9,6 +9,7 @@ import torch
 
 from teal_cli.inference.session import step_tensors
 from teal_cli.model.config import ModelConfig
+from teal_cli.model.quantization import Quantization
 from teal_cli.model.random_weights import random_decoder
 
 triton = pytest.importorskip("triton")
@@ -31,6 +32,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -77,12 +79,19 @@ class _Compiler:
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"),
-    [(75, torch.float16), (80, torch.bfloat16), (90, torch.float16)],
-    ids=["sm75", "sm80", "sm90"],
+    ("capability", "dtype", "kind"),
+    [
+        (75, torch.float16, None),
+        (80, torch.bfloat16, None),
+        (90, torch.float16, None),
+        (80, torch.bfloat16, Quantization(128, head=True)),
+        (90, torch.float16, Quantization(0, head=True)),
+        (90, torch.float16, Quantization(64)),
+    ],
+    ids=["sm75", "sm80", "sm90", "sm80-int4-128", "sm90-int8", "sm90-int4"],
 )
 def test_all_kernels_compile(
-    capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    capability: int, dtype: torch.dtype, kind: Quantization | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from teal_kernels.gpu import DecodeStep, chain, launch
     from teal_kernels.gpu.sample import Choice
@@ -91,7 +100,8 @@ def test_all_kernels_compile(
     compiler = _Compiler(capability)
     monkeypatch.setattr(chain, "_launch", compiler)
     monkeypatch.setattr(launch.DeviceClass, "of", lambda _: device)
-    decoder = random_decoder(ModelConfig.from_dict(_CONFIG), device="cpu", dtype=dtype, seed=0)
+    config = ModelConfig.from_dict(_CONFIG)
+    decoder = random_decoder(config, device="cpu", dtype=dtype, seed=0, kind=kind)
     tensors = step_tensors(decoder, decoder.new_cache(256))
     step = DecodeStep(**tensors, dependent_launch=capability >= 90, deterministic=capability == 80)
     for regime in launch.REGIMES if capability == 90 else (launch.SPARSE,):

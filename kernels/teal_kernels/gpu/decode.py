@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.gpu.handover import _fixed, _read, _wait, _zero
-from teal_kernels.gpu.tiles import _accumulate, _columns, _fetch_ahead, _pack
+from teal_kernels.gpu.tiles import _accumulate, _columns, _fetch_ahead, _pack, _words
 
 # Rows of small tables, aligned or not by layer: one compilation serves all layers.
 _ROWS_OF_TABLES = ["thresholds_ptr", "kept_ptr", "scale_ptr"]
@@ -121,8 +121,7 @@ def norm_project_kernel(
         h = _read(h_ptr + offs_k, offs_k < H)
         x = h * gain * _inverse_rms(h_ptr, scale_ptr, eps, H, BLOCK_H, PROGRAMS)
         first = (start == 0) | (start == N0) | (start == N0 + N1)
-        # Stored elements that are sure to share a scale.
-        WORDS: tl.constexpr = 4 if N0 % 4 == 0 and N1 % 4 == 0 else 1
+        WORDS: tl.constexpr = _words(GROUP, BLOCK_N, N0, N1)
         _accumulate(
             y_ptr, x, w_ptr, grid_ptr, groups, threshold, kept_ptr + block, first,
             row, offs_k < H, start, end, stride_wk, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE, WORDS,
@@ -161,7 +160,8 @@ def activate_project_kernel(
         x = _activated(gate_up_ptr, offs_k, INNER)
         _accumulate(
             y_ptr, x, w_ptr, grid_ptr, groups, threshold, kept_ptr, start == 0,
-            row, offs_k < INNER, start, N, stride_wk, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE, 4,
+            row, offs_k < INNER, start, N, stride_wk, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE,
+            _words(GROUP, BLOCK_N, 0, 0),
         )  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def combine_project_kernel(
         head = offs_k // HEAD_DIM
     mask_h = head < HEADS
     heads = offs_s[:, None] * HEADS + head[None, :]
-    mask = seen[:, None] & mask_h[None, :]
+    mask_sh = seen[:, None] & mask_h[None, :]
     _wait(PDL)
     _zero(zero_ptr, zero_size, ZERO)
     if BIAS:  # noqa: SIM102 - known when it is compiled, unlike the other
@@ -231,17 +231,18 @@ def combine_project_kernel(
             bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             tl.atomic_add(y_ptr + offs_n, _fixed(y_ptr, bias), mask=mask_n, sem="relaxed")
     if row < K:  # always; see the module's docstring
-        maxima = tl.load(maxima_ptr + heads, mask=mask, other=float("-inf"))
-        sums = tl.load(sums_ptr + heads, mask=mask, other=0.0)
-        mask = seen[:, None] & mask_k[None, :]
-        parts = tl.load(parts_ptr + offs_s[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+        maxima = tl.load(maxima_ptr + heads, mask=mask_sh, other=float("-inf"))
+        sums = tl.load(sums_ptr + heads, mask=mask_sh, other=0.0)
+        mask_sk = seen[:, None] & mask_k[None, :]
+        parts = tl.load(parts_ptr + offs_s[:, None] * K + offs_k[None, :], mask=mask_sk, other=0.0)
         top = tl.where(mask_h, tl.max(maxima, axis=0), 0.0)
         share = tl.exp(maxima - top[None, :])
         total = tl.where(mask_h, tl.sum(share * sums, axis=0), 1.0)
         x = tl.sum(share * parts, axis=0) / total
         _accumulate(
             y_ptr, x, w_ptr, grid_ptr, groups, threshold, kept_ptr, start == 0,
-            row, mask_k, start, N, stride_wk, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE, 4,
+            row, mask_k, start, N, stride_wk, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE,
+            _words(GROUP, BLOCK_N, 0, 0),
         )  # fmt: skip
 
 

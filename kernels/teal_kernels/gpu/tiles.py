@@ -23,6 +23,13 @@ def _pack(group):
     return 1 if group < 0 else 8 if group else 4
 
 
+@triton.constexpr_function
+def _words(group, block_n, n0, n1):
+    """Words of an int4 row that share a scale in every tile, wherever it starts."""
+    sizes = (group // 8, 4, 1) if group > 0 else (1,)
+    return next(size for size in sizes if not (block_n % size or n0 % size or n1 % size))
+
+
 @triton.jit
 def _columns(pid, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, SPAN: tl.constexpr):
     """Which of three matrices side by side a program works on, its first column, and their end."""
@@ -141,26 +148,30 @@ def _load_rows(
     elements. Of int4 a scale and an offset are read for every WORDS of them.
     """
     offs = rows.to(tl.int64)[:, None] * stride_wk
+    offs_n = start + tl.arange(0, BLOCK_N)
+    inside = mask[:, None] & (offs_n < end)[None, :]
+    w = tl.load(w_ptr + offs + offs_n[None, :], mask=inside, other=0, eviction_policy="evict_first")
     if GROUP <= 0:
-        offs_n = start + tl.arange(0, BLOCK_N)
-        offs += offs_n[None, :]
-        inside = mask[:, None] & (offs_n < end)[None, :]
-        return (tl.load(w_ptr + offs, mask=inside, other=0, eviction_policy="evict_first"),)
+        return w, w, w
     else:  # noqa: RET505 - what follows a return is compiled otherwise
-        offs_b = start + tl.arange(0, BLOCK_N // WORDS) * WORDS
-        offs_n = offs_b[:, None] + tl.arange(0, WORDS)[None, :]
-        inside = mask[:, None, None] & (offs_n < end)[None, :, :]
-        codes = tl.load(
-            w_ptr + offs[:, :, None] + offs_n[None, :, :],
-            mask=inside,
-            other=0,
-            eviction_policy="evict_first",
-        )
-        inside = mask[:, None] & (offs_b < end)[None, :]
-        grid = grid_ptr + 2 * offs + (offs_b // (GROUP // 8))[None, :]
+        offs_g = start // WORDS + tl.arange(0, BLOCK_N // WORDS)
+        inside = mask[:, None] & (offs_g * WORDS < end)[None, :]
+        grid = grid_ptr + 2 * offs + (offs_g // (GROUP // 8 // WORDS))[None, :]
         scales = tl.load(grid, mask=inside, other=0.0)
-        offsets = tl.load(grid + groups, mask=inside, other=0.0)
-        return codes, scales, offsets
+        return w, scales, tl.load(grid + groups, mask=inside, other=0.0)
+
+
+@triton.jit
+def _repeated(x, TIMES: tl.constexpr):
+    """Every element of the last axis so many times in a row."""
+    if len(x.shape) == 1:
+        SHAPE: tl.constexpr = (x.shape[0], TIMES)
+        x = tl.reshape(tl.broadcast_to(x[:, None], SHAPE), (x.shape[0] * TIMES,))
+    else:
+        SHAPE_2: tl.constexpr = (x.shape[0], x.shape[1], TIMES)
+        wide = tl.broadcast_to(x[:, :, None], SHAPE_2)
+        x = tl.reshape(wide, (x.shape[0], x.shape[1] * TIMES))
+    return x
 
 
 @triton.jit
@@ -175,30 +186,30 @@ def _multiply_int8(x, words):
 
 
 @triton.jit
-def _multiply_int4(x, words, scales, offsets):
-    """Sum over rows of x [R] times the weights in words [R, B, W]: [8 * B * W].
+def _multiply_int4(x, words, scales, offsets, WORDS: tl.constexpr):
+    """Sum over rows of x [R] times the weights in words [R, C], in their order: [8 * C].
 
-    Each of the 8 codes in a word is times scales and plus offsets, [R, B].
+    Each of the 8 codes in a word is times scales and plus offsets [R, C / WORDS].
     """
-    large = ((x * _LARGE)[:, None] * scales.to(tl.float32))[:, :, None]
+    large = _repeated((x * _LARGE)[:, None] * scales.to(tl.float32), WORDS)
     y0 = tl.join(_field(large, words, 0xF, 1), _field(large, words, 0xF0000, 1 << 16))
     y1 = tl.join(_field(large, words, 0xF0, 1 << 4), _field(large, words, 0xF00000, 1 << 20))
     y2 = tl.join(_field(large, words, 0xF00, 1 << 8), _field(large, words >> 24, 0xF, 1))
     y3 = tl.join(_field(large, words, 0xF000, 1 << 12), _field(large, words >> 28, 0xF, 1))
-    offset = tl.sum(x[:, None] * offsets.to(tl.float32), axis=0)
-    y = tl.join(tl.join(y0, y2), tl.join(y1, y3)) + offset[:, None, None, None, None]
-    return tl.reshape(y, (8 * words.shape[1] * words.shape[2],))
+    offset = _repeated(tl.sum(x[:, None] * offsets.to(tl.float32), axis=0), WORDS)
+    y = tl.join(tl.join(y0, y2), tl.join(y1, y3)) + offset[:, None, None, None]
+    return tl.reshape(y, (8 * words.shape[1],))
 
 
 @triton.jit
-def _multiply(x, tile, GROUP: tl.constexpr):
+def _multiply(x, tile, GROUP: tl.constexpr, WORDS: tl.constexpr):
     """Sum over rows of x times the weights that `_load_rows` gave; int8's are not scaled yet."""
     if GROUP < 0:
         y = tl.sum(x[:, None] * tile[0].to(tl.float32), axis=0)
     elif GROUP == 0:
         y = _multiply_int8(x, tile[0].to(tl.uint32, bitcast=True))
     else:
-        y = _multiply_int4(x, tile[0].to(tl.uint32, bitcast=True), tile[1], tile[2])
+        y = _multiply_int4(x, tile[0].to(tl.uint32, bitcast=True), tile[1], tile[2], WORDS)
     return y
 
 
@@ -253,7 +264,7 @@ def _accumulate(
             w_ptr, grid_ptr, groups, row + tl.arange(0, BLOCK_K), keep, start, end, stride_wk,
             GROUP, BLOCK_N, WORDS,
         )  # fmt: skip
-        y = _multiply(tl.where(keep, x, 0.0), w, GROUP)
+        y = _multiply(tl.where(keep, x, 0.0), w, GROUP, WORDS)
     else:
         GROUPS: tl.constexpr = BLOCK_K // 32
         keep = tl.reshape(keep, (GROUPS, 32)).to(tl.uint32)
@@ -270,9 +281,9 @@ def _accumulate(
             w2 = _load_rows(
                 w_ptr, grid_ptr, groups, rows2, there2, start, end, stride_wk, GROUP, BLOCK_N, WORDS
             )
-        y = _multiply(x1, w1, GROUP)
+        y = _multiply(x1, w1, GROUP, WORDS)
         if MORE > 0:
-            y += _multiply(x2, w2, GROUP)
+            y += _multiply(x2, w2, GROUP, WORDS)
         most = tl.max(counts, axis=0)
         first = SLOTS + MORE
         while first < most:
@@ -280,7 +291,7 @@ def _accumulate(
             w1 = _load_rows(
                 w_ptr, grid_ptr, groups, rows1, there1, start, end, stride_wk, GROUP, BLOCK_N, WORDS
             )
-            y += _multiply(x1, w1, GROUP)
+            y += _multiply(x1, w1, GROUP, WORDS)
             first += SLOTS
     PACK: tl.constexpr = _pack(GROUP)
     offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
