@@ -197,7 +197,8 @@ def make_profile(
     """
     from teal_cli.inference.device import pick_device
     from teal_cli.sparsity import presets, streaming
-    from teal_cli.sparsity.calibrate import METHODS, calibrate
+    from teal_cli.sparsity.calibrate import calibrate
+    from teal_cli.sparsity.profile import METHODS
 
     path = profile_path(checkpoint)
     before = _modified(path)

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import io
-from importlib.util import find_spec
 
 from teal_cli.benchmark.report import heading
 from teal_cli.benchmark.result import BenchResult, Row
-from teal_cli.errors import MissingError
-
-SUFFIXES = (".png", ".pdf", ".svg")
 
 # Okabe and Ito's palette, which colour-blind readers tell apart, and which prints well in grey.
 _COLOURS = {"dense": "#56B4E9", "sparse": "#0072B2", "baseline": "#BBBBBB"}
-
-
-def require_matplotlib() -> None:
-    """Make sure that a figure can be drawn, before anything is measured for it.
-
-    Raises:
-        MissingError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise MissingError(
-            "--plot needs matplotlib, which is not installed",
-            hint="Install it with: pip install 'teal-cli[plot]'",
-        )
 
 
 def draw(result: BenchResult, suffix: str) -> bytes:
@@ -33,9 +16,8 @@ def draw(result: BenchResult, suffix: str) -> bytes:
 
     Args:
         result: what to draw.
-        suffix: the format, one of SUFFIXES.
+        suffix: the format, .png, .pdf or .svg.
     """
-    require_matplotlib()
     from matplotlib.figure import Figure
 
     order = {"baseline": 0, "dense": 1, "sparse": 2}

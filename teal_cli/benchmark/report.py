@@ -7,30 +7,14 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from teal_cli.benchmark.kernels import KernelResult, KernelRow
 from teal_cli.benchmark.result import BenchResult, CardRow, Row
 from teal_cli.benchmark.timing import Spread
 from teal_cli.benchmark.tune import Tuned, TuneResult
-from teal_cli.errors import UsageError
-
-SUFFIXES = (".json", ".csv", ".md")
 
 Table = tuple[list[str], list[list[str]]]  # column names, rows
-
-
-def check_suffix(path: Path, suffixes: Sequence[str], option: str) -> None:
-    """Make sure that a file's name says a format that can be written.
-
-    Raises:
-        UsageError: it does not.
-    """
-    if path.suffix.lower() not in suffixes:
-        raise UsageError(
-            f"{option} {path}: the name must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}"
-        )
 
 
 def card_table(card: Sequence[CardRow]) -> Table:
@@ -126,7 +110,7 @@ def kernel_heading(result: KernelResult | TuneResult) -> str:
 
 
 def render_kernels(result: KernelResult | TuneResult, suffix: str) -> str:
-    """The result as the text of a file with this suffix, one of SUFFIXES."""
+    """The result as the text of a file with this suffix, one of TABLE_SUFFIXES."""
     document = asdict(result)
     if suffix == ".json":
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -144,7 +128,7 @@ def render_kernels(result: KernelResult | TuneResult, suffix: str) -> str:
 
 
 def render(result: BenchResult, suffix: str) -> str:
-    """The result as the text of a file with this suffix, one of SUFFIXES."""
+    """The result as the text of a file with this suffix, one of TABLE_SUFFIXES."""
     if suffix == ".json":
         return json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n"
     return _csv(result) if suffix == ".csv" else _markdown(result)

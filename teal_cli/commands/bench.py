@@ -136,7 +136,7 @@ def bench(
 
     import torch
 
-    from teal_cli import pipeline
+    from teal_cli import exports, pipeline
     from teal_cli.benchmark import bandwidth, bench, report, result, subject
     from teal_cli.benchmark import plot as figure
     from teal_cli.benchmark import tune as tuning
@@ -146,11 +146,8 @@ def bench(
     from teal_cli.store import models
     from teal_cli.store.artifacts import atomic_write
 
-    if output is not None:
-        report.check_suffix(output, report.SUFFIXES, "--output")
-    if plot is not None:
-        report.check_suffix(plot, figure.SUFFIXES, "--plot")
-        figure.require_matplotlib()
+    exports.check_table(output)
+    exports.check_figure(plot)
     target_device = pick_device(device)
     baselines = tuple(dict.fromkeys(name.value for name in baseline or ()))
     settings = bench.Settings(

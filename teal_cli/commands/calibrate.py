@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ from teal_cli.options import (
 
 if TYPE_CHECKING:
     from teal_cli.model.checkpoint import Checkpoint
+    from teal_cli.progress import Reporter
     from teal_cli.sparsity.profile import Profile
 
 _SHOWN = (0.25, 0.4, 0.5)
@@ -123,36 +125,16 @@ def calibrate(
     """
     asked = {"dataset": dataset, "column": column, "samples": samples, "seq_len": seq_len}
     given: dict[str, Any] = {k: v for k, v in {**asked, "seed": seed}.items() if v is not None}
-    if import_dir is not None and given:
-        option = next(iter(given)).replace("_", "-")
-        raise UsageError(f"--import reads no text: leave out --{option}")
-    if import_dir is not None and method is not None:
-        raise UsageError("--import brings the release's own allocation: leave out --method")
-    if import_dir is not None and quantize is not None:
-        raise UsageError("--import brings thresholds of float weights: leave out --quantize")
-    looked_up = {"sparsity": sparsity, "layer": layer, "site": site, "plot": plot}
+    look = _Look(sparsity, layer, site, plot)
     if show:
-        _check_show(given, import_dir=import_dir, force=force, layer=layer, site=site)
-        _show(
-            model,
-            revision,
-            dtype,
-            quantize,
-            method,
-            sparsity=sparsity,
-            layer=layer,
-            site=site,
-            plot=plot,
-            json=json,
-        )
+        _check_show(given | {"import": import_dir, "force": force or None}, look)
+        _show(model, revision, dtype, quantize, method, look, json=json)
         return
-    for name, value in looked_up.items():
-        if value is not None:
-            raise UsageError(f"--{name} goes with --show")
+    _check_no_show(given, look, import_dir, {"method": method, "quantize": quantize})
     reporter = console.reporter()
 
     from teal_cli import pipeline
-    from teal_cli.store import artifacts, models
+    from teal_cli.store import models
 
     checkpoint = pipeline.ensure_checkpoint(
         models.resolve(model, revision),
@@ -166,25 +148,11 @@ def calibrate(
     limit = checkpoint.config.max_position_embeddings
     if seq_len is not None and seq_len > limit:
         raise UsageError(f"--seq-len {seq_len} is beyond this model's context of {limit} tokens")
-    path: Path | None = pipeline.profile_path(checkpoint)
-    assert path is not None
+    found = None if force or import_dir else _made_as_asked(checkpoint, given)
     if import_dir is not None:
-        from teal_cli.sparsity.release import import_release
-
-        profile = import_release(
-            import_dir,
-            checkpoint.config,
-            model=checkpoint.name,
-            fingerprint=checkpoint.fingerprint,
-        )
-        with artifacts.lock(path, reporter):
-            profile.save(path)
-    elif (found := None if force else _made_as_asked(checkpoint, given)) is not None and (
-        method is None or method in found.methods
-    ):
+        profile = _import(checkpoint, import_dir, reporter)
+    elif found is not None and (method is None or method in found.methods):
         profile = found
-        if not path.exists():
-            path = None
         reporter.note("up to date: --force calibrates again")
     else:
         before = found.provenance.get("settings", {}) if found is not None else {}
@@ -197,27 +165,69 @@ def calibrate(
             offline=offline,
             reporter=reporter,
         )
+    path = pipeline.profile_path(checkpoint)
+    _report(profile, path if path.exists() else None, json=json)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What --show is to show; None is the default."""
+
+    sparsity: float | None
+    layer: int | None
+    site: str | None
+    plot: Path | None
+
+
+def _check_no_show(
+    given: dict[str, Any], look: _Look, import_dir: Path | None, others: dict[str, Any]
+) -> None:
+    for name, value in asdict(look).items():
+        if value is not None:
+            raise UsageError(f"--{name} goes with --show")
+    if import_dir is None:
+        return
+    if given:
+        option = next(iter(given)).replace("_", "-")
+        raise UsageError(f"--import reads no text: leave out --{option}")
+    if others["method"] is not None:
+        raise UsageError("--import brings the release's own allocation: leave out --method")
+    if others["quantize"] is not None:
+        raise UsageError("--import brings thresholds of float weights: leave out --quantize")
+
+
+def _check_show(others: dict[str, Any], look: _Look) -> None:
+    for name, value in others.items():
+        if value is not None:
+            raise UsageError(
+                f"--show looks at the profile that is there: leave out --{name.replace('_', '-')}"
+            )
+    if look.site is not None and look.layer is None:
+        raise UsageError("--site goes with --layer")
+
+
+def _import(checkpoint: Checkpoint, folder: Path, reporter: Reporter) -> Profile:
+    """Store a TEAL release as the model's profile."""
+    from teal_cli import pipeline
+    from teal_cli.sparsity.release import import_release
+    from teal_cli.store import artifacts
+
+    profile = import_release(
+        folder, checkpoint.config, model=checkpoint.name, fingerprint=checkpoint.fingerprint
+    )
+    path = pipeline.profile_path(checkpoint)
+    with artifacts.lock(path, reporter):
+        profile.save(path)
+    return profile
+
+
+def _report(profile: Profile, path: Path | None, *, json: bool) -> None:
+    """Print a profile's thresholds; without a path, it is one that teal brings."""
     if json:
         console.print_json(_document(profile, path))
     else:
         _print_summary(profile)
-        reporter.note(f"profile: {path or 'built into teal'}")
-
-
-def _check_show(
-    given: dict[str, Any],
-    *,
-    import_dir: Path | None,
-    force: bool,
-    layer: int | None,
-    site: str | None,
-) -> None:
-    others = given | ({"import": True} if import_dir else {}) | ({"force": True} if force else {})
-    if others:
-        option = next(iter(others)).replace("_", "-")
-        raise UsageError(f"--show looks at the profile that is there: leave out --{option}")
-    if site is not None and layer is None:
-        raise UsageError("--site goes with --layer")
+        console.reporter().note(f"profile: {path or 'built into teal'}")
 
 
 def _show(
@@ -226,37 +236,29 @@ def _show(
     dtype: str | None,
     quantize: str | None,
     method: str | None,
+    look: _Look,
     *,
-    sparsity: float | None,
-    layer: int | None,
-    site: str | None,
-    plot: Path | None,
     json: bool,
 ) -> None:
     """Print, and draw, what the model's profile holds."""
-    from teal_cli import pipeline, profile_view
-    from teal_cli.benchmark.plot import SUFFIXES, require_matplotlib
-    from teal_cli.benchmark.report import check_suffix
+    from teal_cli import exports, pipeline, profile_view
     from teal_cli.sparsity.summary import summarise
     from teal_cli.store import artifacts, models
 
-    if plot is not None:
-        check_suffix(plot, SUFFIXES, "--plot")
-        require_matplotlib()
+    exports.check_figure(look.plot)
     profile, path = pipeline.stored_profile(models.resolve(model, revision), dtype, quantize)
-    summary = summarise(
-        profile, 0.5 if sparsity is None else sparsity, method, layer=layer, site=site
-    )
+    target = 0.5 if look.sparsity is None else look.sparsity
+    summary = summarise(profile, target, method, layer=look.layer, site=look.site)
     if json:
         console.print_json({"profile": path, **summary.document()})
     else:
         profile_view.print_summary(summary)
         console.reporter().note(f"profile: {path or 'built into teal'}")
-    if plot is not None:
+    if look.plot is not None:
         from teal_cli.sparsity.plot import draw
 
-        artifacts.atomic_write(plot, draw(summary, plot.suffix.lower()))
-        console.reporter().note(f"plot: {plot}")
+        artifacts.atomic_write(look.plot, draw(summary, look.plot.suffix.lower()))
+        console.reporter().note(f"plot: {look.plot}")
 
 
 def _made_as_asked(checkpoint: Checkpoint, given: dict[str, Any]) -> Profile | None:

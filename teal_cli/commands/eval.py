@@ -65,7 +65,12 @@ ProtocolOption = Annotated[
     ),
 ]
 SamplesOption = Annotated[
-    int, typer.Option("--samples", min=0, help="Windows of text to score; 0 is the whole text.")
+    int,
+    typer.Option(
+        "--samples",
+        min=0,
+        help="Windows to score, evenly spread over the text; 0 is the whole text.",
+    ),
 ]
 ContextOption = Annotated[
     int | None,
@@ -87,6 +92,14 @@ TasksOption = Annotated[
 LimitOption = Annotated[
     int | None,
     typer.Option("--limit", min=1, help="Documents of each task to run. [default: all]"),
+]
+FewshotOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-fewshot",
+        min=0,
+        help="Worked examples before each document of a task. [default: what the task says]",
+    ),
 ]
 OutputOption = Annotated[
     Path | None,
@@ -112,6 +125,7 @@ def evaluate(
     context: ContextOption = None,
     tasks: TasksOption = None,
     limit: LimitOption = None,
+    num_fewshot: FewshotOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizationsOption = None,
     device: DeviceOption = "auto",
@@ -139,20 +153,25 @@ def evaluate(
     text_only = {"dataset": dataset, "column": column, "plot": plot}
     if specs and (given := [name for name, value in text_only.items() if value is not None]):
         raise UsageError(f"--{given[0]} is for perplexity: leave it out, or --tasks")
-    if limit is not None and not specs:
-        raise UsageError("--limit counts the documents of a task: it needs --tasks")
+    task_only = {"limit": limit, "num-fewshot": num_fewshot}
+    if not specs and (given := [name for name, value in task_only.items() if value is not None]):
+        raise UsageError(f"--{given[0]} is about tasks: it needs --tasks")
     kinds = _quantizations(quantize)
     if specs and len(kinds) > 1:
         raise UsageError("--tasks runs one model: name one quantization")
     reporter = console.reporter()
 
-    from teal_cli import pipeline
+    from teal_cli import exports, pipeline
     from teal_cli.evaluation import comparison, report
+    from teal_cli.evaluation.tasks import require_lm_eval
     from teal_cli.inference.device import pick_device
     from teal_cli.store import models
     from teal_cli.store.artifacts import atomic_write
 
-    _check_extras(output, plot, tasks=specs is not None)
+    exports.check_table(output)
+    exports.check_figure(plot)
+    if specs:
+        require_lm_eval()
     target_device = pick_device(device)
 
     def checkpoint(kind: str | None) -> Checkpoint:
@@ -180,7 +199,7 @@ def evaluate(
     run = _Run(reference, tuple(subjects), target_device, offline, reporter)
     found: report.Report
     if specs:
-        found = _on_tasks(run, specs, protocol, context, limit)
+        found = _on_tasks(run, specs, protocol, context, limit, num_fewshot)
     else:
         found = _on_text(run, dataset, column, samples, protocol, context)
         if plot is not None:
@@ -299,14 +318,12 @@ def _on_text(
         reporter=run.reporter,
     )
     tokenizer = run.checkpoint.tokenizer()
-    text = plan.cut(
-        lambda length, count: windows(tokenizer, corpus, seq_len=length, samples=count),
-        samples or None,
-    )
+    text = plan.cut(lambda length: windows(tokenizer, corpus, seq_len=length))
+    chosen = protocols.spread(len(text), samples or None)
     dense = run.checkpoint.load(run.device)
     result = perplexity.evaluate(
         dense,
-        text,
+        text[chosen],
         [(setting.label, setting.thresholds) for setting in run.settings],
         plan,
         run.reporter,
@@ -317,6 +334,8 @@ def _on_text(
         "part": corpus.part,
         "column": column,
         "fingerprint": corpus.fingerprint,
+        "windows": len(text),
+        "windows_scored": chosen,
     }
     return comparison.QualityReport.of(run.inputs() | {"dataset": read}, run.settings, result)
 
@@ -327,6 +346,7 @@ def _on_tasks(
     protocol: ProtocolName,
     context: int | None,
     limit: int | None,
+    num_fewshot: int | None,
 ) -> TasksReport:
     from teal_cli.evaluation import harness, protocols, tasks
 
@@ -344,25 +364,10 @@ def _on_tasks(
         run.settings,
         run.inputs() | {"protocol": protocol, "context": room},
         limit=limit,
+        num_fewshot=num_fewshot,
         offline=run.offline,
         reporter=run.reporter,
     )
-
-
-def _check_extras(output: Path | None, plot: Path | None, *, tasks: bool) -> None:
-    """Fail before anything is measured for a file that cannot be written."""
-    from teal_cli.benchmark.plot import SUFFIXES, require_matplotlib
-    from teal_cli.benchmark.report import check_suffix
-    from teal_cli.evaluation import report
-    from teal_cli.evaluation.tasks import require_lm_eval
-
-    if output is not None:
-        check_suffix(output, report.SUFFIXES, "--output")
-    if plot is not None:
-        check_suffix(plot, SUFFIXES, "--plot")
-        require_matplotlib()
-    if tasks:
-        require_lm_eval()
 
 
 def _entries(text: str, option: str) -> tuple[str, ...]:

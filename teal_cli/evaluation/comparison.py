@@ -101,10 +101,12 @@ class QualityReport:
         """What was measured on what, in one line."""
         model, text = self.inputs["model"]["name"], self.inputs["dataset"]
         name = Path(text["name"]).name if is_file(text["name"]) else text["name"]
-        plan = self.result.protocol
+        plan, scored = self.result.protocol, str(self.result.windows)
+        if self.result.windows < text["windows"]:
+            scored += f" of {text['windows']}"
         return (
             f"{model} on {name} ({text['part']}), protocol {plan.name}: "
-            f"{self.result.windows} windows of {plan.window} tokens, "
+            f"{scored} windows of {plan.window} tokens, "
             f"{self.result.scored_tokens} scored"
         )
 

@@ -6,7 +6,6 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from teal_cli.benchmark.plot import require_matplotlib
 from teal_cli.evaluation.comparison import QualityReport
 from teal_cli.evaluation.statistics import Estimate
 
@@ -27,11 +26,7 @@ def draw(report: QualityReport, suffix: str) -> bytes:
     Args:
         report: what to draw.
         suffix: the format, .png, .pdf or .svg.
-
-    Raises:
-        MissingError: matplotlib is not installed.
     """
-    require_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 3.1), layout="constrained")

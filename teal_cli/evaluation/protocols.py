@@ -40,24 +40,33 @@ class Protocol:
         """Tokens of a window that are scored."""
         return self.window - self.scored_from
 
-    def cut(self, tokens: Callable[[int, int | None], Tensor], samples: int | None) -> Tensor:
+    def cut(self, tokens: Callable[[int], Tensor]) -> Tensor:
         """The windows of a text, int64 [N, window].
 
         Args:
-            tokens: (seq_len, samples) → the text's first tokens as consecutive windows
-                [<= samples, seq_len]; all there are where `samples` is None.
-            samples: how many windows at most.
+            tokens: seq_len → the text as consecutive windows [N, seq_len].
 
         Raises:
             TealError: the text is shorter than one window; `tokens` raises it.
         """
         if self.stride == self.window:
-            return tokens(self.window, samples)
-        overlap = self.window // self.stride - 1
-        rows = tokens(self.stride, None if samples is None else samples + overlap)
-        if len(rows) <= overlap:
-            return tokens(self.window, 1)
+            return tokens(self.window)
+        rows = tokens(self.stride)
+        if len(rows) < self.window // self.stride:
+            return tokens(self.window)
         return rows.flatten().unfold(0, self.window, self.stride)
+
+
+def spread(windows: int, samples: int | None) -> list[int]:
+    """Which `samples` of a text's windows speak for all of it: evenly spread, the ends included.
+
+    All of them where there are no more, or where `samples` is None.
+    """
+    if samples is None or samples >= windows:
+        return list(range(windows))
+    if samples == 1:
+        return [0]
+    return [round(number * (windows - 1) / (samples - 1)) for number in range(samples)]
 
 
 def sparse_from(name: ProtocolName, length: int) -> int:

@@ -10,8 +10,6 @@ from typing import Any, Protocol
 
 from teal_cli.evaluation.statistics import Estimate
 
-SUFFIXES = (".json", ".csv", ".md")
-
 Table = tuple[list[str], list[list[str]]]  # column names, rows
 
 
@@ -39,7 +37,7 @@ def cell(estimate: Estimate | None, digits: int, *, sign: bool = False) -> str:
 
 
 def render(report: Report, suffix: str) -> str:
-    """The result as the text of a file with this suffix, one of SUFFIXES."""
+    """The result as the text of a file with this suffix, one of TABLE_SUFFIXES."""
     if suffix == ".json":
         return json.dumps(report.document(), indent=2, ensure_ascii=False) + "\n"
     return _csv(report) if suffix == ".csv" else _markdown(report)

@@ -154,6 +154,7 @@ def run(
     inputs: dict[str, Any],
     *,
     limit: int | None = None,
+    num_fewshot: int | None = None,
     offline: bool = False,
     reporter: Reporter,
 ) -> TasksReport:
@@ -165,6 +166,8 @@ def run(
         settings: what to compare with the dense model.
         inputs: what the report says about the model and the machine.
         limit: documents of each task, the first ones; None is all.
+        num_fewshot: worked examples before each document; None is what each task says, and a
+            task that says 0 keeps it.
         offline: take the tasks' documents from the local cache only.
         reporter: follows the requests.
 
@@ -183,7 +186,9 @@ def run(
         manager = _manager(specs, reporter)
         for method, target, label, thresholds in plan:
             _seed()
-            loaded = _load(manager, specs)  # anew: a task keeps the answers that it has been given
+            loaded = _load(
+                manager, specs, num_fewshot
+            )  # anew: a task keeps the answers that it has been given
             lm = TealLM(subject, label, thresholds, reporter)
             results = lm_eval.evaluate(
                 lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAP
@@ -197,7 +202,7 @@ def run(
     return TasksReport(
         inputs=inputs
         | {name: metadata.version(name) for name in ("lm_eval", "datasets")}
-        | {"limit": limit, "seed": _SEED},
+        | {"limit": limit, "num_fewshot": num_fewshot, "seed": _SEED},
         tasks={name: _about(name, results) for name in loaded["tasks"]},
         groups=loaded["group_map"],
         rows=tuple(rows),
@@ -229,7 +234,7 @@ def _manager(specs: Sequence[str], reporter: Reporter) -> Any:
     return TaskManager(include_path=list(folders), include_defaults=len(files) < len(specs))
 
 
-def _load(manager: Any, specs: Sequence[str]) -> Any:
+def _load(manager: Any, specs: Sequence[str], num_fewshot: int | None) -> Any:
     in_files = {entry.yaml_path: name for name, entry in manager.task_index.items()}
     wanted = []
     for spec in specs:
@@ -258,8 +263,9 @@ def _load(manager: Any, specs: Sequence[str]) -> Any:
             raise TealError(f"the task {name} shows images, and this model reads text only")
         if getattr(task, "UNSAFE_CODE", False):
             raise TealError(f"the task {name} runs code that the model writes: teal does not")
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
+        own = task.get_config("num_fewshot")
+        if own is None or (own != 0 and num_fewshot is not None):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=_SEED)
     return loaded
 

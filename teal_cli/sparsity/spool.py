@@ -61,8 +61,9 @@ def sweep(
     first = 0 if done is None else len(done)
     if done is not None:
         found[:first] = done
-        if first < steps:
-            reporter.note(f"resuming at layer {first + 1} of {steps}")
+        if first == steps:
+            return found
+        reporter.note(f"resuming at layer {first + 1} of {steps}")
     with reporter.task(label, total=steps, unit="layers") as task:
         task.advance(first)
         for step in range(first, steps):

@@ -20,6 +20,10 @@ class Workspace:
     folder: Path | None
     fingerprint: str | None  # of the checkpoint
 
+    def dense_states(self, decoder: Decoder, windows: Tensor, *, keep_all: bool) -> States:
+        """States of the pass through the dense model that histograms are made in."""
+        return self.states("histograms", decoder, windows, keep_all=keep_all)
+
     def states(
         self,
         name: str,
@@ -45,7 +49,7 @@ class Workspace:
             return MemoryStates(keep_all=keep_all)
         what = (
             f"{name} {self.fingerprint} {decoder.config} {decoder.device} {decoder.dtype} "
-            f"{torch.__version__} {tuple(windows.shape)}"
+            f"{torch.__version__} {tuple(windows.shape)} {keep_all}"
         )
         digest = hashlib.sha256(what.encode())
         for tensor in (windows, depends_on):

@@ -57,7 +57,7 @@ def windows(
         raise TealError(
             f"{corpus.name} ({corpus.part}) has {len(tokens)} tokens, "
             f"fewer than one window of {seq_len}",
-            hint="Give more text, or a smaller --seq-len.",
+            hint="Give more text, or ask for shorter windows.",
         )
     return torch.tensor(tokens[: count * seq_len], dtype=torch.int64).view(count, seq_len)
 

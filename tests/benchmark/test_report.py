@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from pathlib import Path
 
 import pytest
 from benchmark.subjects import made_up_result
 
 from teal_cli.benchmark import plot, report
 from teal_cli.benchmark.cost import token_bytes
-from teal_cli.errors import MissingError, UsageError
 from teal_cli.model.random_weights import SHAPES
 
 
@@ -69,21 +67,6 @@ def test_markdown_has_both_tables() -> None:
     assert text.count("| --- |") == 2
     assert "no --baseline compile" in text
     assert "30.0 GB/s" in text
-
-
-@pytest.mark.parametrize("name", ["x.txt", "x", "json"])
-def test_an_unknown_suffix_is_a_usage_error(name: str) -> None:
-    with pytest.raises(UsageError, match=r"must end in \.json, \.csv or \.md"):
-        report.check_suffix(Path(name), report.SUFFIXES, "--output")
-    report.check_suffix(Path("x.MD"), report.SUFFIXES, "--output")
-
-
-def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
-    with pytest.raises(MissingError, match="matplotlib") as caught:
-        plot.require_matplotlib()
-    assert caught.value.hint is not None
-    assert "teal-cli[plot]" in caught.value.hint
 
 
 @pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])

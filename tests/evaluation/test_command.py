@@ -38,6 +38,7 @@ def test_json_holds_everything_to_repeat_it(
     assert (document["windows"], document["scored_tokens"]) == (3, 3 * 127)
     assert len(document["model"]["fingerprint"]) == 64
     assert len(document["dataset"]["fingerprint"]) == 64
+    assert document["dataset"]["windows_scored"][::2] == [0, document["dataset"]["windows"] - 1]
     assert document["environment"]["versions"]["torch"]
     low, high = document["sparse"]
     assert (low["target_sparsity"], high["target_sparsity"]) == (0.3, 0.6)
@@ -57,7 +58,8 @@ def test_table_has_dense_and_sparse_side_by_side(
     )
     assert code == 0
     title, columns, dense, sparse, *_ = out.splitlines()
-    assert "protocol standard: 2 windows of 64 tokens, 126 scored" in title
+    windows = text.stat().st_size // 64  # one token a byte
+    assert f"protocol standard: 2 of {windows} windows of 64 tokens, 126 scored" in title
     assert columns.split()[:3] == ["target", "realised", "perplexity"]
     assert dense.startswith("dense")
     assert sparse.split()[:2] == ["sensitivity", "0.5"]
@@ -107,7 +109,7 @@ def test_plot_in_every_format(
 def test_plot_without_matplotlib_names_the_extra(
     evaluate: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teal_cli.benchmark.plot.find_spec", lambda name: None)
+    monkeypatch.setattr("teal_cli.exports.find_spec", lambda name: None)
     code, _, said = evaluate(tiny_model, "--plot", "quality.png")
     assert code == 3
     assert "pip install 'teal-cli[plot]'" in said
@@ -127,6 +129,7 @@ def test_samples_0_is_the_whole_text(evaluate: Command, tiny_model: Path, text: 
         (("--context", "513"), 2, "a context of 513 tokens is out of range"),
         (("--protocol", "teal"), 2, "needs a context of 2560 tokens, this model has 512"),
         (("--method", "uniform,greedy"), 2, "teal calibrate --method greedy"),
+        (("--method", "magic"), 2, "There are: sensitivity, greedy, uniform."),
         (("--method", ","), 2, "--method names nothing"),
         (("--output", "quality.txt"), 2, "must end in .json, .csv or .md"),
         (("--plot", "quality.jpg"), 2, "must end in .png, .pdf or .svg"),

@@ -192,6 +192,22 @@ def test_task_files_of_every_kind_dense_and_sparse(
     assert scores["tiny_choice", "acc", "uniform"]["realised_sparsity"] > 0.2
 
 
+def test_worked_examples_come_before_each_document(
+    evaluate: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    task = write_task(tmp_path, "choice")
+    found = {}
+    for number in (None, 0, 2):
+        given = () if number is None else ("--num-fewshot", number)
+        _, out, _ = evaluate(tiny_model, "--tasks", task, "-s", "0.5", "--json", *given)
+        found[number] = json.loads(out)
+        assert found[number]["num_fewshot"] == number
+    about = {number: found[number]["tasks"]["tiny_choice"] for number in found}
+    assert about[0]["few_shot"] == about[None]["few_shot"] == 0
+    assert about[2]["few_shot"] == 2
+    assert about[0]["fingerprint"] == about[None]["fingerprint"] != about[2]["fingerprint"]
+
+
 def test_a_group_is_shown_for_its_tasks(
     evaluate: Command, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -252,6 +268,7 @@ def test_accuracy_is_the_share_of_likeliest_choices(
         (("--tasks", "x.yaml", "--plot", "a.png"), 2, "--plot is for perplexity"),
         (("--tasks", "x.yaml", "--context", "513"), 2, "out of range"),
         (("--limit", "3"), 2, "it needs --tasks"),
+        (("--num-fewshot", "3"), 2, "it needs --tasks"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else None,
 )

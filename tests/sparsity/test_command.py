@@ -183,17 +183,17 @@ def test_built_in_profile_needs_no_calibration(
 
 def test_two_processes_calibrate_once(teal_home: Path, tiny_model: Path, text: Path) -> None:
     command = [sys.executable, "-m", "teal_cli", "calibrate", str(tiny_model), "--dataset"]
-    command += [str(text), "--samples", "24", "--seq-len", "512"]
+    command += [str(text), "--samples", "16", "--seq-len", "512"]
     both = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    results = [process.communicate(timeout=120) for process in both]
+    results = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], results
     assert results[0][0] == results[1][0]
-    assert sum("24 windows of 512 tokens" in err for _, err in results) == 1
+    assert sum("16 windows of 512 tokens" in err for _, err in results) == 1
     (path,) = stored(teal_home)
-    assert Profile.load(path).provenance["samples"] == 24
+    assert Profile.load(path).provenance["samples"] == 16
 
 
 @pytest.mark.demo

@@ -156,6 +156,23 @@ def test_greedy_s_block_error_is_the_norm_over_the_hidden_axis(
     assert found == pytest.approx(float(expected), rel=1e-3)
 
 
+def test_greedy_s_trials_are_those_of_the_decoder(
+    decoder: Decoder, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one trial leaves behind must not leak into another, whatever is kept."""
+    hidden = [decoder.embed(row) for row in tokens[:2]]
+    levels = torch.full((4, 7), 0.05)
+    trials = [levels.clone() for _ in range(21)]
+    for number, trial in enumerate(trials):
+        trial[1, number % 7] = 0.1 + 0.01 * number
+    for kept in (128, 3):
+        monkeypatch.setattr(greedy, "_KEPT", kept)
+        with torch.no_grad():
+            block = greedy._Block(decoder, 1, hidden)
+            for trial in trials:
+                assert block.error(trial) == greedy._Block(decoder, 1, hidden).error(trial)
+
+
 @pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("method", ALL)
 def test_sparsity_is_realised_on_the_sparse_model(
