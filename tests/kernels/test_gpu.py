@@ -11,6 +11,7 @@ import os
 import pytest
 import torch
 from projection_cases import DTYPES, SHAPES, SPARSITIES, Case, assert_close, make_case, oracle
+from teal_kernels.quantized import QuantizedMatrix
 
 pytestmark = pytest.mark.gpu
 
@@ -129,3 +130,6 @@ def test_bad_arguments_are_named(device: str) -> None:
         gpu.sparse_project(*case)
     with pytest.raises(ValueError, match="x must be float16, bfloat16 or float32"):
         gpu.sparse_project(case.x.double(), case.weight, (0, 4), case.thresholds[:1])
+    quantized = QuantizedMatrix.int8(torch.ones(4, 8, device=device))
+    with pytest.raises(ValueError, match="only a token's step multiplies quantized"):
+        gpu.sparse_project(case.x, quantized, (0, 8), case.thresholds[:1])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from teal_kernels.checks import check_projection
 from teal_kernels.gpu.launch import PROJECTION, Launch, fit
+from teal_kernels.quantized import QuantizedMatrix
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_BLOCKS = 3  # q, k and v
@@ -65,7 +66,7 @@ INTERPRETED = not isinstance(_sparse_project_kernel, triton.runtime.JITFunction)
 
 def sparse_project(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedMatrix,
     offsets: tuple[int, ...],
     thresholds: Tensor,
     bias: Tensor | None = None,
@@ -90,6 +91,8 @@ def sparse_project(
         ValueError: a shape, stride, dtype or device is not as above.
     """
     check_projection(x, weight, offsets, thresholds, bias)
+    if isinstance(weight, QuantizedMatrix):
+        raise ValueError("on a GPU only a token's step multiplies quantized matrices")
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor.dtype not in _DTYPES:
             raise ValueError(
