@@ -109,7 +109,7 @@ def read(decoder: Decoder, reporter: Reporter) -> Entries:
         return {key: _checked(entry) for key, entry in content["entries"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         reporter.note(
             f"the launches in {file} are of other kernels, or damaged: not used; "
             "`teal bench --tune` makes them anew"

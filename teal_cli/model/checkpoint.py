@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,17 @@ import torch
 from torch import Tensor
 
 from teal_cli.errors import TealError
-from teal_cli.model.config import ModelConfig
+from teal_cli.model.config import ModelConfig, read_object
 from teal_cli.model.decoder import Decoder
-from teal_cli.model.quantization import Quantization, quantization
+from teal_cli.model.quantization import QUANTIZATIONS, Quantization, quantization
 from teal_cli.model.weights import load_weights, stored_tensors
 from teal_cli.store.artifacts import CHECKPOINT as KIND
 from teal_cli.store.artifacts import MANIFEST, read_manifest
 
 _MEND = "Make it again: `teal convert {name} --force`."
+# What every manifest holds.
+_FIELDS = {"model": str, "source": str, "fingerprint": str, "dtype": str, "shards": dict}
+_DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Checkpoint:
@@ -31,6 +33,11 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._manifest = read_manifest(folder / MANIFEST, KIND)
+        if wrong := _wrong_field(self._manifest):
+            raise TealError(
+                f"{folder / MANIFEST} is damaged: {wrong} is missing or wrong",
+                hint="Make it again: `teal convert --force`.",
+            )
         self.config = ModelConfig.from_file(folder / "config.json")
         for shard, size in self._manifest["shards"].items():
             path = folder / shard
@@ -119,7 +126,7 @@ class Checkpoint:
     def generation_defaults(self) -> dict[str, Any]:
         """What the model's authors put in generation_config.json; empty if nothing."""
         path = self.folder / "generation_config.json"
-        return _read_object(path) if path.is_file() else {}
+        return read_object(path) if path.is_file() else {}
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -130,7 +137,7 @@ class Checkpoint:
         """
         ids = self.generation_defaults().get("eos_token_id")
         if ids is None:
-            ids = _read_object(self.folder / "config.json").get("eos_token_id")
+            ids = read_object(self.folder / "config.json").get("eos_token_id")
         if ids is None:
             return ()
         ids = ids if isinstance(ids, list) else [ids]
@@ -146,17 +153,20 @@ def load_tokenizer(folder: Path, name: str) -> Any:
         TealError: there is no usable one.
     """
     try:
-        return _tokenizer_class(folder).from_pretrained(
+        tokenizer = _tokenizer_class(folder).from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise TealError(f"{name} has no usable tokenizer: {error}") from None
+        tokenizer("a")  # some faults show in use only
+        return tokenizer
+    except Exception as error:  # the libraries raise what they like, bare exceptions too
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TealError(f"{name} has no usable tokenizer: {detail}") from None
 
 
 def _tokenizer_class(folder: Path) -> Any:
     """AutoTokenizer, or what it would choose: importing it takes 2 s more on a Zen 3."""
     path = folder / "tokenizer_config.json"
-    named = _read_object(path).get("tokenizer_class") if path.is_file() else None
+    named = read_object(path).get("tokenizer_class") if path.is_file() else None
     if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         from transformers import PreTrainedTokenizerFast
 
@@ -166,9 +176,14 @@ def _tokenizer_class(folder: Path) -> Any:
     return AutoTokenizer
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TealError(f"{path} is not valid JSON: {error}") from None
-    return content if isinstance(content, dict) else {}
+def _wrong_field(manifest: dict[str, Any]) -> str | None:
+    for name, kind in _FIELDS.items():
+        if not isinstance(manifest.get(name), kind):
+            return name
+    if manifest["dtype"] not in _DTYPES:
+        return "dtype"
+    if not all(isinstance(size, int) for size in manifest["shards"].values()):
+        return "shards"
+    if manifest.get("quantization") not in (None, *QUANTIZATIONS):
+        return "quantization"
+    return None if isinstance(manifest.get("rounding", {}), dict) else "rounding"

@@ -10,9 +10,12 @@ from typing import Any
 
 from teal_cli.errors import MissingError, TealError, UnsupportedError
 
+DAMAGED = "Download the model again."
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # Where null says something other than leaving the field out.
 _NULLABLE = ("num_key_value_heads", "sliding_window")
+# Far beyond any model, and small enough to count with.
+_LARGEST, _MOST_LAYERS = 2**31 - 1, 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,21 @@ class RopeConfig:
     beta_slow: float = 1.0  # yarn
     attention_factor: float | None = None  # yarn
 
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if name == "type" or value is None:
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value <= _LARGEST:
+                raise TealError(f"config.json: rope's {name} must be above 0, got {value!r}")
+        if self.theta <= 1:  # the frequencies are its negative powers
+            raise TealError(f"config.json: rope_theta must be above 1, got {self.theta:g}")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise TealError(
+                "config.json: rope's low_freq_factor must be below its high_freq_factor"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -88,10 +106,14 @@ class ModelConfig:
             "head_dim",
             "max_position_embeddings",
         ):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            most = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
+            if not 1 <= value <= most:
                 raise TealError(
-                    f"config.json: {name} must be at least 1, got {getattr(self, name)}"
+                    f"config.json: {name} must be at least 1 and at most {most}, got {value}"
                 )
+        if not 0 <= self.rms_norm_eps < 1:
+            raise TealError(f"config.json: rms_norm_eps is {self.rms_norm_eps}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise TealError(
                 f"config.json: {self.num_attention_heads} attention heads cannot share "
@@ -154,18 +176,7 @@ class ModelConfig:
             TealError: it is not JSON, or a field is missing or out of range.
             UnsupportedError: the architecture is not one that the decoder covers.
         """
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise MissingError(
-                f"no config.json in {path.parent}",
-                hint="Name a folder that holds a Hugging Face model.",
-            ) from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise TealError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise TealError(f"{path} does not hold a JSON object")
-        return cls.from_dict(raw)
+        return cls.from_dict(read_object(path))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -203,6 +214,27 @@ class ModelConfig:
             qk_norm=family.qk_norm,
             sliding_windows=_sliding_windows(raw, family, layers),
         )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file of a model holds.
+
+    Raises:
+        MissingError: there is no such file.
+        TealError: it is not JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingError(
+            f"no {path.name} in {path.parent}",
+            hint="Name a folder that holds a Hugging Face model.",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise TealError(f"{path} is not valid JSON: {error}", hint=DAMAGED) from None
+    if not isinstance(content, dict):
+        raise TealError(f"{path} does not hold a JSON object", hint=DAMAGED)
+    return content
 
 
 def _key_value_heads(raw: Mapping[str, Any], family: _Family, heads: int) -> int:

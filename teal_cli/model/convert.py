@@ -219,7 +219,7 @@ def _convert(
     digest = hashlib.sha256(f"{canonical} {what}".encode())
     with artifacts.atomic_dir(folder) as temporary:
         reader.write_companions(temporary)
-        text = json.dumps(reader.config, indent=2, ensure_ascii=False)
+        text = json.dumps(reader.config, indent=2)
         (temporary / "config.json").write_text(text, encoding="utf-8")
         floats = FloatWeights(reader, config, dtype)
         manifest: dict[str, Any] = {

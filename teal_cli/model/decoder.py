@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from teal_cli.errors import TealError
 from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.rope import RotaryEmbedding
@@ -76,7 +77,16 @@ class Decoder:
         return KVCache(self.config, length, dtype=self.dtype, device=self.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [T] int64 → hidden states [T, hidden_size]."""
+        """Token ids [T] int64 → hidden states [T, hidden_size].
+
+        Raises:
+            TealError: a token is none of the model's; checked where that costs no wait.
+        """
+        if tokens.device.type == "cpu" and (largest := int(tokens.max())) >= self.config.vocab_size:
+            raise TealError(
+                f"token {largest} is none of the model's {self.config.vocab_size}: "
+                "the tokenizer is another model's"
+            )
         return F.embedding(tokens.to(self.device), self.weights.embed_tokens).to(self.compute_dtype)
 
     def forward(

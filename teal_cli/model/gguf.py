@@ -62,7 +62,12 @@ class GgufFile:
         self.path = path
         self._tensors, self._metadata = _open(path)
         self._names = {_hf_name(name): name for name in self._tensors}
-        self.config = self._config()
+        try:
+            self.config = self._config()
+        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise TealError(
+                f"{path}: the metadata hold something else than they should: {error}", hint=_DAMAGED
+            ) from None
 
     @property
     def label(self) -> str:
@@ -218,13 +223,22 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Descriptions of the tensors (data still on disk) and the metadata, by name."""
     from gguf import GGUFReader
 
+    class Reader(GGUFReader):
+        """The package's reader, but it stops where the file does: its arrays could be endless."""
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **named: Any) -> Any:
+            values = super()._get(offset, dtype, count, *order, **named)
+            if len(values) < count:
+                raise ValueError("it ends too early")
+            return values
+
     if not path.is_file():
         raise MissingError(f"no file {path}")
     try:
-        reader = GGUFReader(path)
+        reader = Reader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+    except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
         raise TealError(
             f"{path} is not a GGUF file, or is truncated: {error}", hint=_DAMAGED
         ) from None

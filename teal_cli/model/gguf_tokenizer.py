@@ -31,9 +31,19 @@ def write_tokenizer(folder: Path, metadata: dict[str, Any], model_max_length: in
     """Write tokenizer.json and tokenizer_config.json, chat template included.
 
     Raises:
-        TealError: the metadata hold no tokenizer.
+        TealError: the metadata hold no tokenizer, or a wrong one.
         UnsupportedError: its kind or its pre-tokenizer is not known.
     """
+    try:
+        _write(folder, metadata, model_max_length)
+    except TealError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TealError(f"the GGUF file's tokenizer is damaged: {detail}") from None
+
+
+def _write(folder: Path, metadata: dict[str, Any], model_max_length: int) -> None:
     if not metadata.get("tokenizer.ggml.tokens"):
         raise TealError("the GGUF file holds no tokenizer")
     kind = metadata.get("tokenizer.ggml.model")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from teal_cli.errors import MissingError, TealError, UnsupportedError
+from teal_cli.model.config import DAMAGED, read_object
 
 # Whatever a tokenizer or a chat may need; never weights and never code.
 _COMPANIONS = (
@@ -27,7 +28,6 @@ _COMPANIONS = (
     "chat_template.json",
 )
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_DAMAGED = "Download the model again."
 
 
 class HfFolder:
@@ -40,7 +40,7 @@ class HfFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = _read_json(folder / "config.json")
+        self.config: dict[str, Any] = read_object(folder / "config.json")
         self._shard_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
@@ -88,6 +88,8 @@ class HfFolder:
                 shutil.copyfile(self.folder / name, folder / name)
 
     def _open(self, path: Path) -> None:
+        if not os.path.isfile(path):  # pathlib's own would raise on a name that is none
+            raise MissingError(f"{path.name!r} is missing from {self.folder}", hint=DAMAGED)
         try:
             with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
@@ -97,12 +99,8 @@ class HfFolder:
                     self._shard_of[name] = path
                     self._shapes[name] = tuple(view.get_shape())
                     self._dtypes[name] = view.get_dtype()
-        except FileNotFoundError:
-            raise MissingError(
-                f"{path.name} is missing from {self.folder}", hint=_DAMAGED
-            ) from None
         except (SafetensorError, OSError) as error:
-            raise TealError(f"{path} is truncated or damaged: {error}", hint=_DAMAGED) from None
+            raise TealError(f"{path} is truncated or damaged: {error}", hint=DAMAGED) from None
 
 
 def to_finite(
@@ -123,7 +121,7 @@ def to_finite(
                 f"{name} of {label} holds values that {str(dtype).removeprefix('torch.')} cannot",
                 hint="Convert with --dtype bfloat16.",
             )
-        raise TealError(f"{name} of {label} holds NaN or infinite weights", hint=_DAMAGED)
+        raise TealError(f"{name} of {label} holds NaN or infinite weights", hint=DAMAGED)
     return out
 
 
@@ -137,25 +135,10 @@ def _shards(folder: Path) -> list[Path]:
                 hint="Name a model that is published as safetensors, or a .gguf file.",
             )
         return [single]
-    names = _read_json(index).get("weight_map")
+    names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise TealError(f"{index} has no weight_map", hint=_DAMAGED)
+        raise TealError(f"{index} has no weight_map", hint=DAMAGED)
     for name in names.values():
         if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
             raise TealError(f"{index} names a shard outside its folder: {name!r}")
     return [folder / name for name in sorted(set(names.values()))]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingError(
-            f"no {path.name} in {path.parent}",
-            hint="Name a folder that holds a Hugging Face model.",
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TealError(f"{path} is not valid JSON: {error}", hint=_DAMAGED) from None
-    if not isinstance(content, dict):
-        raise TealError(f"{path} does not hold a JSON object", hint=_DAMAGED)
-    return content

@@ -214,7 +214,14 @@ class Profile:
                     )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return _from_parts(header, tensors)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (
+            SafetensorError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise TealError(f"the profile {path} is damaged: {error}", hint=remake) from None
 
     def _rows(self, method: str) -> Tensor:
@@ -253,31 +260,43 @@ def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Pro
     layers = shape.num_hidden_layers
     counts = tensors.get("counts")
     if counts is not None:
-        _check_size("counts", counts, (layers, len(SITES), BINS))
+        _check("counts", counts, (layers, len(SITES), BINS))
+        if counts.dtype != torch.int64 or not (counts.sum(-1) > 0).all():
+            raise ValueError("counts are no histograms")
         quantiles = Quantiles.from_counts(counts)
     else:
         points = tensors["shares"].shape[-1]
         for name in ("shares", "values"):
-            _check_size(name, tensors[name], (layers, len(SITES), points))
+            _check(name, tensors[name], (layers, len(SITES), points))
+            if not (tensors[name].diff() >= 0).all():
+                raise ValueError(f"{name} do not ascend")
         quantiles = Quantiles(tensors["shares"], tensors["values"])
     allocations = {name: tensors[_ALLOCATION + name] for name in header["methods"]}
     for name, table in allocations.items():
-        _check_size(name, table, (table.shape[0], layers, len(PROJECTIONS)))
+        _check(name, table, (max(len(table), 1), layers, len(PROJECTIONS)))
+        if not (table.diff(dim=0) >= 0).all() or not (table <= 1).all():
+            raise ValueError(f"{name} does not rise to at most 1")
     offsets = {name: tensors[_OFFSETS + name] for name in header["refined"]}
     for name, table in offsets.items():
-        _check_size(name, table, (len(REFINED_TARGETS), layers, len(PROJECTIONS)))
+        _check(name, table, (len(REFINED_TARGETS), layers, len(PROJECTIONS)), least=-1)
+    fingerprint = header["fingerprint"]
+    if not isinstance(fingerprint, str | None):
+        raise TypeError("its fingerprint is no text")
     return Profile(
         model=str(header["model"]),
-        fingerprint=header["fingerprint"],
+        fingerprint=fingerprint,
         shape=shape,
         quantiles=quantiles,
         counts=counts,
         allocations=allocations,
         offsets=offsets,
-        provenance=header["provenance"],
+        provenance=dict(header["provenance"]),
     )
 
 
-def _check_size(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+def _check(name: str, tensor: Tensor, expected: tuple[int, ...], *, least: float = 0) -> None:
+    """Make sure of a tensor's shape, and that it holds finite numbers of at least `least`."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name} is {tuple(tensor.shape)}, not {expected}")
+    if not tensor.isfinite().all() or not (tensor >= least).all():
+        raise ValueError(f"{name} holds numbers that are none of its kind")

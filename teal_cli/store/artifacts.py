@@ -136,7 +136,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         raise MissingError(
             f"there is no {kind} in {path.parent}", hint="`teal convert` makes it."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TealError(
             f"{path} is damaged: {error}", hint="Make it again: `teal convert --force`."
         ) from None

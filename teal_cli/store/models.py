@@ -85,9 +85,10 @@ def last_used() -> ModelRef | None:
         record = json.loads(_last_model().read_text(encoding="utf-8"))
         path = Path(record["path"]) if record["path"] else None
         ref = ModelRef(record["kind"], record["name"], path, record["revision"])
-    except (OSError, ValueError, KeyError, TypeError):
+        known = _HUB_ID.fullmatch(ref.name) if path is None else path.exists()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return ref if path is None or path.exists() else None
+    return ref if known and isinstance(ref.revision, str | None) else None
 
 
 def last_time(slug: str) -> datetime | None:
@@ -117,4 +118,5 @@ def _last_model() -> Path:
 
 
 def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    # A path need not be text: what is no UTF-8 in it comes as halves of surrogate pairs.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]

@@ -80,8 +80,9 @@ def _read_json_lines(path: Path, column: str | None) -> Iterator[str]:
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise TealError(f"{path}, line {number} is not JSON: {error.msg}") from None
+                except (ValueError, RecursionError) as error:
+                    detail = getattr(error, "msg", error)
+                    raise TealError(f"{path}, line {number} is not JSON: {detail}") from None
                 if not isinstance(row, dict):
                     raise TealError(f"{path}, line {number} is not a JSON object")
                 yield text_of(row, column, list(row), f"{path}, line {number},")
