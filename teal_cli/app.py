@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import inspect
 import io
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -24,7 +22,6 @@ from teal_cli.commands.convert import convert
 from teal_cli.commands.download import download
 from teal_cli.commands.eval import evaluate
 from teal_cli.commands.models import models
-from teal_cli.errors import TealError
 from teal_cli.options import QuietOption, VerboseOption
 
 _COMMANDS: dict[str, Callable[..., None]] = {
@@ -35,17 +32,6 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "download": download,
     "models": models,
-}
-
-_SYSTEM_ERRORS = {
-    errno.ENOSPC: ("the disk is full", "Free some space, then run the same command again."),
-    errno.EDQUOT: (
-        "the disk quota is used up",
-        "Free some space, then run the same command again.",
-    ),
-    errno.EACCES: ("permission denied", "Choose another place with TEAL_HOME, or fix its rights."),
-    errno.EPERM: ("permission denied", "Choose another place with TEAL_HOME, or fix its rights."),
-    errno.EROFS: ("the file system is read-only", "Choose another place with TEAL_HOME."),
 }
 
 
@@ -66,11 +52,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        if os.environ.get("TEAL_DEBUG") == "1":
-            traceback.print_exc()
-        message, hint, exit_code = _explain(error)
-        console.print_error(message, hint)
-        sys.exit(exit_code)
+        sys.exit(console.report(error))
 
 
 def build() -> typer.Typer:
@@ -166,20 +148,3 @@ def _set_up_libraries() -> None:
         "TQDM_DISABLE": "1",
     }.items():
         os.environ.setdefault(name, value)
-
-
-def _explain(error: Exception) -> tuple[str, str | None, int]:
-    """The sentence, the next step and the exit code for an error."""
-    if isinstance(error, TealError):
-        return error.message, error.hint, error.exit_code
-    if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
-        reason, hint = _SYSTEM_ERRORS[error.errno]
-        return (f"{reason}: {error.filename}" if error.filename else reason), hint, 1
-    # torch's own class, by name: torch may never have been imported.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "there is not enough memory", "Use a smaller model or a shorter context.", 1
-    detail = str(error).strip().splitlines()
-    sentence = f"internal error ({type(error).__name__}{': ' + detail[0] if detail else ''})"
-    if os.environ.get("TEAL_DEBUG") == "1":
-        return sentence, None, 1
-    return f"{sentence}, run with TEAL_DEBUG=1 for the traceback", None, 1

@@ -11,10 +11,13 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from teal_cli.faults import explain
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -94,6 +97,19 @@ def print_error(message: str, hint: str | None = None) -> None:
     print(f"{styled('error:', _RED, sys.stderr)} {message}", file=sys.stderr)
     if hint:
         print(hint, file=sys.stderr)
+
+
+def report(error: Exception) -> int:
+    """Explain any failure on stderr, with its traceback where TEAL_DEBUG asks for it.
+
+    Returns:
+        The exit code that says as much.
+    """
+    if os.environ.get("TEAL_DEBUG") == "1":
+        traceback.print_exception(error)
+    explained = explain(error)
+    print_error(explained.message, explained.hint)
+    return explained.exit_code
 
 
 def confirm(question: str) -> bool:

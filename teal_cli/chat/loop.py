@@ -32,8 +32,10 @@ def talk(chat: Chat) -> None:
             # Broken off anywhere: what the session holds is not to be relied on.
             chat.session.reset()
             console.print_dim("stopped")
-        except TealError as error:
-            console.print_error(error.message, error.hint)
+        except Exception as error:  # of a driver or for want of memory too: the next may work
+            if not isinstance(error, TealError):
+                chat.session.rewind(0)
+            console.report(error)
 
 
 def _take_turn(chat: Chat, line: str) -> bool:

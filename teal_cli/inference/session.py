@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.errors import UsageError
+from teal_cli.faults import is_out_of_memory
 from teal_cli.inference.launches import stored_launches
 from teal_cli.inference.sampling import Sampler
 from teal_cli.model.cache import KVCache
@@ -343,6 +344,8 @@ def _choose_step(
         try:
             return _fused_step(decoder, cache, deterministic, reporter)
         except Exception as error:  # a broken numba, Triton or LLVM fails in any way it likes
+            if is_out_of_memory(error):
+                raise
             why = str(error).strip().partition("\n")[0]  # a compiler's whole output, at times
             reporter.note(
                 f"the compiled kernels cannot be used here ({why}); decoding in plain torch, "
