@@ -12,7 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from teal_cli.errors import MissingError, UsageError
+from teal_cli.errors import MissingError, TealError, UsageError
+from teal_cli.progress import Silent
 from teal_cli.store import artifacts, paths
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -69,14 +70,16 @@ def resolve(text: str | None, revision: str | None = None) -> ModelRef:
 
 def remember(ref: ModelRef) -> None:
     """Make `ref` the model that commands use when none is named, and note the time."""
-    with contextlib.suppress(OSError):  # a folder that cannot be written keeps no model from use
-        _mark(ref.slug).parent.mkdir(parents=True, exist_ok=True)
-        _mark(ref.slug).touch()
-    if ref == last_used():
-        return
     path = str(ref.path) if ref.path is not None else None
     record = {"kind": ref.kind, "name": ref.name, "path": path, "revision": ref.revision}
-    artifacts.atomic_write(_last_model(), json.dumps(record).encode())
+    with contextlib.suppress(OSError, TealError):  # a folder that takes nothing stops no one
+        _mark(ref.slug).parent.mkdir(parents=True, exist_ok=True)
+        _mark(ref.slug).touch()
+        if ref == last_used():
+            return
+        with artifacts.lock(_last_model(), Silent()):
+            artifacts.remove_leftovers(_last_model())
+            artifacts.atomic_write(_last_model(), json.dumps(record).encode())
 
 
 def last_used() -> ModelRef | None:

@@ -1,0 +1,134 @@
+"""Commands that are killed anywhere: run again, they make what an undisturbed run makes."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from faults.killing import beside, run
+
+_DATE = re.compile(rb"\d{4}-\d\d-\d\dT[\d:]+\+00:00")  # of the calibration, in its profile
+KILLS = [
+    pytest.param(5, id="few"),
+    pytest.param(50, id="many", marks=pytest.mark.slow),
+]
+
+Result = Callable[[str], tuple[dict[str, Any], int]]
+Begin = Callable[[Path, str], Path]
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The commands on a model and a text that are as small as they can be."""
+    folder = tiny.write_model(
+        tmp_path_factory.mktemp("model") / "model",
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("".join(f"Sentence {n} says {n * n}.\n" for n in range(900)))
+    common = ["--dataset", str(text), "--samples", "2", "--device", "cpu", "--offline"]
+    return {
+        "convert": ["convert", str(folder)],
+        "calibrate": ["calibrate", str(folder), "--seq-len", "16", "--method", "uniform", *common],
+        "eval": ["eval", str(folder), "--context", "16", "--sparsity", "0", "--json", *common],
+    }
+
+
+def made(home: Path) -> dict[str, Any]:
+    """Every file of a home but the locks, and the result without what a clock says."""
+    files: dict[str, Any] = {
+        str(path.relative_to(home)): _DATE.sub(b"DATE", path.read_bytes())
+        for path in home.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+    text = beside(home, "output").read_text()
+    result = json.loads(text) if text.startswith("{") else text.replace(str(home), "HOME")
+    return files | {"output": timeless(result)}
+
+
+def timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if not k.endswith(("_s", "time", "date", "path"))}
+        return {k: timeless(v) for k, v in kept.items()}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    arguments: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Result, Begin]:
+    """What a run that nothing disturbs makes and how often it touches a file; and its start."""
+
+    calibrated: Path | None = None
+
+    def begin(home: Path, command: str) -> Path:
+        """A home; an evaluation's has the profile already, which takes longer than itself."""
+        nonlocal calibrated
+        if command != "eval":
+            home.mkdir()
+            return home
+        if calibrated is None:
+            calibrated = tmp_path_factory.mktemp("calibrated") / "home"
+            calibrated.mkdir()
+            assert run(calibrated, arguments["calibrate"]) == 0
+        return Path(shutil.copytree(calibrated, home))
+
+    @cache
+    def result(command: str) -> tuple[dict[str, Any], int]:
+        home = begin(tmp_path_factory.mktemp("whole") / "home", command)
+        assert run(home, arguments[command]) == 0
+        return made(home), int(beside(home, "touches").read_text())
+
+    return result, begin
+
+
+@pytest.mark.parametrize("kills", KILLS)
+@pytest.mark.parametrize("command", ["convert", "calibrate", "eval"])
+def test_rerun_equals_an_undisturbed_run(
+    command: str,
+    kills: int,
+    arguments: dict[str, list[str]],
+    undisturbed: tuple[Result, Begin],
+    tmp_path: Path,
+) -> None:
+    result, begin = undisturbed
+    expected, touches = result(command)
+    assert touches > kills
+    assert not [name for name in expected if ".partial-" in name]
+    places = random.Random(command).sample(range(1, touches), min(kills, touches - 1))
+    for place in places:
+        home = begin(tmp_path / f"killed-{place}", command)
+        assert run(home, arguments[command], kill_at=place) == -9
+        assert run(home, arguments[command]) == 0, place
+        found = made(home)
+        assert found.keys() == expected.keys(), place
+        for name, content in expected.items():
+            assert found[name] == content, (place, name)
+
+
+def test_kills_upon_kills_leave_nothing_behind(
+    arguments: dict[str, list[str]],
+    undisturbed: tuple[Result, Begin],
+    tmp_path: Path,
+) -> None:
+    """One home, killed ever later, until nothing is left to kill."""
+    expected, touches = undisturbed[0]("calibrate")
+    home = tmp_path / "home"
+    home.mkdir()
+    for place in range(touches // 6, touches, touches // 6):
+        run(home, arguments["calibrate"], kill_at=place)
+    assert run(home, arguments["calibrate"]) == 0
+    assert made(home).keys() == expected.keys()
