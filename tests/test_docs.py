@@ -1,4 +1,4 @@
-"""The documents keep their word: commands parse, links lead somewhere, errors are those of the code."""
+"""The documents keep their word: commands parse, links lead somewhere, errors are the code's."""
 
 from __future__ import annotations
 
