@@ -5,7 +5,6 @@ On a CUDA device, or on the CPU in Triton's interpreter (see `test_gpu_interpret
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -45,15 +44,6 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "attention_bias": True, "head_dim": 32},
     "mistral": {"model_type": "mistral", "sliding_window": 7, "head_dim": 16},
 }
-
-
-@pytest.fixture(scope="module")
-def device() -> str:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "cpu"
-    if torch.cuda.is_available():
-        return "cuda"
-    pytest.skip("needs a CUDA device")
 
 
 def _decoder(family: str, device: str, **changes: Any) -> Decoder:
