@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_one_sentence(profile: Profile) -> None:
     model = hf_model("llama")
     with pytest.raises(UsageError, match="below 1"):
         teal_cli.sparsify(model, profile, 1.0)
-    with pytest.raises(UsageError, match="no allocation"):
+    with pytest.raises(UsageError, match="there is no method"):
         teal_cli.sparsify(model, profile, 0.5, "best")
     assert hooks(model) == 0
 

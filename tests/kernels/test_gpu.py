@@ -6,23 +6,12 @@ file in a process of its own.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from projection_cases import DTYPES, SHAPES, SPARSITIES, Case, assert_close, make_case, oracle
 from teal_kernels.quantized import QuantizedMatrix
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def device() -> str:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "cpu"
-    if torch.cuda.is_available():
-        return "cuda"
-    pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)

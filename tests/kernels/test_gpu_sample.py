@@ -5,7 +5,6 @@ On a CUDA device, or on the CPU in Triton's interpreter (see `test_gpu_interpret
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -15,15 +14,6 @@ from torch import Tensor
 from teal_cli.inference.sampling import Sampling, candidates
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def device() -> str:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "cpu"
-    if torch.cuda.is_available():
-        return "cuda"
-    pytest.skip("needs a CUDA device")
 
 
 def _launch(

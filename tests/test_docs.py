@@ -1,0 +1,151 @@
+"""The documents keep their word: commands parse, links lead somewhere, errors are the code's."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from teal_cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+
+_FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"^    (?:.*\\\n)*.*$", re.MULTILINE)  # with its continued lines
+_SPAN = re.compile(r"`([^`]+)`")
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+_OPERATORS = {"|", "||", "&&", ";", "&", ">", ">>", "<"}
+
+
+def commands_in(page: Path) -> Iterator[list[str]]:
+    """The words after `teal` of every command in the page: in blocks, and quoted in sentences."""
+    text = page.read_text(encoding="utf-8")
+    prose = _FENCE.sub("", text)
+    blocks = "\n".join([*_FENCE.findall(text), *_INDENTED.findall(prose)]).replace("\\\n", " ")
+    quoted = [" ".join(span.split()) for span in _SPAN.findall(prose)]
+    for line in [*blocks.splitlines(), *quoted]:
+        if re.search(r"\bteal ", line):
+            yield from teal_commands(line)
+
+
+def teal_commands(line: str) -> Iterator[list[str]]:
+    """The words after each `teal` that a line of shell runs."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    command: list[str] = []
+    for word in [*lexer, ";"]:
+        if word not in _OPERATORS:
+            command.append(word)
+            continue
+        if command and Path(command[0]).name == "teal":
+            yield command[1:]
+        command = []
+
+
+def commands() -> list[Any]:
+    return [
+        pytest.param(words, id=f"{page.name}: teal {' '.join(words)}")
+        for page in PAGES
+        for words in commands_in(page)
+    ]
+
+
+@cache
+def program() -> Any:
+    """`teal`, whose commands and whose options that answer at once do nothing."""
+    root: Any = typer.main.get_command(app.build())
+    root.invoke_without_command = True  # as `teal --version` is
+    for command in (root, *root.commands.values()):
+        command.callback = None
+    for parameter in root.params:
+        parameter.callback = None
+    return root
+
+
+def parse(words: list[str]) -> None:
+    """Parse a command line as `teal` would, and run nothing.
+
+    Raises:
+        Exception: a usage error of the option parser that Typer brings.
+    """
+    program().main(list(words), prog_name="teal", standalone_mode=False)
+
+
+@pytest.mark.parametrize("words", commands())
+def test_a_command_in_the_documents_parses(words: list[str]) -> None:
+    parse(words)
+
+
+def test_the_documents_show_every_command() -> None:
+    shown = {words[0] for page in PAGES for words in commands_in(page) if words}
+    assert set(program().commands) <= shown
+
+
+@pytest.mark.parametrize(
+    "line", ["teal chatt", "teal chat --sparsty 0.4", "teal eval a b", "teal bench --tokens many"]
+)
+def test_a_wrong_command_does_not_parse(line: str) -> None:
+    (words,) = teal_commands(line)
+    with pytest.raises(Exception, match=r"No such|unexpected|be a valid"):
+        parse(words)
+
+
+def test_commands_are_found_in_shell() -> None:
+    line = 'cat a | .venv/bin/teal chat demo -p "a; b" > c && teal --version  # teal nothing'
+    assert list(teal_commands(line)) == [["chat", "demo", "-p", "a; b"], ["--version"]]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in _HEADING.findall(text)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    lost = []
+    for link in _LINK.findall(_FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            lost.append(link)
+    assert not lost
+
+
+@cache
+def messages() -> tuple[str, ...]:
+    """Every text in the code, with … for what an f-string fills in."""
+    found = []
+    for file in (ROOT / "teal_cli").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (
+                    str(part.value) if isinstance(part, ast.Constant) else "…"
+                    for part in node.values
+                )
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return tuple(found)
+
+
+def test_troubleshooting_quotes_the_code() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", TROUBLESHOOTING.read_text(encoding="utf-8"), re.MULTILINE)
+    quoted = [span for row in rows for span in _SPAN.findall(row)]
+    assert len(quoted) >= 20
+    assert not [text for text in quoted if not any(text in message for message in messages())]
