@@ -19,7 +19,7 @@ _SEARCH = os.environ.get("FAULT_EXAMPLES")
 settings.register_profile(
     "faults",
     derandomize=_SEARCH is None,
-    max_examples=int(_SEARCH or 100),
+    max_examples=int(_SEARCH or 60),
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
