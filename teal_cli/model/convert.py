@@ -88,8 +88,9 @@ class Rounding(Protocol):
     def kind(self) -> Quantization:
         """What they become."""
 
-    def serves(self, record: Mapping[str, Any]) -> bool:
-        """Whether what was rounded as `record` says is what is asked for."""
+    @property
+    def asked(self) -> Mapping[str, Any]:
+        """What the record of an earlier rounding has to say, to be taken for this one."""
 
     def begin(
         self,
@@ -110,13 +111,10 @@ class Rounding(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Nearest:
-    """Every weight to the nearest integer; `asked` holds what a record has to say."""
+    """Every weight to the nearest integer."""
 
     kind: Quantization
     asked: Mapping[str, Any] = field(default_factory=dict)
-
-    def serves(self, record: Mapping[str, Any]) -> bool:
-        return all(record.get(name) == value for name, value in self.asked.items())
 
     def begin(
         self,
@@ -192,7 +190,8 @@ def _up_to_date(folder: Path, source: Source, rounding: Rounding | None) -> bool
         return False
     if checkpoint.source_fingerprint != source.fingerprint:
         return False
-    return rounding is None or rounding.serves(checkpoint.rounding)
+    asked = {} if rounding is None else rounding.asked
+    return all(checkpoint.rounding.get(name) == value for name, value in asked.items())
 
 
 def _convert(

@@ -28,15 +28,12 @@ Text = Callable[[Any, ModelConfig], tuple[Tensor, dict[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Gptq:
-    """Rounds int4 matrices with GPTQ; `asked` holds what a record has to say."""
+    """Rounds int4 matrices with GPTQ."""
 
     kind: Quantization
     text: Text
     device: torch.device
     asked: Mapping[str, Any] = field(default_factory=dict)
-
-    def serves(self, record: Mapping[str, Any]) -> bool:
-        return all(record.get(name) == value for name, value in self.asked.items())
 
     def begin(
         self,

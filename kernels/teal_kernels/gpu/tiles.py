@@ -11,8 +11,7 @@ from teal_kernels.gpu.handover import _fixed
 from teal_kernels.gpu.projection import INTERPRETED
 
 _COMPILED = tl.constexpr(not INTERPRETED)
-FLOATS = tl.constexpr(-1)  # GROUP of a matrix that is not quantized
-# Factors before and after a product with integers: see `_field`.
+# Factors before and after a product with integers: see `_integers`.
 _LARGE = tl.constexpr(2.0**96)
 _UNITS = tl.constexpr(2.0**53)
 
@@ -160,8 +159,8 @@ def _load_rows(
 ):
     """Rows of w, each read only where `mask` says so; weights pass through the cache once.
 
-    GROUP is that of `QuantizedMatrix`, and FLOATS for floats; start, end and BLOCK_N count stored
-    elements. Of int4 a scale and an offset are read for every WORDS of them.
+    GROUP is that of `Stored`; start, end and BLOCK_N count stored elements. Of int4 a scale and an
+    offset come with every WORDS of them; of the others, nothing that is used.
     """
     offs = rows.to(tl.int64)[:, None] * stride_wk
     offs_n = start + tl.arange(0, BLOCK_N)
