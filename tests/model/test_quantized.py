@@ -205,6 +205,19 @@ def test_damaged_and_foreign_tensors_are_refused(tiny_folder: Path, teal_home: P
     assert rounded(tiny_folder, "int8").load().weights.quantization == QUANTIZATIONS["int8"]
 
 
+def test_the_format_without_scales_of_columns_is_made_anew(
+    tiny_folder: Path, teal_home: Path
+) -> None:
+    checkpoint = rounded(tiny_folder, "int4")
+    manifest = checkpoint.folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content["schema"] == 2
+    manifest.write_text(json.dumps({**content, "schema": 1}))
+    with pytest.raises(TealError, match="has format 1, this version of teal reads 2"):
+        Checkpoint(checkpoint.folder)
+    assert rounded(tiny_folder, "int4").fingerprint == checkpoint.fingerprint
+
+
 @pytest.mark.parametrize("name", ["int8", "int4-128+head"])
 def test_random_weights_are_made_as_integers(name: str) -> None:
     config = ModelConfig.from_dict(
