@@ -158,7 +158,8 @@ def test_zero_constant_and_outlier_columns(tiny_folder: Path, teal_home: Path) -
             torch.testing.assert_close(found[:, 7], down[7].float())
             assert error[:, :9].max() < 0.02  # the outlier spoils its own column alone
         else:
-            assert error[[row for row in range(112) if row != 9]].max() < 0.2  # its own row
+            others = [column for column in range(64) if column not in (7, 9)]
+            assert error[:, others][[row for row in range(112) if row != 9]].max() < 0.2
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
