@@ -246,7 +246,7 @@ def _multiply_int4(x, words, scales, offsets, WORDS: tl.constexpr):
 
     A code n, masked in place, is as the bits of a float16 the subnormal number n * 2^-24, or 16
     times that: two codes are multiplied and added by one instruction. For products of normal size
-    each group's x is scaled by a power of two, to at most 2^15; the sums keep 11 bits over one tile.
+    each group's x is scaled by a power of two, to at most 2^15; a tile's sums keep 11 bits.
     """
     scaled = x[:, None] * scales.to(tl.float32)
     exponent = tl.max(tl.abs(scaled), axis=0).to(tl.int32, bitcast=True) >> 23
