@@ -6,8 +6,9 @@ Every kernel first waits for the one before it, then lets the next one start: wi
 launch (compute capability 9.0) a kernel's programs move in as those of the last one leave. What
 was written two kernels ago or earlier is safe to read before the wait.
 
-A matrix is given by w_ptr, grid_ptr, groups, its row stride and GROUP (see `Stored`). Columns and
-BLOCK_N count its stored elements, each of which holds several columns when it is quantized.
+A matrix is given by w_ptr, grid_ptr, groups, w_scales_ptr, its row stride and GROUP (see `Stored`).
+Columns and BLOCK_N count its stored elements, each of which holds several columns when it is
+quantized.
 
 The projections put their work under a condition that always holds. It keeps the compiler from
 mixing the tile's loads with what stands before them: on an H100, at sparsity 0.5, gate_up of
@@ -87,6 +88,7 @@ def norm_project_kernel(
     w_ptr,
     grid_ptr,
     groups,
+    w_scales_ptr,
     thresholds_ptr,
     kept_ptr,
     zero_ptr,
@@ -123,7 +125,7 @@ def norm_project_kernel(
         first = (start == 0) | (start == N0) | (start == N0 + N1)
         WORDS: tl.constexpr = _words(GROUP, BLOCK_N, N0, N1)
         _accumulate(
-            y_ptr, x, w_ptr, grid_ptr, groups, threshold, kept_ptr + block, first,
+            y_ptr, x, w_ptr, grid_ptr, groups, w_scales_ptr, threshold, kept_ptr + block, first,
             row, offs_k < H, start, end, stride_wk, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE, WORDS,
         )  # fmt: skip
 
@@ -135,6 +137,7 @@ def activate_project_kernel(
     w_ptr,
     grid_ptr,
     groups,
+    w_scales_ptr,
     thresholds_ptr,
     kept_ptr,
     INNER,
@@ -159,7 +162,7 @@ def activate_project_kernel(
     if row < INNER:  # always; see the module's docstring
         x = _activated(gate_up_ptr, offs_k, INNER)
         _accumulate(
-            y_ptr, x, w_ptr, grid_ptr, groups, threshold, kept_ptr, start == 0,
+            y_ptr, x, w_ptr, grid_ptr, groups, w_scales_ptr, threshold, kept_ptr, start == 0,
             row, offs_k < INNER, start, N, stride_wk, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE,
             _words(GROUP, BLOCK_N, 0, 0),
         )  # fmt: skip
@@ -175,6 +178,7 @@ def combine_project_kernel(
     w_ptr,
     grid_ptr,
     groups,
+    w_scales_ptr,
     bias_ptr,
     thresholds_ptr,
     kept_ptr,
@@ -240,7 +244,7 @@ def combine_project_kernel(
         total = tl.where(mask_h, tl.sum(share * sums, axis=0), 1.0)
         x = tl.sum(share * parts, axis=0) / total
         _accumulate(
-            y_ptr, x, w_ptr, grid_ptr, groups, threshold, kept_ptr, start == 0,
+            y_ptr, x, w_ptr, grid_ptr, groups, w_scales_ptr, threshold, kept_ptr, start == 0,
             row, mask_k, start, N, stride_wk, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE,
             _words(GROUP, BLOCK_N, 0, 0),
         )  # fmt: skip

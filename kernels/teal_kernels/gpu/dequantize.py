@@ -14,8 +14,6 @@ from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
 # A program's tile, in weights: 16 bytes of codes a thread, and whole lines of 128 bytes.
 _BLOCK_K, _BLOCK_N = 8, 1024
 _WARPS = 4
-# What the float32 scales are along, as the kernel takes it.
-_NOTHING, _COLUMNS, _ROWS = 0, 1, 2
 
 
 @triton.jit
@@ -34,7 +32,7 @@ def dequantize_kernel(
     stride_out,
     GROUP: tl.constexpr,
     UNIT: tl.constexpr,
-    SCALES: tl.constexpr,
+    BY_ROW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -65,10 +63,10 @@ def dequantize_kernel(
         w = tl.interleave((w & 15).to(tl.float32), (w >> 4).to(tl.float32))
         w = tl.reshape(w, (BLOCK_K, BLOCK_N // UNIT, UNIT))
         w = tl.reshape(w * steps[:, :, None] + lows[:, :, None], (BLOCK_K, BLOCK_N))
-    if SCALES == 1:
-        w *= tl.load(scales_ptr + offs_n, mask=offs_n < end, other=0.0)[None, :]
-    if SCALES == 2:
+    if BY_ROW:
         w *= tl.load(scales_ptr + offs_k, mask=offs_k < K, other=0.0)[:, None]
+    else:
+        w *= tl.load(scales_ptr + offs_n, mask=offs_n < end, other=0.0)[None, :]
     inside = mask_k & (offs_n >= start)[None, :] & (offs_n < end)[None, :]
     out = out_ptr + rows * stride_out + (offs_n - start)[None, :]
     tl.store(out, w.to(out_ptr.dtype.element_ty), mask=inside)
@@ -76,41 +74,40 @@ def dequantize_kernel(
 
 def columns(matrix: QuantizedMatrix, start: int, end: int, dtype: torch.dtype) -> Tensor:
     """`QuantizedMatrix.dequantize` on a CUDA device: [K, end - start], equal to the last bit."""
-    kind = _NOTHING if matrix.scales is None else _COLUMNS
-    return _floats(matrix.rows, matrix.scales, kind, matrix, start, end, dtype)
+    return _floats(matrix.rows, matrix.scales, start, end, dtype, matrix.group, matrix.groups)
 
 
 def rows(matrix: QuantizedRows, start: int, end: int, dtype: torch.dtype) -> Tensor:
     """`QuantizedRows.dequantize` on a CUDA device: [end - start, H], equal to the last bit."""
     codes, scales = matrix.rows[start:end], matrix.scales[start:end]
-    return _floats(codes, scales, _ROWS, None, 0, codes.shape[1], dtype)
+    return _floats(codes, scales, 0, codes.shape[1], dtype, by_row=True)
 
 
 def _floats(
     codes: Tensor,
-    scales: Tensor | None,
-    kind: int,
-    grouped: QuantizedMatrix | None,
+    scales: Tensor,
     start: int,
     end: int,
     dtype: torch.dtype,
+    group: int = 0,
+    groups: int = 0,
+    by_row: bool = False,
 ) -> Tensor:
-    """Columns start to end of codes, whose int4 scales and offsets are as `grouped` says."""
+    """Columns start to end; int4 has `groups` of `group` columns in a row, int8 none."""
     out = torch.empty(codes.shape[0], end - start, dtype=dtype, device=codes.device)
     if not out.numel():
         return out
-    group, groups, unit, pack, grid = 0, 0, 1, 1, codes
-    if grouped is not None and grouped.group:
-        group, groups, pack = grouped.group, grouped.groups, 2
-        unit = min(group & -group, 64)  # the largest power of two in a group
-        grid = codes.view(torch.float16)[:, grouped.columns // 4 :]
+    unit, pack, grid = 1, 1, codes
+    if group:
+        unit, pack = min(group & -group, 64), 2  # the largest power of two in a group
+        grid = codes.view(torch.float16)[:, -2 * groups :]
     first = start - start % unit
     with torch.cuda.device_of(codes):  # Triton launches on the current device
         dequantize_kernel[triton.cdiv(end - first, _BLOCK_N), triton.cdiv(len(codes), _BLOCK_K)](
             out,
             codes,
             grid,
-            codes if scales is None else scales,
+            scales,
             codes.shape[0],
             first // pack,
             triton.cdiv(end, pack),
@@ -121,7 +118,7 @@ def _floats(
             out.stride(0),
             GROUP=group,
             UNIT=unit,
-            SCALES=kind,
+            BY_ROW=by_row,
             BLOCK_K=_BLOCK_K,
             BLOCK_N=_BLOCK_N,
             num_warps=_WARPS,

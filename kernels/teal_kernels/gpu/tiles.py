@@ -218,7 +218,7 @@ def _multiply_int4(x, words, scales, offsets, WORDS: tl.constexpr):
 
 @triton.jit
 def _multiply(x, tile, GROUP: tl.constexpr, WORDS: tl.constexpr):
-    """Sum over rows of x times the weights that `_load_rows` gave; int8's are not scaled yet."""
+    """Sum over rows of x times the weights that `_load_rows` gave; columns are not scaled yet."""
     if GROUP < 0:
         y = tl.sum(x[:, None] * tile[0].to(tl.float32), axis=0)
     elif GROUP == 0:
@@ -252,6 +252,7 @@ def _accumulate(
     w_ptr,
     grid_ptr,
     groups,
+    w_scales_ptr,
     threshold,
     kept_ptr,
     count,
@@ -311,8 +312,8 @@ def _accumulate(
     PACK: tl.constexpr = _pack(GROUP)
     offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
     mask_n = offs_n < end * PACK
-    if GROUP == 0:
-        y *= tl.load(grid_ptr + offs_n, mask=mask_n, other=0.0)
+    if GROUP >= 0:
+        y *= tl.load(w_scales_ptr + offs_n, mask=mask_n, other=0.0)
     tl.atomic_add(y_ptr + offs_n, _fixed(y_ptr, y), mask=mask_n, sem="relaxed")
     if count:
         tl.atomic_add(kept_ptr, kept, sem="relaxed")
