@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Columns that `QuantizedMatrix.multiply` turns into floats at a time: 32 MB at 4096 inputs.
-_TILE = 4096
+# Bytes of floats that `QuantizedMatrix.multiply` makes at a time. For a short prompt the host takes
+# longer to launch a GPU's products than the GPU to run them, which asks for few and large ones.
+_TILE_BYTES = {"cpu": 64 << 20, "cuda": 128 << 20}
 _ROWS = 1024  # that are rounded at a time: rounding holds a few float32 copies of them
 
 
@@ -109,6 +112,8 @@ class QuantizedMatrix:
     ) -> Tensor:
         """Columns start to end as floats, [K, end - start]; computed in float32."""
         end = self.columns if end is None else end
+        if (kernels := _kernels(self.device.type)) is not None:
+            return kernels.columns(self, start, end, dtype)
         if not self.group:
             return self.rows[:, start:end].float().mul_(self.scales[start:end]).to(dtype)
         group, first, last = self.group, start // self.group, -(-end // self.group)
@@ -132,8 +137,10 @@ class QuantizedMatrix:
         """
         end = self.columns if end is None else end
         y = x.new_empty(x.shape[0], end - start)
-        for first in range(start, end, _TILE):
-            last = min(first + _TILE, end)
+        most = _TILE_BYTES[x.device.type] // max(1, len(self.rows) * x.element_size())
+        step = max(64, most // 64 * 64)
+        for first in range(start, end, step):
+            last = min(first + step, end)
             tile = self.dequantize(first, last, dtype=x.dtype)
             torch.matmul(x, tile, out=y[:, first - start : last - start])
         return y
@@ -184,7 +191,22 @@ class QuantizedRows:
         self, start: int = 0, end: int | None = None, *, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Rows start to end as floats, [end - start, H]."""
+        end = self.rows.shape[0] if end is None else min(end, self.rows.shape[0])
+        if (kernels := _kernels(self.rows.device.type)) is not None:
+            return kernels.rows(self, start, end, dtype)
         return (self.rows[start:end].float() * self.scales[start:end, None]).to(dtype)
+
+
+@cache
+def _kernels(device_type: str) -> ModuleType | None:
+    """What dequantizes on a GPU in one pass; None where torch's operations have to."""
+    from teal_kernels.dispatch import available_backends
+
+    if device_type != "cuda" or "triton" not in available_backends("cuda"):
+        return None
+    from teal_kernels.gpu import dequantize
+
+    return dequantize
 
 
 def column_sizes(weight: Tensor) -> Tensor:

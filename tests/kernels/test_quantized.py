@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from teal_kernels import quantized
 from teal_kernels.quantized import (
     QuantizedMatrix,
     QuantizedRows,
@@ -85,8 +86,11 @@ def test_constant_and_outlier_columns(value: float) -> None:
 
 
 @pytest.mark.parametrize("group", [0, 64])
-def test_multiply_is_the_product_with_the_dequantized(group: int) -> None:
-    weight, x = random_weight(40, 4096 + 72), torch.randn(3, 40, dtype=torch.float64)
+def test_multiply_is_the_product_with_the_dequantized(
+    group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(quantized._TILE_BYTES, "cpu", 40 * 8 * 200)  # tiles of 192 columns
+    weight, x = random_weight(40, 1096), torch.randn(3, 40, dtype=torch.float64)
     matrix = QuantizedMatrix.int4(weight, group) if group else QuantizedMatrix.int8(weight)
     expected = x @ matrix.dequantize().double()
     torch.testing.assert_close(matrix.multiply(x), expected, rtol=1e-12, atol=1e-12)
