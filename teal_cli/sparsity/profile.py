@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -19,13 +19,13 @@ from teal_cli.model.sites import PROJECTIONS, SITES
 from teal_cli.sparsity.histogram import BINS
 from teal_cli.sparsity.quantiles import Quantiles
 
-_KIND, _SCHEMA = "profile", 2
+_KIND, _SCHEMA = "profile", 3
 # Prefixes of the tensors that hold what belongs to a method.
 _ALLOCATION, _OFFSETS = "allocation.", "offsets."
 
 METHODS = ("sensitivity", "greedy", "uniform")  # the best one first
 
-# Where thresholds are refined on the sparse model; in between, offsets are interpolated.
+# Targets that are refined on the sparse model; in between, offsets are interpolated.
 REFINED_TARGETS = (0.4, 0.5, 0.65, 0.8)
 
 
@@ -66,9 +66,8 @@ class Profile:
     projections, in A steps from nothing to the most that it reaches. The method `uniform`
     (TEAL, arXiv 2408.14690, section 4.3) needs none: every projection gets the same.
 
-    `offsets` maps a method to [REFINED_TARGETS, num_hidden_layers, 7]: how much more must be
-    asked of the dense distributions for the sparse model to realise what the method allots.
-    A method without offsets gets thresholds that are right on dense activations.
+    `offsets` maps a method to [REFINED_TARGETS]: what to add to a target for the sparse model to
+    realise it. A method without offsets gets thresholds that are right on dense activations.
     """
 
     model: str
@@ -107,10 +106,22 @@ class Profile:
         if not 0.0 <= sparsity < 1.0:
             raise UsageError(f"sparsity must be at least 0 and below 1, got {sparsity:g}")
         method = method or self.default_method
-        asked = self.allocation(sparsity, method)
-        if method in self.offsets:
-            asked = (asked + self._offset(sparsity, self.offsets[method])).clamp(0, 1)
-        return self.quantiles.thresholds(asked).float()
+        allocation = self.allocation(self.asked(sparsity, method), method)
+        return self.quantiles.thresholds(allocation).float()
+
+    def asked(self, sparsity: float, method: str) -> float:
+        """The target to take a method's allocation at, for the sparse model to realise `sparsity`.
+
+        Offsets grow with its square up to the first refined target.
+        """
+        if method not in self.offsets:
+            return sparsity
+        offsets = self.offsets[method].tolist()
+        if sparsity <= REFINED_TARGETS[0]:
+            offset = offsets[0] * (sparsity / REFINED_TARGETS[0]) ** 2
+        else:
+            offset = float(numpy.interp(sparsity, REFINED_TARGETS, offsets))
+        return max(sparsity + offset, 0.0)
 
     def allocation(self, sparsity: float, method: str) -> Tensor:
         """The sparsity of each projection at a target, float64 [num_hidden_layers, 7].
@@ -242,16 +253,6 @@ class Profile:
     def _totals(self, rows: Tensor) -> Tensor:
         return (rows.mean(1) * self.shape.weight_shares).sum(-1)
 
-    def _offset(self, sparsity: float, offsets: Tensor) -> Tensor:
-        """Offsets at a target; they grow with its square up to the first refined one."""
-        first, rows = REFINED_TARGETS[0], offsets.double()
-        if sparsity <= first:
-            return rows[0] * (sparsity / first) ** 2
-        for index, (low, high) in enumerate(itertools.pairwise(REFINED_TARGETS)):
-            if sparsity <= high:
-                return torch.lerp(rows[index], rows[index + 1], (sparsity - low) / (high - low))
-        return rows[-1]
-
 
 def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Profile:
     shape = ModelShape(
@@ -278,7 +279,7 @@ def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Pro
             raise ValueError(f"{name} does not rise to at most 1")
     offsets = {name: tensors[_OFFSETS + name] for name in header["refined"]}
     for name, table in offsets.items():
-        _check(name, table, (len(REFINED_TARGETS), layers, len(PROJECTIONS)), least=-1)
+        _check(name, table, (len(REFINED_TARGETS),), least=-1)
     fingerprint = header["fingerprint"]
     if not isinstance(fingerprint, str | None):
         raise TypeError("its fingerprint is no text")

@@ -90,9 +90,8 @@ def summarise(
             raise UsageError(f"{profile.model} has no layer {layer}: they are 0 to {layers - 1}")
         sites = SITES if site is None else (site,)
         histograms = tuple(_histogram(profile, thresholds, layer, name) for name in sites)
-    return Summary(
-        profile, target, method, profile.allocation(target, method), thresholds, histograms
-    )
+    allocation = profile.allocation(profile.asked(target, method), method)
+    return Summary(profile, target, method, allocation, thresholds, histograms)
 
 
 def _histogram(profile: Profile, thresholds: Tensor, layer: int, site: str) -> SiteHistogram:

@@ -83,7 +83,7 @@ def profile() -> Profile:
         quantiles=Quantiles.from_counts(counts),
         counts=counts,
         allocations={"greedy": torch.linspace(0, 0.9, 3)[:, None, None].expand(3, 1, 7)},
-        offsets={"greedy": torch.zeros(4, 1, 7)},
+        offsets={"greedy": torch.zeros(4)},
     )
 
 
