@@ -8,23 +8,22 @@ scales of their own, taken when its turn comes: no order of channels costs anyth
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
-from teal_kernels.quantized import (
-    QuantizedMatrix,
-    column_sizes,
-    int4_codes,
-    int4_grid,
-    int4_rows,
-)
+from teal_kernels.quantized import QuantizedMatrix, column_sizes, int4_rows
 from torch import Tensor
 
 # Rows whose errors reach the later blocks in one product (section 3.2 of the paper, step 2).
 _BLOCK = 128
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal (step 3)
-# Grids to try for a group, in shares of its extremes: giving up the outermost weights costs less
-# than wide steps do, 6 % of the output error on SmolLM2-135M.
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+# Grids that a group starts from, in shares of its lowest and its highest weight, and how often each
+# is then fitted to its codes and the codes to it. Of normal weights in groups of 64 the square
+# error is 1.3 % above that of 400 starts and 8 fits; without fits it is 11 % above, and 13 % with
+# six starts that shrink both ends alike.
+_STARTS = tuple(itertools.product((1.0, 0.9, 0.8), repeat=2))
+_FITS = 4
 
 
 def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
@@ -35,49 +34,73 @@ def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
         hessian: X^T X of its inputs, [K, K] float32, times any constant.
         group: columns that share scale and offset.
     """
+    outputs = weight.shape[1]
     # The largest inputs first, while there are many rows left to make up for them.
     order = hessian.diagonal().argsort(descending=True)
-    columns = column_sizes(weight)
-    left = weight[order] / columns
     factor = _factor(hessian[order[:, None], order])
-    shrink = torch.tensor(_SHRINK, device=weight.device)[:, None]
-    codes, scales, offsets = [], [], []
+    # A row's error weighs as much as its inputs that no later row can make up for.
+    columns = column_sizes(weight[order] / factor.diagonal()[:, None])
+    columns /= columns.mean()
+    # The last group is filled up with its own last column, which then counts for nothing.
+    short = (0, -outputs % group)
+    left = F.pad(weight[order] / columns, short, mode="replicate")
+    importance = F.pad(columns.square(), short).view(-1, group)
+    starts = torch.tensor(_STARTS, device=weight.device)
+    codes, steps, offsets = [], [], []
     for start in range(0, len(left), _BLOCK):
         block, upper = left[start : start + _BLOCK], factor[start : start + _BLOCK]
         within, beyond = upper[:, start : start + _BLOCK], upper[:, start + _BLOCK :]
         errors = torch.empty_like(block)
-        for i in range(len(block)):
-            row = block[i : i + 1]
-            code, scale, offset = _nearest(row, shrink, group)
-            errors[i] = (row - _values(code, scale, offset, group)) / within[i, i]
+        for i, row in enumerate(block):
+            code, step, offset = _nearest(row.view(-1, group), importance, starts)
+            errors[i] = (row - torch.addcmul(offset, code, step).flatten()) / within[i, i]
             block[i + 1 :].addr_(within[i, i + 1 :], errors[i], alpha=-1)
-            codes.append(code)
-            scales.append(scale)
-            offsets.append(offset)
+            codes.append(code.flatten()[:outputs].to(torch.uint8))
+            steps.append(step[:, 0].half())
+            offsets.append(offset[:, 0].half())
         left[start + _BLOCK :].addmm_(beyond.T, errors, alpha=-1)
     back = order.argsort()
-    rows = int4_rows(torch.cat(codes)[back], torch.cat(scales)[back], torch.cat(offsets)[back])
-    return QuantizedMatrix(rows, columns, weight.shape[1], group)
+    grids = (torch.stack(part)[back] for part in (codes, steps, offsets))
+    return QuantizedMatrix(int4_rows(*grids), columns, outputs, group)
 
 
-def _nearest(row: Tensor, shrink: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and offsets of a row [1, N] on the grids that leave the least square error.
+def _nearest(row: Tensor, importance: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of a row [G, group], and the scales and offsets [G, 1] that leave the least error.
 
-    `shrink` [R, 1] holds the shares of a group's extremes to try.
+    All are float32, and scales and offsets float16 numbers. The error is the sum of squares times
+    `importance` [G, group]. `starts` [R, 2] holds shares of a group's extremes.
     """
-    scales, offsets = int4_grid(row * shrink, group)
-    codes = int4_codes(row.expand(len(shrink), -1), scales, offsets, group)
-    error = (_values(codes, scales, offsets, group) - row).square()
-    groups = F.pad(error, (0, -row.shape[1] % group)).unflatten(1, (-1, group))
-    best = groups.sum(2).argmin(0, keepdim=True)  # of each group
-    columns = best.repeat_interleave(group, 1)[:, : row.shape[1]]
-    return codes.gather(0, columns), scales.gather(0, best), offsets.gather(0, best)
+    low, high = row.aminmax(dim=1, keepdim=True)
+    offsets = _rounded(low * starts[:, :1, None])  # [R, G, 1], as all grids are
+    steps = _rounded((high * starts[:, 1:, None] - offsets) / 15)
+    total = importance.sum(1, keepdim=True)
+    mean = (importance * row).sum(1, keepdim=True) / total
+    for _ in range(_FITS):
+        # The least squares line through the weights over their codes.
+        codes = _codes(row, steps, offsets)
+        middle = (importance * codes).sum(2, keepdim=True) / total
+        apart = codes - middle
+        weighed = importance * apart
+        variance = (weighed * apart).sum(2, keepdim=True)
+        slope = (weighed * row).sum(2, keepdim=True) / variance
+        steps = _rounded(torch.where(variance > 0, slope, steps))
+        offsets = _rounded(mean - steps * middle)
+    codes = _codes(row, steps, offsets)
+    error = importance * (torch.addcmul(offsets, codes, steps) - row).square()
+    best = error.sum(2, keepdim=True).argmin(0, keepdim=True)
+    codes = codes.gather(0, best.expand(-1, -1, row.shape[1]))[0]
+    return codes, steps.gather(0, best)[0], offsets.gather(0, best)[0]
 
 
-def _values(codes: Tensor, scales: Tensor, offsets: Tensor, group: int) -> Tensor:
-    """What codes [R, N] stand for, float32."""
-    step, low = (t.float().repeat_interleave(group, 1) for t in (scales, offsets))
-    return codes * step[:, : codes.shape[1]] + low[:, : codes.shape[1]]
+def _codes(row: Tensor, steps: Tensor, offsets: Tensor) -> Tensor:
+    """The nearest codes on grids [R, G, 1], as float32 [R, G, group]."""
+    divisor = torch.where(steps > 0, steps, 1)
+    return ((row - offsets) / divisor).round_().clamp_(0, 15)
+
+
+def _rounded(grid: Tensor) -> Tensor:
+    """To the nearest float16 number."""
+    return grid.half().float()
 
 
 def _factor(hessian: Tensor) -> Tensor:

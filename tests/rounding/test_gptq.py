@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from teal_kernels.quantized import QuantizedMatrix
@@ -57,9 +59,38 @@ def test_channels_that_are_always_zero(dead: list[int]) -> None:
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
     found = gptq(weight, x.T @ x, 64).dequantize()
     assert found.isfinite().all()
-    step = (weight.amax(1) - weight.amin(1)) / 15
     # Nothing is spread to them, so that they are as near as alone: other text may use them.
-    assert ((found - weight).abs().amax(1)[dead] < step[dead]).all()
+    nearest = QuantizedMatrix.int4(weight, 64).dequantize()
+    error, alone = ((rounded - weight)[dead].square().sum(1) for rounded in (found, nearest))
+    assert (error < 1.1 * alone).all()
+
+
+def test_grids_are_near_the_best_that_a_search_finds() -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    found = gptq(weight, torch.eye(32), 64)
+    even = (weight / found.scales).double()
+    low, high = even.aminmax(dim=1, keepdim=True)
+    best = torch.full((32,), torch.inf, dtype=torch.float64)
+    for first, last in itertools.product(torch.linspace(0.6, 1.0, 41).tolist(), repeat=2):
+        step = (high * last - low * first) / 15
+        rounded = ((even - low * first) / step).round().clamp(0, 15) * step + low * first
+        error = ((rounded - even) * found.scales).square().sum(1)
+        best = torch.minimum(best, error)
+    error = (found.dequantize() - weight).double().square().sum(1)
+    assert error.sum() < 1.02 * best.sum()
+
+
+def test_columns_of_any_size_are_rounded_alike() -> None:
+    """Each to its own scale: without, columns of a 16th of their neighbours' size would be lost."""
+    x, generator = correlated_inputs(2048, 96), torch.Generator().manual_seed(1)
+    weight = torch.randn(96, 128, generator=generator)
+    powers = 2.0 ** torch.randint(-4, 5, (128,), generator=generator)
+    hessian, errors = x.T @ x, []
+    for scaled in (weight, weight * powers):
+        matrix = gptq(scaled, hessian, 64)
+        difference = x @ (matrix.dequantize() - scaled)
+        errors.append(difference.square().sum(0) / (x @ scaled).square().sum(0))
+    assert errors[1].max() < 4 * errors[0].max()
 
 
 def test_fewer_tokens_than_channels_and_repeated_ones() -> None:
