@@ -238,7 +238,6 @@ class Chain:
             0 if zero is None else zero.numel(),
             self.geometry.rms_norm_eps,
             self.hidden,
-            stored.elements.stride(0),
             N0=widths[0] // stored.pack,
             N1=widths[1] // stored.pack,
             N2=widths[2] // stored.pack,
@@ -303,7 +302,6 @@ class Chain:
             self.gate_up,
             self.gate_up.numel(),
             self.hidden // stored.pack,
-            stored.elements.stride(0),
             HEADS=g.num_attention_heads,
             HEAD_DIM=g.head_dim,
             BIAS=layer.o_bias is not None,
@@ -326,12 +324,12 @@ class Chain:
             *self._buffers("down", index),
             layer.down.shape[0],
             self.hidden // stored.pack,
-            stored.elements.stride(0),
             **self._tile(launch, stored),
         )
 
     def _tile(self, launch: Launch, stored: Stored) -> dict[str, Any]:
         return {
+            "STRIDE_K": stored.elements.stride(0),
             "GROUP": stored.group,
             "AHEAD": launch.ahead if self.pdl else 0,
             "PROGRAMS": self.resident,
