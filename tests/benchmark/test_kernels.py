@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from benchmark.subjects import TINY
+from interpreted import run_interpreted
 
 from teal_cli.benchmark import kernels, report
 from teal_cli.benchmark.bandwidth import Bandwidth
@@ -46,15 +43,7 @@ def test_every_matrix_has_a_row_at_every_sparsity(quantize: str | None) -> None:
 
 
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_gpu_projections.py"],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert not run_interpreted("benchmark/test_gpu_projections.py")
 
 
 def test_kernels_that_cannot_be_imported_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

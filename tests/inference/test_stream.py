@@ -1,6 +1,6 @@
 """Answers of a step that chooses on the device, against those of the host's loop.
 
-On a CUDA device, or on the CPU in Triton's interpreter (see `kernels/test_gpu_interpreted.py`).
+On a CUDA device, or on the CPU in Triton's interpreter (see `test_stream_interpreted.py`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ pytestmark = pytest.mark.gpu
 CONFIG = ModelConfig.from_dict(
     {
         "model_type": "llama",
-        "hidden_size": 48,
-        "intermediate_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 32,
         "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
         "vocab_size": 97,
         "max_position_embeddings": 256,
         "rms_norm_eps": 1e-5,

@@ -1,6 +1,6 @@
 """Choosing a token on the device: what top-k and top-p leave, and how the draws fall.
 
-On a CUDA device, or on the CPU in Triton's interpreter (see `test_gpu_interpreted.py`).
+On a CUDA device, or in Triton's interpreter (see `../inference/test_stream_interpreted.py`).
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_only_what_is_left_is_drawn_and_all_of_it(device: str) -> None:
 def test_draws_follow_the_distribution(options: dict[str, Any], device: str) -> None:
     logits = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2], device=device).log() + 3.0
     sampling = Sampling(**{"temperature": 1.0, **options})
-    draws = 160
+    draws = 100
     chooser = _chooser(logits, draws)
     choice = chooser.set(sampling.temperature, sampling.top_k, sampling.top_p, 11)
     counts = torch.bincount(_draws(chooser, choice, draws), minlength=5).double()
@@ -120,7 +120,7 @@ def test_draws_follow_the_distribution(options: dict[str, Any], device: str) -> 
 
 def test_draws_among_a_whole_vocabulary(device: str) -> None:
     """Each program's best and the best of those: equal logits make every token as likely."""
-    vocab, draws = 600, 100
+    vocab, draws = 600, 60
     chooser = _chooser(torch.zeros(vocab, device=device), draws)
     choice = chooser.set(1.0, 0, 1.0, 5)
     tokens = _draws(chooser, choice, draws)
