@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from teal_cli import console
-from teal_cli.errors import TealError, UsageError
+from teal_cli.errors import UsageError
 from teal_cli.model.sites import PROJECTIONS, SITE_OF, SITES
 from teal_cli.options import (
     ColumnOption,
@@ -148,7 +148,7 @@ def calibrate(
     limit = checkpoint.config.max_position_embeddings
     if seq_len is not None and seq_len > limit:
         raise UsageError(f"--seq-len {seq_len} is beyond this model's context of {limit} tokens")
-    found = None if force or import_dir else _made_as_asked(checkpoint, given)
+    found = None if force or import_dir else pipeline.made_as_asked(checkpoint, given)
     if import_dir is not None:
         profile = _import(checkpoint, import_dir, reporter)
     elif found is not None and (method is None or method in found.methods):
@@ -259,39 +259,6 @@ def _show(
 
         artifacts.atomic_write(look.plot, draw(summary, look.plot.suffix.lower()))
         console.reporter().note(f"plot: {look.plot}")
-
-
-def _made_as_asked(checkpoint: Checkpoint, given: dict[str, Any]) -> Profile | None:
-    """The profile that is there, if it belongs to the checkpoint and was made as asked."""
-    from teal_cli import pipeline
-    from teal_cli.progress import Silent
-    from teal_cli.sparsity import presets
-    from teal_cli.sparsity.profile import Profile
-    from teal_cli.text.corpora import is_file, load_corpus
-
-    path = pipeline.profile_path(checkpoint)
-    if not path.exists():
-        if given or checkpoint.quantization is not None:
-            return None
-        return presets.preset_for(checkpoint.name)
-    try:
-        profile = Profile.load(path)
-        profile.check(checkpoint.config, checkpoint.fingerprint)
-    except TealError:  # damaged, or the model has changed since
-        return None
-    made = {**profile.provenance.get("settings", {}), "dataset": profile.provenance.get("dataset")}
-    if any(made.get(name) != value for name, value in given.items()):
-        return None
-    if "dataset" in given and is_file(given["dataset"]):
-        corpus = load_corpus(
-            given["dataset"],
-            split_role="calibration",
-            column=given.get("column"),
-            reporter=Silent(),
-        )
-        if corpus.fingerprint != profile.provenance.get("dataset_fingerprint"):
-            return None
-    return profile
 
 
 def _document(profile: Profile, path: Path | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ artifact, under the artifact's lock.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import json
@@ -85,6 +86,24 @@ def atomic_dir(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync_folder(path.parent)
+
+
+@contextmanager
+def spent(folder: Path) -> Iterator[None]:
+    """Remove a folder that the block makes needless; it is back if the block fails.
+
+    What a process that is killed meanwhile leaves of it goes with `remove_leftovers`.
+    """
+    temporary = folder.with_name(f".{folder.name}{_TEMPORARY}spent")
+    with contextlib.suppress(FileNotFoundError):
+        folder.replace(temporary)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.replace(folder)
+        raise
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(path: Path) -> None:

@@ -247,20 +247,47 @@ def wait_for_partial(home: Path, size_bytes: int) -> Path:
     raise AssertionError("no partial file appeared")
 
 
-def test_a_damaged_partial_file_is_noticed_and_fetched_anew(hub: Hub, tmp_path: Path) -> None:
-    hub.repositories["org/model"].files["model.safetensors"] = WEIGHTS
-    hub.faults.drop_after, hub.faults.drops = CHUNK_BYTES + 1000, 1
+def test_damaged_bytes_are_noticed_and_fetched_anew(hub: Hub, tmp_path: Path) -> None:
     hub.faults.corrupt = True
-    done = run(hub, tmp_path, "org/model")
-    assert done.returncode == 0, "a transfer of one piece is trusted, as the client does"
-    blobs = tmp_path / "hf" / "hub" / "models--org--model" / "blobs"
-    (blob,) = (file for file in blobs.iterdir() if file.stat().st_size == len(WEIGHTS))
-    blob.rename(blob.with_name(f"{blob.name}.teal.incomplete"))
     done = run(hub, tmp_path, "org/model")
     assert done.returncode == 1
     assert "model.safetensors of org/model came in damaged" in done.stderr
+    assert "Run the same command again" in done.stderr
+    assert not list((tmp_path / "hf").rglob("*.incomplete"))
     hub.faults.corrupt = False
+    assert (downloaded(hub, tmp_path, "org/model") / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_damaged_part_of_a_file_is_noticed(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["org/model"].files["model.safetensors"] = WEIGHTS
+    folder = downloaded(hub, tmp_path, "org/model")
+    blob = (folder / "model.safetensors").resolve()
+    blob.rename(blob.with_name(f"{blob.name}.teal.incomplete"))
+    (partial,) = blob.parent.glob("*.incomplete")
+    partial.write_bytes(bytes(CHUNK_BYTES))
+    done = run(hub, tmp_path, "org/model")
+    assert done.returncode == 1
+    assert "model.safetensors of org/model came in damaged" in done.stderr
     assert (downloaded(hub, tmp_path, "org/model") / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("sent_bytes", [3, 10], ids=["too-few", "too-many"])
+def test_a_file_of_another_length_than_announced(hub: Hub, tmp_path: Path, sent_bytes: int) -> None:
+    hub.faults.sent_bytes = sent_bytes
+    done = run(hub, tmp_path, "org/model")
+    assert done.returncode == 1
+    assert "a file of org/model came in damaged" in done.stderr
+    assert "Run the same command again" in done.stderr
+    hub.faults.sent_bytes = None
+    assert (downloaded(hub, tmp_path, "org/model") / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_hub_that_asks_to_wait_is_waited_for(hub: Hub, tmp_path: Path) -> None:
+    hub.faults.busy = 1
+    done = run(hub, tmp_path, "org/model")
+    assert done.returncode == 0, done.stderr
+    assert "the Hub asks to wait 0 s; the download goes on then" in done.stderr
+    assert len(hub.downloads()) == 2
 
 
 def test_two_processes_fetch_a_file_once(hub: Hub, tmp_path: Path) -> None:
@@ -293,10 +320,11 @@ def test_without_the_hub_the_copy_that_is_here_serves(hub: Hub, tmp_path: Path) 
     unreachable = run(hub, tmp_path, "org/model", HF_ENDPOINT="http://127.0.0.1:9")
     assert Path(unreachable.stdout.strip()) == folder
     assert "using the copy of org/model that is here" in unreachable.stderr
-    hub.faults.status = 502
-    broken = run(hub, tmp_path, "org/model")
-    assert Path(broken.stdout.strip()) == folder
-    assert "the Hub is out of order (502)" in broken.stderr
+    for status, reason in ((502, "is out of order (502)"), (429, "asks to wait 0 s (429)")):
+        hub.faults.status = status
+        broken = run(hub, tmp_path, "org/model")
+        assert Path(broken.stdout.strip()) == folder
+        assert f"the Hub {reason}; using the copy" in broken.stderr
 
 
 def test_a_hub_that_never_answers_is_given_up(hub: Hub, tmp_path: Path) -> None:
