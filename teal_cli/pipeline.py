@@ -198,7 +198,7 @@ def make_profile(
     from teal_cli.inference.device import pick_device
     from teal_cli.sparsity import presets, streaming
     from teal_cli.sparsity.calibrate import calibrate
-    from teal_cli.sparsity.profile import METHODS
+    from teal_cli.sparsity.profile import METHODS, Profile
 
     path = profile_path(checkpoint)
     before = _modified(path)
@@ -235,7 +235,7 @@ def make_profile(
         )
         with artifacts.spent(work_dir):
             profile.save(path)
-    return profile
+    return Profile.load(path)  # as every later run sees it: rounded to float32
 
 
 def made_as_asked(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Profile | None:
