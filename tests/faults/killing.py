@@ -23,14 +23,20 @@ _context.set_forkserver_preload(["teal_cli.app", "teal_cli.pipeline", "teal_cli.
 
 
 def run(
-    home: Path, arguments: list[str], *, kill_at: int = 0, hub: Mapping[str, str] | None = None
+    home: Path,
+    arguments: list[str],
+    *,
+    kill_at: int = 0,
+    environment: Mapping[str, str] | None = None,
 ) -> int:
     """Run `teal` with its home there; return its exit code, -9 where it was killed.
 
-    Its output goes to `output` beside the home, the number of touches to `touches`. `hub` is the
-    environment of one that downloads.
+    Its output goes to `output` beside the home, the number of touches to `touches`. What
+    `environment` holds comes on top, another TEAL_HOME or Hub too.
     """
-    process = _context.Process(target=_teal, args=(str(home), arguments, kill_at, hub))
+    process = _context.Process(
+        target=_teal, args=(str(home), arguments, kill_at, dict(environment or {}))
+    )
     process.start()
     process.join(120)
     code = process.exitcode
@@ -43,7 +49,7 @@ def beside(home: Path, name: str) -> Path:
     return home.with_name(f"{home.name}.{name}")
 
 
-def _teal(home: str, arguments: list[str], kill_at: int, hub: Mapping[str, str] | None) -> None:
+def _teal(home: str, arguments: list[str], kill_at: int, environment: Mapping[str, str]) -> None:
     from teal_cli import app, console
 
     seen = 0
@@ -66,8 +72,9 @@ def _teal(home: str, arguments: list[str], kill_at: int, hub: Mapping[str, str] 
 
     console._LineTask.advance = advance_counted  # type: ignore[method-assign]
     os.environ.update(TEAL_HOME=home, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    if hub is not None:
-        _use_hub(hub)
+    os.environ.update(environment)
+    if "HF_ENDPOINT" in environment:
+        _use_hub()
     sys.argv = ["teal", *arguments]
     with beside(Path(home), "output").open("w") as file, contextlib.redirect_stdout(file):
         sys.addaudithook(count)
@@ -77,10 +84,9 @@ def _teal(home: str, arguments: list[str], kill_at: int, hub: Mapping[str, str] 
             beside(Path(home), "touches").write_text(str(seen))
 
 
-def _use_hub(environment: Mapping[str, str]) -> None:
+def _use_hub() -> None:
     """Import the Hub's client anew, as it reads the environment once; have it write in pieces."""
-    os.environ.pop("HF_HUB_OFFLINE", None)
-    os.environ.update(environment)
+    os.environ["HF_HUB_OFFLINE"] = "0"
     for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
         del sys.modules[name]
     from huggingface_hub import constants

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,26 @@ def test_kills_upon_kills_leave_nothing_behind(
     assert made(home).keys() == expected.keys()
 
 
+def test_two_at_once_make_everything_once(
+    arguments: dict[str, list[str]],
+    undisturbed: tuple[Result, Begin],
+    tmp_path: Path,
+) -> None:
+    """Two evaluations of a model that is neither converted nor calibrated."""
+    expected, _ = undisturbed[0]("eval")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    processes = [tmp_path / name for name in ("one", "other")]
+    home = {"TEAL_HOME": str(shared)}
+    with ThreadPoolExecutor() as pool:
+        codes = pool.map(lambda own: run(own, arguments["eval"], environment=home), processes)
+        assert list(codes) == [0, 0]
+    outputs = [timeless(json.loads(beside(own, "output").read_text())) for own in processes]
+    assert outputs[0] == outputs[1]
+    beside(processes[0], "output").rename(beside(shared, "output"))
+    assert made(shared).keys() == expected.keys()
+
+
 @pytest.mark.parametrize("kills", KILLS)
 def test_a_download_that_is_run_again_equals_an_undisturbed_one(kills: int, tmp_path: Path) -> None:
     small = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -145,7 +166,8 @@ def test_a_download_that_is_run_again_equals_an_undisturbed_one(kills: int, tmp_
 
     def download(home: Path, kill_at: int = 0) -> int:
         home.mkdir(exist_ok=True)
-        return run(home, ["download", "org/model"], kill_at=kill_at, hub=hub.environment(home))
+        environment = hub.environment(home)
+        return run(home, ["download", "org/model"], kill_at=kill_at, environment=environment)
 
     def found(home: Path) -> dict[str, Any]:
         """All but the crumbs of the client: its tag, a commit's name, empty files."""
