@@ -291,7 +291,8 @@ def _explained(
         )
     if any(_is_transport(e) or isinstance(e, errors.LocalEntryNotFoundError) for e in causes):
         if listing:
-            return Unreachable(f"the Hub cannot be reached ({str(error) or type(error).__name__})")
+            reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+            return Unreachable(f"the Hub cannot be reached ({reason})")
         return TealError(f"the connection broke off while {name} came in", hint=_AGAIN)
     if any("consistency check" in str(e).lower() for e in causes):
         return TealError(f"a file of {name} came in damaged", hint=_AGAIN)
