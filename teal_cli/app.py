@@ -46,6 +46,7 @@ def main() -> None:
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
+        console.end_line()
         sys.exit(130)
     except BrokenPipeError:
         # The reader has gone; what Python still holds for it has nowhere to go.

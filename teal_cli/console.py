@@ -112,6 +112,12 @@ def report(error: Exception) -> int:
     return explained.exit_code
 
 
+def end_line() -> None:
+    """Leave the line that a terminal has begun with `^C`."""
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+
+
 def confirm(question: str) -> bool:
     """Ask on stderr; only "y" or "yes" is a yes."""
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
@@ -161,6 +167,13 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_rate(per_s: float, unit: str) -> str:
+    """A rate, or, where that is below one a second, how long each takes."""
+    if per_s < 1 and unit != "B":
+        return f"{format_seconds(1 / per_s)} each"
+    return f"{format_amount(per_s, unit)}/s"
 
 
 class _LineTask:
@@ -224,7 +237,7 @@ class ConsoleReporter:
             done = line.done
         elapsed = max(time.monotonic() - started, 1e-9)
         amount = f"{format_amount(done, unit)} in " if done else ""
-        rate = f", {format_amount(done / elapsed, unit)}/s" if done and elapsed > 0.1 else ""
+        rate = f", {format_rate(done / elapsed, unit)}" if done and elapsed > 0.1 else ""
         self.note(f"{label}: {amount}{format_seconds(elapsed)}{rate}")
 
     @contextmanager
@@ -257,7 +270,7 @@ def _new_progress() -> Progress:
             if task.total is not None:
                 text = f"{text.removesuffix(unit).rstrip()} of {format_amount(task.total, unit)}"
             if task.speed:
-                text = f"{text}, {format_amount(task.speed, unit)}/s"
+                text = f"{text}, {format_rate(task.speed, unit)}"
             return Text(text, no_wrap=True)
 
     return Progress(

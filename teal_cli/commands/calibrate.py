@@ -131,40 +131,22 @@ def calibrate(
         _show(model, revision, dtype, quantize, method, look, json=json)
         return
     _check_no_show(given, look, import_dir, {"method": method, "quantize": quantize})
-    reporter = console.reporter()
 
     from teal_cli import pipeline
     from teal_cli.store import models
 
+    ref = models.resolve(model, revision)
+    where: dict[str, Any] = {"device": device, "offline": offline, "reporter": console.reporter()}
     checkpoint = pipeline.ensure_checkpoint(
-        models.resolve(model, revision),
-        dtype=dtype,
-        quantize=quantize,
-        device=device,
-        token=token,
-        offline=offline,
-        reporter=reporter,
+        ref, dtype=dtype, quantize=quantize, token=token, **where
     )
     limit = checkpoint.config.max_position_embeddings
     if seq_len is not None and seq_len > limit:
         raise UsageError(f"--seq-len {seq_len} is beyond this model's context of {limit} tokens")
-    found = None if force or import_dir else pipeline.made_as_asked(checkpoint, given)
     if import_dir is not None:
-        profile = _import(checkpoint, import_dir, reporter)
-    elif found is not None and (method is None or method in found.methods):
-        profile = found
-        reporter.note("up to date: --force calibrates again")
+        profile = _import(checkpoint, import_dir, where["reporter"])
     else:
-        before = found.provenance.get("settings", {}) if found is not None else {}
-        profile = pipeline.make_profile(
-            checkpoint,
-            pipeline.CalibrationSettings(**(before | given)),
-            method=method,
-            force=force,
-            device=device,
-            offline=offline,
-            reporter=reporter,
-        )
+        profile = _learn(checkpoint, given, method, force=force, **where)
     path = pipeline.profile_path(checkpoint)
     _report(profile, path if path.exists() else None, json=json)
 
@@ -204,6 +186,35 @@ def _check_show(others: dict[str, Any], look: _Look) -> None:
             )
     if look.site is not None and look.layer is None:
         raise UsageError("--site goes with --layer")
+
+
+def _learn(
+    checkpoint: Checkpoint,
+    given: dict[str, Any],
+    method: str | None,
+    *,
+    force: bool,
+    device: str,
+    offline: bool,
+    reporter: Reporter,
+) -> Profile:
+    """The profile that is there, if it was made as asked, else a new one."""
+    from teal_cli import pipeline
+
+    found = None if force else pipeline.made_as_asked(checkpoint, given)
+    if found is not None and (method is None or method in found.methods):
+        reporter.note("up to date: --force calibrates again")
+        return found
+    before = found.provenance.get("settings", {}) if found is not None else {}
+    return pipeline.make_profile(
+        checkpoint,
+        pipeline.CalibrationSettings(**(before | given)),
+        method=method,
+        force=force,
+        device=device,
+        offline=offline,
+        reporter=reporter,
+    )
 
 
 def _import(checkpoint: Checkpoint, folder: Path, reporter: Reporter) -> Profile:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from teal_cli import console
-from teal_cli.console import ConsoleReporter, format_amount, format_seconds
+from teal_cli.console import ConsoleReporter, format_amount, format_rate, format_seconds
 from teal_cli.options import parse_sparsities
 
 SCRIPT = """
@@ -149,6 +149,14 @@ def test_amounts(amount: float, unit: str, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("per_s", "unit", "text"),
+    [(12.3, "layers", "12 layers/s"), (0.04, "layers", "25 s each"), (0.4, "B", "0 B/s")],
+)
+def test_rates(per_s: float, unit: str, text: str) -> None:
+    assert format_rate(per_s, unit) == text
 
 
 def test_sparsities_are_a_list_without_repeats() -> None:
