@@ -92,6 +92,17 @@ def print_table(
     print("\n".join(lines[1:]), flush=True)
 
 
+def print_groups(groups: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> None:
+    """Print titles on stdout, each with its rows below it, the cells of all rows lined up."""
+    columns = zip(*(row for _, rows in groups for row in rows), strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    for title, rows in groups:
+        print(styled(title, BOLD, sys.stdout))
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            print(f"  {'  '.join(cells)}".rstrip())
+
+
 def print_error(message: str, hint: str | None = None) -> None:
     """Print `error: message` and the next step on stderr."""
     print(f"{styled('error:', _RED, sys.stderr)} {message}", file=sys.stderr)
