@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -76,20 +77,36 @@ def print_table(
 ) -> None:
     """Print a table on stdout: the first column to the left, figures to the right.
 
-    Never cropped to the terminal's width, so that a pipe gets every figure.
+    A terminal that is too narrow gets it in parts, each with the first column; a pipe as it is.
     """
     widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (columns, *rows)
-    ]
     if title:
         print(styled(title, BOLD, sys.stdout))
-    print(styled(lines[0], _DIM, sys.stdout))
-    print("\n".join(lines[1:]), flush=True)
+    for number, part in enumerate(_parts(widths)):
+        lines = [
+            "  ".join(
+                row[index].rjust(widths[index]) if index else row[index].ljust(widths[index])
+                for index in part
+            ).rstrip()
+            for row in (columns, *rows)
+        ]
+        if number:
+            print()
+        print(styled(lines[0], _DIM, sys.stdout))
+        print("\n".join(lines[1:]), flush=True)
+
+
+def _parts(widths: Sequence[int]) -> list[list[int]]:
+    """The columns of each part of a table that is to fit the terminal."""
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    parts = [[0]]
+    for index in range(1, len(widths)):
+        part = [*parts[-1], index]
+        if len(part) > 2 and sum(widths[i] + 2 for i in part) - 2 > room:
+            parts.append([0, index])
+        else:
+            parts[-1] = part
+    return parts
 
 
 def print_groups(groups: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> None:

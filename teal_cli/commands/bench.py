@@ -219,6 +219,7 @@ def bench(
         atomic_write(output, report.render(found, output.suffix.lower()).encode())
     if plot is not None:
         atomic_write(plot, figure.draw(found, plot.suffix.lower()))
+        reporter.note(f"plot: {plot}")
 
 
 def _run_kernels(

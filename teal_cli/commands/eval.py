@@ -182,9 +182,9 @@ def evaluate(
         _render(run.on_tasks(specs, protocol, context, limit, num_fewshot), output, json=json)
         return
     found = run.on_text(dataset, column, samples, protocol, context)
+    _render(found, output, json=json)
     if plot is not None:
         _draw(found, plot)
-    _render(found, output, json=json)
 
 
 def _check(
@@ -229,6 +229,7 @@ def _draw(found: QualityReport, path: Path) -> None:
     from teal_cli.store.artifacts import atomic_write
 
     atomic_write(path, draw(found, path.suffix.lower()))
+    console.reporter().note(f"plot: {path}")
 
 
 def _render(found: Report, output: Path | None, *, json: bool) -> None:

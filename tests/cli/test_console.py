@@ -125,6 +125,18 @@ def test_a_table_is_aligned_and_plain_in_a_pipe(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == ("Speed\nname   tokens/s\ndense       9.5\n50 %      110.2\n")
 
 
+def test_a_table_that_is_wider_than_the_terminal_comes_in_parts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "16")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    console.print_table(["name", "one", "two", "a long column"], [["dense", "1", "2", "3"]])
+    assert capsys.readouterr().out == (
+        "name   one  two\ndense    1    2\n\nname   a long column\ndense              3\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("amount", "unit", "text"),
     [
