@@ -50,6 +50,8 @@ def beside(home: Path, name: str) -> Path:
 
 
 def _teal(home: str, arguments: list[str], kill_at: int, environment: Mapping[str, str]) -> None:
+    import torch
+
     from teal_cli import app, console
 
     seen = 0
@@ -71,7 +73,8 @@ def _teal(home: str, arguments: list[str], kill_at: int, environment: Mapping[st
         advance(task, amount)
 
     console._LineTask.advance = advance_counted  # type: ignore[method-assign]
-    os.environ.update(TEAL_HOME=home, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)  # the model is too small for two to gain anything
+    os.environ.update(TEAL_HOME=home, HF_HUB_OFFLINE="1")
     os.environ.update(environment)
     if "HF_ENDPOINT" in environment:
         _use_hub()
