@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Columns that `QuantizedMatrix.multiply` turns into floats at a time: 32 MB at 4096 inputs.
-_TILE = 4096
+# Bytes of floats that `QuantizedMatrix.multiply` makes at a time. For a short prompt the host takes
+# longer to launch a GPU's products than the GPU to run them, which asks for few and large ones.
+_TILE_BYTES = {"cpu": 64 << 20, "cuda": 128 << 20}
+_ROWS = 1024  # that are rounded at a time: rounding holds a few float32 copies of them
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedMatrix:
     """A [K, N] matrix of integers, one input channel being one contiguous row.
 
-    int8: rows [K, N] int8, scales [N] float32, and w[k, n] = rows[k, n] * scales[n].
+    A column has a float32 scale, which multiplies what its rows hold.
+
+    int8: rows [K, N] int8, and w[k, n] = rows[k, n] * scales[n].
 
     int4: rows [K, N / 2 + 4 * groups] uint8, where groups = ceil(N / group). A row holds its codes,
     two a byte with the even column in the low half, then a float16 scale for each group of columns,
-    then a float16 offset for each, and w[k, n] = code * scale + offset. A row that is skipped skips
-    its scales as well.
+    then a float16 offset for each, and w[k, n] = (code * scale + offset) * scales[n]. A row that is
+    skipped skips its groups' scales as well.
 
     Raises:
         ValueError: shapes or dtypes are not as above, N is no multiple of 8, or the group is odd.
     """
 
     rows: Tensor
-    scales: Tensor | None  # of int8
+    scales: Tensor  # [N] float32
     columns: int  # N
     group: int  # columns of an int4 row that share scale and offset; 0 is int8
 
@@ -45,10 +51,11 @@ class QuantizedMatrix:
                 f"rows must be [inputs, {width}] {expected}, "
                 f"got {tuple(self.rows.shape)} {self.rows.dtype}"
             )
-        if (self.scales is None) != bool(groups):
-            raise ValueError("int8 needs scales, and int4 holds its own in its rows")
-        if self.scales is not None and tuple(self.scales.shape) != (self.columns,):
-            raise ValueError(f"scales must be [{self.columns}], got {tuple(self.scales.shape)}")
+        if tuple(self.scales.shape) != (self.columns,) or self.scales.dtype != torch.float32:
+            raise ValueError(
+                f"scales must be [{self.columns}] float32, "
+                f"got {tuple(self.scales.shape)} {self.scales.dtype}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,12 +80,13 @@ class QuantizedMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes of rows and scales."""
-        return self.rows.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return self.rows.nbytes + self.scales.nbytes
 
     def to(self, device: str | torch.device) -> QuantizedMatrix:
         """The same matrix on another device."""
-        scales = None if self.scales is None else self.scales.to(device)
-        return QuantizedMatrix(self.rows.to(device), scales, self.columns, self.group)
+        return QuantizedMatrix(
+            self.rows.to(device), self.scales.to(device), self.columns, self.group
+        )
 
     @classmethod
     def int8(cls, weight: Tensor) -> QuantizedMatrix:
@@ -88,27 +96,25 @@ class QuantizedMatrix:
 
     @classmethod
     def int4(cls, weight: Tensor, group: int) -> QuantizedMatrix:
-        """Round weight [K, N] to the nearest of 16 levels between a group's extremes."""
-        scales, offsets = int4_grid(weight, group)
-        return cls.pack(int4_codes(weight, scales, offsets, group), scales, offsets, group)
+        """Round weight [K, N] to the nearest of 16 levels between a group's extremes.
 
-    @classmethod
-    def pack(cls, codes: Tensor, scales: Tensor, offsets: Tensor, group: int) -> QuantizedMatrix:
-        """Put int4 rows together: codes [K, N] uint8, scales and offsets [K, groups] float16."""
-        halves = codes[:, 0::2] | (codes[:, 1::2] << 4)
-        parts = (
-            halves,
-            scales.contiguous().view(torch.uint8),
-            offsets.contiguous().view(torch.uint8),
-        )
-        return cls(torch.cat(parts, dim=1), None, codes.shape[1], group)
+        Columns are brought to one size first.
+        """
+        columns, parts = column_sizes(weight), []
+        for rows in weight.split(_ROWS):
+            even = rows / columns
+            steps, offsets = int4_grid(even, group)
+            parts.append(int4_rows(int4_codes(even, steps, offsets, group), steps, offsets))
+        return cls(torch.cat(parts), columns, weight.shape[1], group)
 
     def dequantize(
         self, start: int = 0, end: int | None = None, *, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Columns start to end as floats, [K, end - start]; computed in float32."""
         end = self.columns if end is None else end
-        if self.scales is not None:
+        if (kernels := _kernels(self.device.type)) is not None:
+            return kernels.columns(self, start, end, dtype)
+        if not self.group:
             return self.rows[:, start:end].float().mul_(self.scales[start:end]).to(dtype)
         group, first, last = self.group, start // self.group, -(-end // self.group)
         pairs = self.rows[:, first * group // 2 : min(last * group, self.columns) // 2]
@@ -119,9 +125,10 @@ class QuantizedMatrix:
         grouped = floats.view(len(pairs), last - first, group)
         # A slice's rows are too far apart to be seen as halves.
         grids = self.rows[:, self.columns // 2 :].contiguous().view(torch.float16)
-        scales, offsets = grids.float()[:, :, None].chunk(2, dim=1)
-        grouped.mul_(scales[:, first:last]).add_(offsets[:, first:last])
-        return grouped.flatten(1)[:, start - first * group : end - first * group].to(dtype)
+        steps, offsets = grids.float()[:, :, None].chunk(2, dim=1)
+        grouped.mul_(steps[:, first:last]).add_(offsets[:, first:last])
+        asked = grouped.flatten(1)[:, start - first * group : end - first * group]
+        return asked.mul_(self.scales[start:end]).to(dtype)
 
     def multiply(self, x: Tensor, start: int = 0, end: int | None = None) -> Tensor:
         """x [T, K] → its product with columns start to end, in the dtype of x.
@@ -130,8 +137,10 @@ class QuantizedMatrix:
         """
         end = self.columns if end is None else end
         y = x.new_empty(x.shape[0], end - start)
-        for first in range(start, end, _TILE):
-            last = min(first + _TILE, end)
+        most = _TILE_BYTES[x.device.type] // max(1, len(self.rows) * x.element_size())
+        step = max(64, most // 64 * 64)
+        for first in range(start, end, step):
+            last = min(first + step, end)
             tile = self.dequantize(first, last, dtype=x.dtype)
             torch.matmul(x, tile, out=y[:, first - start : last - start])
         return y
@@ -182,7 +191,41 @@ class QuantizedRows:
         self, start: int = 0, end: int | None = None, *, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Rows start to end as floats, [end - start, H]."""
+        end = self.rows.shape[0] if end is None else min(end, self.rows.shape[0])
+        if (kernels := _kernels(self.rows.device.type)) is not None:
+            return kernels.rows(self, start, end, dtype)
         return (self.rows[start:end].float() * self.scales[start:end, None]).to(dtype)
+
+
+@cache
+def _kernels(device_type: str) -> ModuleType | None:
+    """What dequantizes on a GPU in one pass; None where torch's operations have to."""
+    from teal_kernels.dispatch import available_backends
+
+    if device_type != "cuda" or "triton" not in available_backends("cuda"):
+        return None
+    from teal_kernels.gpu import dequantize
+
+    return dequantize
+
+
+def column_sizes(weight: Tensor) -> Tensor:
+    """The root mean square of each column of weight [K, N], float32 [N]; 1 of a column of zeros."""
+    sizes = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32) / len(weight) ** 0.5
+    return torch.where(sizes > 0, sizes, 1)
+
+
+def int4_rows(codes: Tensor, steps: Tensor, offsets: Tensor) -> Tensor:
+    """Rows as `QuantizedMatrix` has them.
+
+    Args:
+        codes: [K, N] uint8.
+        steps: scales of the groups, [K, groups] float16.
+        offsets: the same shape and dtype.
+    """
+    halves = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    grids = (part.contiguous().view(torch.uint8) for part in (steps, offsets))
+    return torch.cat((halves, *grids), dim=1)
 
 
 def int4_grid(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from teal_cli.errors import MissingError, TealError
 from teal_cli.inference.conversation import Message
 from teal_cli.store import artifacts
 
-_KIND = "chat"
 _ROLES = ("system", "user", "assistant")
 _LARGEST_BYTES = 64_000_000
 
@@ -36,7 +35,7 @@ class Transcript:
                 raise TealError(
                     f"{path} exists and is no conversation", hint="Choose another name."
                 )
-            artifacts.write_manifest(path, _KIND, payload)
+            artifacts.write_manifest(path, artifacts.CHAT, payload)
         except OSError as error:
             raise TealError(f"{path} cannot be written: {error.strerror}") from None
 
@@ -58,12 +57,12 @@ class Transcript:
             raise TealError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             raise TealError(f"{path} is no conversation: {error}") from None
-        if not isinstance(content, dict) or content.get("kind") != _KIND:
+        if not isinstance(content, dict) or content.get("kind") != artifacts.CHAT:
             raise TealError(f"{path} is no conversation that teal saved")
-        if content.get("schema") != artifacts.SCHEMA:
+        if content.get("schema") != artifacts.SCHEMAS[artifacts.CHAT]:
             raise TealError(
                 f"{path} has format {content.get('schema')!r}, this version of teal reads "
-                f"{artifacts.SCHEMA}"
+                f"{artifacts.SCHEMAS[artifacts.CHAT]}"
             )
         messages = content.get("messages")
         if not isinstance(messages, list) or not all(map(_is_message, messages)):

@@ -25,7 +25,7 @@ Quantized = QuantizedMatrix | QuantizedRows
 class Quantization:
     """The projections as integers, and the lm_head as int8 if `head` is set.
 
-    int8 has a scale an output. In int4, `group` neighbouring outputs of an input channel share a
+    An output has a scale. In int4, `group` neighbouring outputs of an input channel share a second
     scale and an offset; the last group of a row may be smaller. Embedding, norms and biases stay
     in the checkpoint's dtype.
     """
@@ -45,8 +45,8 @@ class Quantization:
         return columns // 2 + 4 * -(-columns // self.group)
 
     def scale_bytes(self, columns: int) -> int:
-        """Bytes of a matrix outside its rows: the scales of int8."""
-        return 0 if self.group else 4 * columns
+        """Bytes of a matrix outside its rows: a float32 scale an output."""
+        return 4 * columns
 
     def quantizes(self, name: str) -> bool:
         """Whether the tensor of this name in a checkpoint is stored as integers."""
@@ -67,24 +67,22 @@ class Quantization:
                 )
 
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, Stored]:
-        """What the files hold of a tensor that is quantized; scales, if apart, come first.
+        """What the files hold of a tensor that is quantized; its scales come first.
 
-        An odd number of bytes could otherwise put the scales where no float may begin.
+        An odd number of bytes could otherwise put them where no float may begin.
         """
-        if name == "lm_head":
-            scales, rows = Stored(shape[:1], torch.float32), Stored(shape, torch.int8)
-        elif self.group:
-            return {name: Stored((shape[0], self.row_bytes(shape[1])), torch.uint8)}
-        else:
-            scales, rows = Stored(shape[1:], torch.float32), Stored(shape, torch.int8)
-        return {_scales(name): scales, name: rows}
+        outputs = shape[0] if name == "lm_head" else shape[1]
+        rows = Stored(shape, torch.int8)
+        if self.group and name != "lm_head":
+            rows = Stored((shape[0], self.row_bytes(outputs)), torch.uint8)
+        return {_scales(name): Stored((outputs,), torch.float32), name: rows}
 
     def load(self, name: str, tensors: Mapping[str, Tensor], columns: int) -> Quantized:
         """The tensor of this name out of what the files hold; `columns` is its last size."""
+        rows, scales = tensors[name], tensors[_scales(name)]
         if name == "lm_head":
-            return QuantizedRows(tensors[name], tensors[_scales(name)])
-        scales = None if self.group else tensors[_scales(name)]
-        return QuantizedMatrix(tensors[name], scales, columns, self.group)
+            return QuantizedRows(rows, scales)
+        return QuantizedMatrix(rows, scales, columns, self.group)
 
     def round(self, name: str, weight: Tensor) -> Quantized:
         """Round the tensor of this name in a checkpoint to the nearest integers."""
@@ -94,13 +92,11 @@ class Quantization:
                 torch.cat([part.rows for part in heads]), torch.cat([part.scales for part in heads])
             )
         if self.group:
-            parts = [QuantizedMatrix.int4(rows, self.group) for rows in weight.split(_BLOCK)]
-            rows, scales = torch.cat([part.rows for part in parts]), None
-        else:
-            parts = [QuantizedMatrix.int8(columns) for columns in weight.split(_BLOCK, dim=1)]
-            rows = torch.cat([part.rows for part in parts], dim=1)
-            scales = torch.cat([part.scales for part in parts if part.scales is not None])
-        return QuantizedMatrix(rows, scales, weight.shape[1], self.group)
+            return QuantizedMatrix.int4(weight, self.group)
+        parts = [QuantizedMatrix.int8(columns) for columns in weight.split(_BLOCK, dim=1)]
+        rows = torch.cat([part.rows for part in parts], dim=1)
+        scales = torch.cat([part.scales for part in parts])
+        return QuantizedMatrix(rows, scales, weight.shape[1], 0)
 
 
 # "+head" is the lm_head in int8 too.
@@ -131,8 +127,7 @@ def quantization(name: str | None) -> Quantization | None:
 
 def tensors_of(quantized: Quantized) -> list[Tensor]:
     """What is stored of it, in the order of `Quantization.stored`."""
-    scales = [] if quantized.scales is None else [quantized.scales]
-    return [*scales, quantized.rows]
+    return [quantized.scales, quantized.rows]
 
 
 def _scales(name: str) -> str:

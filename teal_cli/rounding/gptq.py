@@ -10,7 +10,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from teal_kernels.quantized import QuantizedMatrix, int4_codes, int4_grid
+from teal_kernels.quantized import (
+    QuantizedMatrix,
+    column_sizes,
+    int4_codes,
+    int4_grid,
+    int4_rows,
+)
 from torch import Tensor
 
 # Rows whose errors reach the later blocks in one product (section 3.2 of the paper, step 2).
@@ -31,7 +37,8 @@ def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
     """
     # The largest inputs first, while there are many rows left to make up for them.
     order = hessian.diagonal().argsort(descending=True)
-    left = weight[order].float()
+    columns = column_sizes(weight)
+    left = weight[order] / columns
     factor = _factor(hessian[order[:, None], order])
     shrink = torch.tensor(_SHRINK, device=weight.device)[:, None]
     codes, scales, offsets = [], [], []
@@ -49,9 +56,8 @@ def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
             offsets.append(offset)
         left[start + _BLOCK :].addmm_(beyond.T, errors, alpha=-1)
     back = order.argsort()
-    return QuantizedMatrix.pack(
-        torch.cat(codes)[back], torch.cat(scales)[back], torch.cat(offsets)[back], group
-    )
+    rows = int4_rows(torch.cat(codes)[back], torch.cat(scales)[back], torch.cat(offsets)[back])
+    return QuantizedMatrix(rows, columns, weight.shape[1], group)
 
 
 def _nearest(row: Tensor, shrink: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:

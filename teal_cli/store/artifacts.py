@@ -23,8 +23,9 @@ from teal_cli import __version__
 from teal_cli.errors import MissingError, TealError
 from teal_cli.progress import Reporter
 
-SCHEMA = 1
 CHECKPOINT, MANIFEST = "checkpoint", "manifest.json"  # a converted model: its kind, and its file
+CHAT = "chat"
+SCHEMAS = {CHECKPOINT: 2, CHAT: 1}  # the format of each kind
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = ".partial-"
 _ELSEWHERE = "Or choose another place: TEAL_HOME for teal's files, HF_HOME for the Hub's cache."
@@ -138,7 +139,7 @@ def lock(path: Path, reporter: Reporter) -> Iterator[None]:
 
 def write_manifest(path: Path, kind: str, payload: dict[str, Any]) -> None:
     """Write the JSON that says what an artifact is and what it was made from."""
-    manifest = {"schema": SCHEMA, "kind": kind, "teal": __version__, **payload}
+    manifest = {"schema": SCHEMAS[kind], "kind": kind, "teal": __version__, **payload}
     atomic_write(path, json.dumps(manifest, indent=2).encode())
 
 
@@ -161,9 +162,10 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         ) from None
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         raise TealError(f"{path} is not the manifest of a {kind}")
-    if manifest.get("schema") != SCHEMA:
+    if manifest.get("schema") != SCHEMAS[kind]:
         raise TealError(
-            f"{path} has format {manifest.get('schema')}, this version of teal reads {SCHEMA}",
+            f"{path} has format {manifest.get('schema')}, this version of teal reads "
+            f"{SCHEMAS[kind]}",
             hint="Make it again: `teal convert --force`.",
         )
     return manifest

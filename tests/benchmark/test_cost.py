@@ -48,7 +48,7 @@ def test_tied_weights_are_stored_once() -> None:
 
 
 def test_integers_of_llama_2_7b() -> None:
-    """Rows of 4096 outputs: 4096 bytes, or 2048 and 4 for each of 64 groups of 64."""
+    """Rows of 4096 outputs: 4096 bytes, or 2048 and 4 for each of 64 groups of 64; 4 an output."""
     config, half = SHAPES["llama-2-7b"], {"itemsize": 2, "sparsity": 0.5}
     weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
     scales = 32 * 4 * (3 * 4096 + 4096 + 2 * 11008 + 4096)
@@ -57,7 +57,7 @@ def test_integers_of_llama_2_7b() -> None:
     assert int8.lm_head == 32000 * (4096 + 4)
     assert int8.cache == token_bytes(config, **half).cache
     int4 = token_bytes(config, kind=QUANTIZATIONS["int4"], **half)
-    assert int4.projections == weights // 2 * (32 + 4) // 64
+    assert int4.projections == weights // 2 * (32 + 4) // 64 + scales
     assert int4.lm_head == 32000 * 4096 * 2
 
 

@@ -15,6 +15,7 @@ from benchmark.subjects import TINY
 from teal_cli.benchmark.projections import GpuProjection
 from teal_cli.inference import launches
 from teal_cli.model.decoder import Decoder
+from teal_cli.model.quantization import QUANTIZATIONS
 from teal_cli.model.random_weights import random_decoder
 from teal_cli.progress import Silent
 
@@ -24,12 +25,17 @@ DENSE, SPARSE = 0.0, 0.2
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Decoder:
+def device() -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return random_decoder(TINY, device="cpu", dtype=torch.float16, seed=0)
+        return "cpu"
     if torch.cuda.is_available():
-        return random_decoder(TINY, device="cuda", dtype=torch.float16, seed=0)
+        return "cuda"
     pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def decoder(device: str) -> Decoder:
+    return random_decoder(TINY, device=device, dtype=torch.float16, seed=0)
 
 
 @pytest.mark.parametrize("name", launches.MATRICES)
@@ -46,6 +52,16 @@ def test_the_lm_head_drops_nothing(decoder: Decoder) -> None:
     projection = GpuProjection(decoder, "logits")
     projection.use(projection.choices[DENSE])
     assert projection.keep(0.5) == 0
+    assert projection.seconds() > 0
+
+
+@pytest.mark.parametrize(("name", "sparsity"), [("o", 0.5), ("logits", 0.0)])
+def test_integers_are_measured_alike(name: str, sparsity: float, device: str) -> None:
+    kind = QUANTIZATIONS["int4+head"]
+    decoder = random_decoder(TINY, device=device, dtype=torch.float16, seed=0, kind=kind)
+    projection = GpuProjection(decoder, name)
+    projection.use(projection.launches_at(sparsity, projection.choices))
+    assert projection.keep(sparsity) == sparsity
     assert projection.seconds() > 0
 
 

@@ -126,13 +126,13 @@ def assert_close_quantized(y: torch.Tensor, expected: torch.Tensor, case: Any) -
     wide = weight.dequantize().double().abs()
     bound = torch.finfo(torch.float32).eps * (len(x) ** 0.5 + 2) * (x @ wide)
     if weight.group:
-        scales, offsets = (
+        steps, offsets = (
             weight.rows[:, weight.columns // 2 :].contiguous().view(torch.float16).double()
         ).chunk(2, dim=1)
         group = torch.arange(weight.columns) // weight.group
-        products = (x[:, None] * scales)[:, group]
+        products = (x[:, None] * steps)[:, group] * weight.scales
         # Codes and offsets are summed apart: their sizes count, not that of the weights.
-        size = products.sum(0) * 15 + (x @ offsets.abs())[group]
+        size = products.sum(0) * 15 + (x @ offsets.abs())[group] * weight.scales
         bound += torch.finfo(torch.float32).eps * (len(x) ** 0.5 + 2) * size
         bound += products.amax(0) * 15 * 2**-16 * len(x)
     error = (y.double() - expected).abs()
@@ -148,7 +148,7 @@ def test_quantized(
     inputs: int, offsets: tuple[int, ...], sparsity: float, group: int, threads: int
 ) -> None:
     case = make_case(inputs, offsets, sparsity, torch.float32)
-    matrix = quantize(case.weight, group)
+    matrix = quantize(case.weight * torch.logspace(0, 2, offsets[-1]), group)
     bias = torch.randn(offsets[-1])
     wide = case._replace(weight=matrix.dequantize())
     quantized = case._replace(weight=matrix)

@@ -33,6 +33,7 @@ _TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -111,3 +112,26 @@ def test_all_kernels_compile(
     kernels = {"embed_kernel", "norm_project_kernel", "attention_kernel", "combine_project_kernel"}
     kernels |= {"activate_project_kernel", "logits_kernel", "best_kernel", "advance_kernel"}
     assert set(compiler.compiled) == kernels | {"peak_kernel", "select_kernel"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_what_prefill_dequantizes_with_compiles(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from teal_kernels.gpu import dequantize
+    from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
+
+    compiler, kernel = _Compiler(90), dequantize.dequantize_kernel
+
+    class Launched:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, num_warps, **constants: compiler(
+                False, kernel, grid, num_warps, *args, **constants
+            )
+
+    monkeypatch.setattr(dequantize, "dequantize_kernel", Launched())
+    weight = torch.ones(4, 256)
+    dequantize.columns(QuantizedMatrix.int8(weight), 0, 256, dtype)
+    dequantize.columns(QuantizedMatrix.int4(weight, 64), 3, 70, dtype)
+    dequantize.rows(QuantizedRows.int8(weight), 1, 3, dtype)
+    assert len(compiler.compiled["dequantize_kernel"]) == 3

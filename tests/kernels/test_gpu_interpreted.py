@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-FILES = ("test_gpu.py", "test_gpu_step.py", "test_gpu_sample.py", "../inference/test_stream.py")
+FILES = (
+    "test_gpu.py",
+    "test_gpu_dequantize.py",
+    "test_gpu_step.py",
+    "test_gpu_sample.py",
+    "../inference/test_stream.py",
+)
 
 
 def test_in_the_interpreter() -> None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from teal_kernels.quantized import QuantizedMatrix, QuantizedRows, int4_codes, int4_grid
+from teal_kernels import quantized
+from teal_kernels.quantized import (
+    QuantizedMatrix,
+    QuantizedRows,
+    column_sizes,
+    int4_codes,
+    int4_grid,
+    int4_rows,
+)
 
 
 def random_weight(inputs: int, outputs: int, seed: int = 0) -> torch.Tensor:
@@ -23,25 +31,30 @@ def test_int8_is_within_half_a_step(outputs: int) -> None:
 @pytest.mark.parametrize("group", [64, 128])
 @pytest.mark.parametrize("outputs", [8, 64, 104, 576])
 def test_int4_is_within_half_a_step(outputs: int, group: int) -> None:
-    weight = random_weight(37, outputs)
+    weight = random_weight(37, outputs) * torch.logspace(-2, 2, outputs)
     matrix = QuantizedMatrix.int4(weight, group)
     assert matrix.shape == (37, outputs)
     assert matrix.rows.shape[1] == outputs // 2 + 4 * -(-outputs // group)
+    assert matrix.scales.equal(column_sizes(weight))
     for start in range(0, outputs, group):
-        part = weight[:, start : start + group]
+        end = min(start + group, outputs)
+        scales = matrix.scales[start:end]
+        part = weight[:, start:end] / scales
         step = (part.amax(1) - part.amin(1)) / 15
-        error = (matrix.dequantize(start, min(start + group, outputs)) - part).abs().amax(1)
+        error = (matrix.dequantize(start, end) / scales - part).abs().amax(1)
         # float16 rounds scale and offset.
         assert (error <= step * 0.5 + part.abs().amax(1) * 2**-10).all()
 
 
-def test_int4_rows_hold_codes_scales_and_offsets() -> None:
+def test_int4_rows_hold_codes_steps_and_offsets() -> None:
     codes = torch.arange(16, dtype=torch.uint8).repeat(3, 1)
-    scales = torch.tensor([[1.0, 2.0]] * 3, dtype=torch.float16)
+    steps = torch.tensor([[1.0, 2.0]] * 3, dtype=torch.float16)
     offsets = torch.tensor([[-8.0, 0.5]] * 3, dtype=torch.float16)
-    matrix = QuantizedMatrix.pack(codes, scales, offsets, 8)
+    scales = torch.tensor([1.0, 4.0] * 8)
+    matrix = QuantizedMatrix(int4_rows(codes, steps, offsets), scales, 16, 8)
     assert matrix.rows[0, :8].tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
     expected = [code - 8.0 for code in range(8)] + [code * 2 + 0.5 for code in range(8, 16)]
+    expected = [value * (4 if code % 2 else 1) for code, value in enumerate(expected)]
     assert matrix.dequantize()[1].tolist() == expected
     assert matrix.dequantize(3, 11)[2].tolist() == expected[3:11]
 
@@ -64,16 +77,37 @@ def test_constant_and_outlier_columns(value: float) -> None:
     assert torch.isfinite(QuantizedMatrix.int8(weight).dequantize()).all()
     int8 = QuantizedMatrix.int8(weight).dequantize()
     torch.testing.assert_close(int8[:, 5], weight[:, 5])
-    int4 = QuantizedMatrix.int4(weight, 64).dequantize()
-    torch.testing.assert_close(int4[3], weight[3], rtol=1e-3, atol=0)
+    int4 = QuantizedMatrix.int4(weight, 64)
+    even = weight / int4.scales
+    step = (even.amax(1, keepdim=True) - even.amin(1, keepdim=True)) / 15
+    error = (int4.dequantize() - weight).abs() / int4.scales
+    assert (error <= step * 0.5 + even.abs() * 2**-9).all()
+    assert (step[[row for row in range(16) if row != 3]] < 0.5).all()  # as without the outliers
 
 
 @pytest.mark.parametrize("group", [0, 64])
-def test_multiply_is_the_product_with_the_dequantized(group: int) -> None:
-    weight, x = random_weight(40, 4096 + 72), torch.randn(3, 40, dtype=torch.float64)
+def test_multiply_is_the_product_with_the_dequantized(
+    group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(quantized._TILE_BYTES, "cpu", 40 * 8 * 200)  # tiles of 192 columns
+    weight, x = random_weight(40, 1096), torch.randn(3, 40, dtype=torch.float64)
     matrix = QuantizedMatrix.int4(weight, group) if group else QuantizedMatrix.int8(weight)
     expected = x @ matrix.dequantize().double()
     torch.testing.assert_close(matrix.multiply(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_columns_are_brought_to_one_size(dtype: torch.dtype) -> None:
+    weight = random_weight(1500, 64).to(dtype)
+    weight[:, 5] = 0
+    sizes = column_sizes(weight)
+    expected = weight.double().square().mean(0).sqrt().float()
+    expected[5] = 1
+    torch.testing.assert_close(sizes, expected)
+    # A column of another size is rounded to the same codes, and a power of two loses nothing.
+    powers = 2.0 ** torch.randint(-6, 7, (64,), generator=torch.Generator().manual_seed(2))
+    plain, scaled = (QuantizedMatrix.int4(w, 64) for w in (weight.float(), weight.float() * powers))
+    assert scaled.dequantize().equal(plain.dequantize() * torch.where(sizes == 1, 1, powers))
 
 
 def test_codes_are_the_nearest() -> None:
@@ -93,7 +127,9 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="rows must be"):
         QuantizedMatrix(torch.zeros(4, 16), torch.ones(16), 16, 0)
     with pytest.raises(ValueError, match="scales"):
-        QuantizedMatrix(torch.zeros(4, 16, dtype=torch.int8), None, 16, 0)
+        QuantizedMatrix(torch.zeros(4, 16, dtype=torch.int8), torch.ones(15), 16, 0)
+    with pytest.raises(ValueError, match="scales"):
+        QuantizedMatrix(torch.zeros(4, 16, dtype=torch.int8), torch.ones(16).half(), 16, 0)
 
 
 def test_rows_are_within_half_a_step() -> None:

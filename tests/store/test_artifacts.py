@@ -195,7 +195,7 @@ def test_manifests(tmp_path: Path) -> None:
     assert artifacts.read_manifest(path, "checkpoint")["model"] == "org/model"
     with pytest.raises(TealError, match="not the manifest of a profile"):
         artifacts.read_manifest(path, "profile")
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 99'))
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 99'))
     with pytest.raises(TealError, match="has format 99") as caught:
         artifacts.read_manifest(path, "checkpoint")
     assert "teal convert --force" in str(caught.value.hint)

@@ -138,7 +138,7 @@ def _finish(matrix, layer, first, part, scratch):
             offset = scratch.sums[g]
             for i in range(max(first, g * group) - first, min(last, (g + 1) * group) - first):
                 part[i] += offset
-    elif matrix.scales[layer] != 0:
+    if matrix.scales[layer] != 0:
         for i in range(len(part)):
             part[i] *= load(np.float32, matrix.scales[layer], first + i)
 

@@ -34,7 +34,7 @@ class Matrix(NamedTuple):
     group: int  # columns that share scale and offset of INT4, else 0
     offsets: Any  # int64 [projections + 1], their column bounds
     addresses: Any  # int64 [layers]
-    scales: Any  # int64 [layers], addresses of a float32 a column for INT8; else 0
+    scales: Any  # int64 [layers], addresses of a float32 a column of integers; else 0
 
 
 class Model(NamedTuple):

@@ -6,8 +6,9 @@ Every kernel first waits for the one before it, then lets the next one start: wi
 launch (compute capability 9.0) a kernel's programs move in as those of the last one leave. What
 was written two kernels ago or earlier is safe to read before the wait.
 
-A matrix is given by w_ptr, grid_ptr, groups, its row stride and GROUP (see `Stored`). Columns and
-BLOCK_N count its stored elements, each of which holds several columns when it is quantized.
+A matrix is given by w_ptr, grid_ptr, groups, w_scales_ptr, its row stride and GROUP (see `Stored`).
+Columns and BLOCK_N count its stored elements, each of which holds several columns when it is
+quantized.
 
 The projections put their work under a condition that always holds. It keeps the compiler from
 mixing the tile's loads with what stands before them: on an H100, at sparsity 0.5, gate_up of
@@ -87,16 +88,17 @@ def norm_project_kernel(
     w_ptr,
     grid_ptr,
     groups,
+    w_scales_ptr,
     thresholds_ptr,
     kept_ptr,
     zero_ptr,
     zero_size,
     eps,
     H,
-    stride_wk,
     N0: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
+    STRIDE_K: tl.constexpr,
     GROUP: tl.constexpr,
     ZERO: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -113,7 +115,7 @@ def norm_project_kernel(
     row = tl.program_id(1) * BLOCK_K
     offs_k = row + tl.arange(0, BLOCK_K)
     threshold = tl.load(thresholds_ptr + block)
-    _fetch_ahead(w_ptr, row, H, start, end, stride_wk, AHEAD, PROGRAMS, BLOCK_N)
+    _fetch_ahead(w_ptr, row, H, start, end, STRIDE_K, AHEAD, PROGRAMS, BLOCK_N)
     gain = tl.load(norm_ptr + offs_k, mask=offs_k < H, other=0.0).to(tl.float32)
     _wait(PDL)
     _zero(zero_ptr, zero_size, ZERO)
@@ -123,8 +125,8 @@ def norm_project_kernel(
         first = (start == 0) | (start == N0) | (start == N0 + N1)
         WORDS: tl.constexpr = _words(GROUP, BLOCK_N, N0, N1)
         _accumulate(
-            y_ptr, x, w_ptr, grid_ptr, groups, threshold, kept_ptr + block, first,
-            row, offs_k < H, start, end, stride_wk, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE, WORDS,
+            y_ptr, x, w_ptr, grid_ptr, groups, w_scales_ptr, threshold, kept_ptr + block, first,
+            row, offs_k < H, start, end, STRIDE_K, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE, WORDS,
         )  # fmt: skip
 
 
@@ -135,11 +137,12 @@ def activate_project_kernel(
     w_ptr,
     grid_ptr,
     groups,
+    w_scales_ptr,
     thresholds_ptr,
     kept_ptr,
     INNER,
     N,
-    stride_wk,
+    STRIDE_K: tl.constexpr,
     GROUP: tl.constexpr,
     AHEAD: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -154,13 +157,13 @@ def activate_project_kernel(
     row = tl.program_id(1) * BLOCK_K
     offs_k = row + tl.arange(0, BLOCK_K)
     threshold = tl.load(thresholds_ptr)
-    _fetch_ahead(w_ptr, row, INNER, start, N, stride_wk, AHEAD, PROGRAMS, BLOCK_N)
+    _fetch_ahead(w_ptr, row, INNER, start, N, STRIDE_K, AHEAD, PROGRAMS, BLOCK_N)
     _wait(PDL)
     if row < INNER:  # always; see the module's docstring
         x = _activated(gate_up_ptr, offs_k, INNER)
         _accumulate(
-            y_ptr, x, w_ptr, grid_ptr, groups, threshold, kept_ptr, start == 0,
-            row, offs_k < INNER, start, N, stride_wk, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE,
+            y_ptr, x, w_ptr, grid_ptr, groups, w_scales_ptr, threshold, kept_ptr, start == 0,
+            row, offs_k < INNER, start, N, STRIDE_K, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE,
             _words(GROUP, BLOCK_N, 0, 0),
         )  # fmt: skip
 
@@ -175,19 +178,20 @@ def combine_project_kernel(
     w_ptr,
     grid_ptr,
     groups,
+    w_scales_ptr,
     bias_ptr,
     thresholds_ptr,
     kept_ptr,
     zero_ptr,
     zero_size,
     N,
-    stride_wk,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BIAS: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
+    STRIDE_K: tl.constexpr,
     GROUP: tl.constexpr,
     ZERO: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -208,7 +212,7 @@ def combine_project_kernel(
     row = tl.program_id(1) * BLOCK_K
     offs_k = row + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
-    _fetch_ahead(w_ptr, row, K, start, N, stride_wk, AHEAD, PROGRAMS, BLOCK_N)
+    _fetch_ahead(w_ptr, row, K, start, N, STRIDE_K, AHEAD, PROGRAMS, BLOCK_N)
     threshold = tl.load(thresholds_ptr)
     position = tl.load(position_ptr)
     first = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
@@ -240,8 +244,8 @@ def combine_project_kernel(
         total = tl.where(mask_h, tl.sum(share * sums, axis=0), 1.0)
         x = tl.sum(share * parts, axis=0) / total
         _accumulate(
-            y_ptr, x, w_ptr, grid_ptr, groups, threshold, kept_ptr, start == 0,
-            row, mask_k, start, N, stride_wk, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE,
+            y_ptr, x, w_ptr, grid_ptr, groups, w_scales_ptr, threshold, kept_ptr, start == 0,
+            row, mask_k, start, N, STRIDE_K, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE,
             _words(GROUP, BLOCK_N, 0, 0),
         )  # fmt: skip
 

@@ -87,20 +87,20 @@ _H100_INT4: dict[float, dict[str, Launch]] = {
     DENSE: {
         "qkv": Launch(32, 512, 1),
         "o": Launch(32, 512, 1),
-        "gate_up": Launch(32, 512, 1),
-        "down": Launch(16, 2048, 2),
+        "gate_up": Launch(64, 512, 1),
+        "down": Launch(64, 1024, 2),
     },
     SPARSE: {
-        "qkv": Launch(32, 1024, 1, slots=8, more=8),
-        "o": Launch(32, 512, 1, slots=16, more=8),
-        "gate_up": Launch(32, 512, 1, slots=16, more=4),
-        "down": Launch(32, 512, 1, slots=16, more=8),
+        "qkv": Launch(32, 512, 1),
+        "o": Launch(32, 512, 1),
+        "gate_up": Launch(32, 512, 1),
+        "down": Launch(64, 512, 1, slots=8, more=8),
     },
     SPARSER: {
-        "qkv": Launch(32, 1024, 1, slots=16, more=4),
-        "o": Launch(32, 512, 1, slots=16, more=4),
-        "gate_up": Launch(32, 512, 1, slots=16, more=4),
-        "down": Launch(32, 1024, 1, slots=16, more=4),
+        "qkv": Launch(64, 512, 1, slots=8, more=8),
+        "o": Launch(32, 512, 1),
+        "gate_up": Launch(64, 512, 1, slots=8, more=8),
+        "down": Launch(64, 512, 1, slots=8, more=8),
     },
 }
 # By compute capability and bits of a weight.

@@ -18,8 +18,9 @@ class Stored(NamedTuple):
     """A matrix as kernels read it: its elements, and what turns them into weights."""
 
     elements: Tensor  # floats [K, N], or int32 words [K, N / pack and more]
-    grid: Tensor | None  # int8: scales [N] float32; int4: scales and offsets within the rows
+    grid: Tensor | None  # of int4: scales and offsets of the groups, within the rows
     groups: int  # float16 numbers from a row's scales to its offsets
+    scales: Tensor | None  # of integers: [N] float32
     group: int  # columns that share a scale, 0 for int8
     pack: int  # columns in an element
 
@@ -27,12 +28,12 @@ class Stored(NamedTuple):
     def of(cls, weight: Tensor | QuantizedMatrix) -> Stored:
         """A view of the matrix; nothing is copied."""
         if isinstance(weight, Tensor):
-            return cls(weight, None, 0, FLOATS, 1)
+            return cls(weight, None, 0, None, FLOATS, 1)
         words = weight.rows.view(torch.int32)
-        if weight.scales is not None:
-            return cls(words, weight.scales, 0, 0, 4)
+        if not weight.group:
+            return cls(words, None, 0, weight.scales, 0, 4)
         grid = weight.rows.view(torch.float16)[:, weight.columns // 4 :]
-        return cls(words, grid, weight.groups, weight.group, 8)
+        return cls(words, grid, weight.groups, weight.scales, weight.group, 8)
 
 
 def bits_of(weight: Tensor | QuantizedMatrix | QuantizedRows) -> int:

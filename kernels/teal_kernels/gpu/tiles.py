@@ -56,7 +56,7 @@ def _fetch_ahead(
     K,
     start,
     end,
-    stride_wk,
+    STRIDE_K: tl.constexpr,
     ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,7 +72,7 @@ def _fetch_ahead(
             LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
             offs_k = row + tl.arange(0, ROWS)
             offs_n = start + tl.arange(0, BLOCK_N // LINE) * LINE
-            rows = w_ptr + offs_k.to(tl.int64)[:, None] * stride_wk
+            rows = w_ptr + offs_k.to(tl.int64)[:, None] * STRIDE_K
             inside = (offs_k < K)[:, None] & (offs_n + LINE <= end)[None, :]
             tl.inline_asm_elementwise(
                 """{
@@ -152,7 +152,7 @@ def _load_rows(
     mask,
     start,
     end,
-    stride_wk,
+    STRIDE_K: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WORDS: tl.constexpr,
@@ -162,7 +162,7 @@ def _load_rows(
     GROUP is that of `Stored`; start, end and BLOCK_N count stored elements. Of int4 a scale and an
     offset come with every WORDS of them; of the others, nothing that is used.
     """
-    offs = rows.to(tl.int64)[:, None] * stride_wk
+    offs = rows.to(tl.int64)[:, None] * STRIDE_K
     offs_n = start + tl.arange(0, BLOCK_N)
     inside = mask[:, None] & (offs_n < end)[None, :]
     w = tl.load(w_ptr + offs + offs_n[None, :], mask=inside, other=0, eviction_policy="evict_first")
@@ -201,24 +201,88 @@ def _multiply_int8(x, words):
 
 
 @triton.jit
+def _times_pair(x, y):
+    """Products of the two float16 in each of x and y, uint32."""
+    return tl.inline_asm_elementwise(
+        "mul.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _plus_pair(x, y):
+    """Sums of the two float16 in each of x and y, uint32; after a product one instruction."""
+    return tl.inline_asm_elementwise(
+        "add.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _plus_pairs(a0, a1, a2, a3, b0, b1, b2, b3):
+    return _plus_pair(a0, b0), _plus_pair(a1, b1), _plus_pair(a2, b2), _plus_pair(a3, b3)
+
+
+@triton.jit
+def _split_pair(pair):
+    """The two float16 in each of pair, as float32: side by side in a new last axis."""
+    low = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+    high = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    return tl.join(low.to(tl.float32), high.to(tl.float32))
+
+
+@triton.jit
+def _sum_codes(x, words, MASK: tl.constexpr):
+    """For the interpreter: sums over rows of x float16 times two codes of words, as a pair."""
+    low = tl.sum(x.to(tl.float32) * (words & MASK).to(tl.float32), axis=0) * 2.0**-24
+    high = tl.sum(x.to(tl.float32) * ((words >> 16) & MASK).to(tl.float32), axis=0) * 2.0**-24
+    low = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return low | (high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+
+
+@triton.jit
 def _multiply_int4(x, words, scales, offsets, WORDS: tl.constexpr):
     """Sum over rows of x [R] times the weights in words [R, C], in their order: [8 * C].
 
     Each of the 8 codes in a word is times scales and plus offsets [R, C / WORDS].
+
+    A code n, masked in place, is as the bits of a float16 the subnormal number n * 2^-24, or 16
+    times that: two codes are multiplied and added by one instruction. For products of normal size
+    each group's x is scaled by a power of two, to at most 2^15; a tile's sums keep 11 bits.
     """
-    large = _repeated((x * _LARGE)[:, None] * scales.to(tl.float32), WORDS)
-    y0 = tl.join(_field(large, words, 0xF, 1), _field(large, words, 0xF0000, 1 << 16))
-    y1 = tl.join(_field(large, words, 0xF0, 1 << 4), _field(large, words, 0xF00000, 1 << 20))
-    y2 = tl.join(_field(large, words, 0xF00, 1 << 8), _field(large, words >> 24, 0xF, 1))
-    y3 = tl.join(_field(large, words, 0xF000, 1 << 12), _field(large, words >> 28, 0xF, 1))
+    scaled = x[:, None] * scales.to(tl.float32)
+    exponent = tl.max(tl.abs(scaled), axis=0).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 15), 240)
+    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    units = ((exponent + 10) << 23).to(tl.float32, bitcast=True)
+    large = scaled * up[None, :]
+    if _COMPILED:
+        pair = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $1, $1;", "=r,f", [large], dtype=tl.uint32, is_pure=True, pack=1
+        )
+        pair = _repeated(pair, WORDS)
+        sixteenth = _times_pair(pair, 0x2C002C00)
+        upper = words >> 8
+        products = (
+            _times_pair(pair, words & 0x000F000F),
+            _times_pair(sixteenth, words & 0x00F000F0),
+            _times_pair(pair, upper & 0x000F000F),
+            _times_pair(sixteenth, upper & 0x00F000F0),
+        )
+        y0, y1, y2, y3 = tl.reduce(products, 0, _plus_pairs)
+    else:
+        wide = _repeated(large.to(tl.float16), WORDS)
+        y0, y1 = _sum_codes(wide, words, 0xF), _sum_codes(wide, words >> 4, 0xF)
+        y2, y3 = _sum_codes(wide, words >> 8, 0xF), _sum_codes(wide, words >> 12, 0xF)
+    y02 = tl.join(_split_pair(y0), _split_pair(y2))
+    y13 = tl.join(_split_pair(y1), _split_pair(y3))
+    units = _repeated(units, WORDS)
     offset = _repeated(tl.sum(x[:, None] * offsets.to(tl.float32), axis=0), WORDS)
-    y = tl.join(tl.join(y0, y2), tl.join(y1, y3)) + offset[:, None, None, None]
+    y = tl.join(y02, y13) * units[:, None, None, None] + offset[:, None, None, None]
     return tl.reshape(y, (8 * words.shape[1],))
 
 
 @triton.jit
 def _multiply(x, tile, GROUP: tl.constexpr, WORDS: tl.constexpr):
-    """Sum over rows of x times the weights that `_load_rows` gave; int8's are not scaled yet."""
+    """Sum over rows of x times the weights that `_load_rows` gave; columns are not scaled yet."""
     if GROUP < 0:
         y = tl.sum(x[:, None] * tile[0].to(tl.float32), axis=0)
     elif GROUP == 0:
@@ -252,6 +316,7 @@ def _accumulate(
     w_ptr,
     grid_ptr,
     groups,
+    w_scales_ptr,
     threshold,
     kept_ptr,
     count,
@@ -259,7 +324,7 @@ def _accumulate(
     mask_k,
     start,
     end,
-    stride_wk,
+    STRIDE_K: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -276,7 +341,7 @@ def _accumulate(
     if SLOTS == 0:
         kept = tl.sum(keep.to(tl.int32), axis=0)
         w = _load_rows(
-            w_ptr, grid_ptr, groups, row + tl.arange(0, BLOCK_K), keep, start, end, stride_wk,
+            w_ptr, grid_ptr, groups, row + tl.arange(0, BLOCK_K), keep, start, end, STRIDE_K,
             GROUP, BLOCK_N, WORDS,
         )  # fmt: skip
         y = _multiply(tl.where(keep, x, 0.0), w, GROUP, WORDS)
@@ -289,12 +354,12 @@ def _accumulate(
         kept = tl.sum(counts, axis=0)
         x1, rows1, there1 = _gather(x, bits, counts, row, 0, SLOTS)
         w1 = _load_rows(
-            w_ptr, grid_ptr, groups, rows1, there1, start, end, stride_wk, GROUP, BLOCK_N, WORDS
+            w_ptr, grid_ptr, groups, rows1, there1, start, end, STRIDE_K, GROUP, BLOCK_N, WORDS
         )
         if MORE > 0:
             x2, rows2, there2 = _gather(x, bits, counts, row, SLOTS, MORE)
             w2 = _load_rows(
-                w_ptr, grid_ptr, groups, rows2, there2, start, end, stride_wk, GROUP, BLOCK_N, WORDS
+                w_ptr, grid_ptr, groups, rows2, there2, start, end, STRIDE_K, GROUP, BLOCK_N, WORDS
             )
         y = _multiply(x1, w1, GROUP, WORDS)
         if MORE > 0:
@@ -304,15 +369,15 @@ def _accumulate(
         while first < most:
             x1, rows1, there1 = _gather(x, bits, counts, row, first, SLOTS)
             w1 = _load_rows(
-                w_ptr, grid_ptr, groups, rows1, there1, start, end, stride_wk, GROUP, BLOCK_N, WORDS
+                w_ptr, grid_ptr, groups, rows1, there1, start, end, STRIDE_K, GROUP, BLOCK_N, WORDS
             )
             y += _multiply(x1, w1, GROUP, WORDS)
             first += SLOTS
     PACK: tl.constexpr = _pack(GROUP)
     offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
     mask_n = offs_n < end * PACK
-    if GROUP == 0:
-        y *= tl.load(grid_ptr + offs_n, mask=mask_n, other=0.0)
+    if GROUP >= 0:
+        y *= tl.load(w_scales_ptr + offs_n, mask=mask_n, other=0.0)
     tl.atomic_add(y_ptr + offs_n, _fixed(y_ptr, y), mask=mask_n, sem="relaxed")
     if count:
         tl.atomic_add(kept_ptr, kept, sem="relaxed")

@@ -1,0 +1,81 @@
+"""Integers to floats on the GPU, bit for bit what torch's operations on the CPU give.
+
+On a CUDA device, or on the CPU in Triton's interpreter (see `test_gpu_interpreted.py`).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
+from torch import Tensor
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def _rounded(w: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    if device == "cpu" and dtype == torch.bfloat16:  # Triton's interpreter cuts bits off
+        w = (w.view(torch.int32) & -(1 << 16)).view(torch.float32)
+    return w.to(device, dtype)
+
+
+def _matrix(inputs: int, outputs: int, group: int) -> QuantizedMatrix:
+    weight = torch.randn(inputs, outputs, generator=torch.Generator().manual_seed(outputs))
+    return QuantizedMatrix.int4(weight, group) if group else QuantizedMatrix.int8(weight)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote holds NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("group", [0, 64, 128, 14])
+@pytest.mark.parametrize(
+    ("outputs", "start", "end"),
+    [(8, 0, 8), (104, 3, 70), (104, 101, 104), (576, 64, 320), (576, 63, 576), (1096, 0, 1096)],
+)
+def test_columns(
+    outputs: int, start: int, end: int, group: int, dtype: torch.dtype, device: str
+) -> None:
+    from teal_kernels.gpu import dequantize
+
+    matrix = _matrix(37, outputs, group)
+    expected = _rounded(matrix.dequantize(start, end), dtype, device)
+    assert torch.equal(dequantize.columns(matrix.to(device), start, end, dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16", "fp32"])
+def test_rows(dtype: torch.dtype, device: str) -> None:
+    from teal_kernels.gpu import dequantize
+
+    matrix = QuantizedRows.int8(torch.randn(37, 1096, generator=torch.Generator().manual_seed(3)))
+    expected = _rounded(matrix.dequantize(3, 30), dtype, device)
+    assert torch.equal(dequantize.rows(matrix.to(device), 3, 30, dtype), expected)
+
+
+def test_nothing_is_nothing(device: str) -> None:
+    from teal_kernels.gpu import dequantize
+
+    for group in (0, 64):
+        matrix = _matrix(5, 64, group).to(device)
+        assert dequantize.columns(matrix, 64, 64, torch.float16).shape == (5, 0)
+    rows = QuantizedRows.int8(torch.ones(5, 8)).to(device)
+    assert dequantize.rows(rows, 5, 5, torch.float16).shape == (0, 8)
+
+
+@pytest.mark.parametrize("group", [0, 64])
+def test_a_product_takes_this_way(group: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from teal_kernels import quantized
+    from teal_kernels.gpu import dequantize
+
+    matrix, x = _matrix(37, 200, group), torch.randn(3, 37)
+    expected = x.double() @ matrix.dequantize(5, 190).double()
+    monkeypatch.setattr(quantized, "_kernels", lambda _: dequantize)
+    monkeypatch.setitem(quantized._TILE_BYTES, device, 37 * 4 * 100)  # tiles of 64 columns
+    y = matrix.to(device).multiply(x.to(device), 5, 190)
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-5, atol=1e-5)
