@@ -166,9 +166,16 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         raise TealError(
             f"{path} has format {manifest.get('schema')}, this version of teal reads "
             f"{SCHEMAS[kind]}",
-            hint="Make it again: `teal convert --force`.",
+            hint=f"Make it again: `teal convert {_arguments(manifest)}--force`.",
         )
     return manifest
+
+
+def _arguments(manifest: dict[str, Any]) -> str:
+    """What a checkpoint's manifest of any version says of how it was asked for."""
+    model, quantization = manifest.get("model"), manifest.get("quantization")
+    named = f"{model} " if isinstance(model, str) else ""
+    return named + (f"--quantize {quantization} " if isinstance(quantization, str) else "")
 
 
 @contextmanager

@@ -198,7 +198,7 @@ def test_manifests(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"schema": 2', '"schema": 99'))
     with pytest.raises(TealError, match="has format 99") as caught:
         artifacts.read_manifest(path, "checkpoint")
-    assert "teal convert --force" in str(caught.value.hint)
+    assert "`teal convert org/model --force`" in str(caught.value.hint)
     for damaged in ("", "{", "[]", "\x00"):
         path.write_text(damaged)
         with pytest.raises(TealError):
