@@ -6,10 +6,15 @@ import functools
 import inspect
 import io
 import logging
+import math
 import os
+import signal
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +29,8 @@ from teal_cli.commands.eval import evaluate
 from teal_cli.commands.models import models
 from teal_cli.options import QuietOption, VerboseOption
 
+# An error this soon after Ctrl-C comes of it: torch, broken off while it reads, has one of its own.
+_SAME_CAUSE_S = 2.0
 _COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "bench": bench,
@@ -120,7 +127,8 @@ def _with_output_options(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*, quiet: bool, verbose: bool, **arguments: Any) -> None:
         console.configure(quiet=quiet, verbose=verbose)
         _set_up_libraries()
-        command(**arguments)
+        with _interruptible():
+            command(**arguments)
 
     flags = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
@@ -131,6 +139,34 @@ def _with_output_options(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapped
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Have Ctrl-C end the block quietly, even where a library makes another error of it."""
+    pressed_s = -math.inf
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed_s
+        pressed_s = time.monotonic()
+        signal.default_int_handler(number, frame)
+
+    heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heard:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.end_line()
+        raise
+    except Exception as error:
+        if time.monotonic() - pressed_s > _SAME_CAUSE_S:
+            raise
+        console.end_line()
+        raise KeyboardInterrupt from error
+    finally:
+        if heard:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _set_up_libraries() -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -76,20 +77,47 @@ def print_table(
 ) -> None:
     """Print a table on stdout: the first column to the left, figures to the right.
 
-    Never cropped to the terminal's width, so that a pipe gets every figure.
+    A terminal that is too narrow gets it in parts, each with the first column; a pipe as it is.
     """
     widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (columns, *rows)
-    ]
     if title:
         print(styled(title, BOLD, sys.stdout))
-    print(styled(lines[0], _DIM, sys.stdout))
-    print("\n".join(lines[1:]), flush=True)
+    for number, part in enumerate(_parts(widths)):
+        lines = [
+            "  ".join(
+                row[index].rjust(widths[index]) if index else row[index].ljust(widths[index])
+                for index in part
+            ).rstrip()
+            for row in (columns, *rows)
+        ]
+        if number:
+            print()
+        print(styled(lines[0], _DIM, sys.stdout))
+        print("\n".join(lines[1:]), flush=True)
+
+
+def _parts(widths: Sequence[int]) -> list[list[int]]:
+    """The columns of each part of a table that is to fit the terminal."""
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    parts = [[0]]
+    for index in range(1, len(widths)):
+        part = [*parts[-1], index]
+        if len(part) > 2 and sum(widths[i] + 2 for i in part) - 2 > room:
+            parts.append([0, index])
+        else:
+            parts[-1] = part
+    return parts
+
+
+def print_groups(groups: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> None:
+    """Print titles on stdout, each with its rows below it, the cells of all rows lined up."""
+    columns = zip(*(row for _, rows in groups for row in rows), strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    for title, rows in groups:
+        print(styled(title, BOLD, sys.stdout))
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            print(f"  {'  '.join(cells)}".rstrip())
 
 
 def print_error(message: str, hint: str | None = None) -> None:
@@ -110,6 +138,12 @@ def report(error: Exception) -> int:
     explained = explain(error)
     print_error(explained.message, explained.hint)
     return explained.exit_code
+
+
+def end_line() -> None:
+    """Leave the line that a terminal has begun with `^C`."""
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
 
 
 def confirm(question: str) -> bool:
@@ -161,6 +195,13 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_rate(per_s: float, unit: str) -> str:
+    """A rate, or, where that is below one a second, how long each takes."""
+    if per_s < 1 and unit != "B":
+        return f"{format_seconds(1 / per_s)} each"
+    return f"{format_amount(per_s, unit)}/s"
 
 
 class _LineTask:
@@ -224,7 +265,7 @@ class ConsoleReporter:
             done = line.done
         elapsed = max(time.monotonic() - started, 1e-9)
         amount = f"{format_amount(done, unit)} in " if done else ""
-        rate = f", {format_amount(done / elapsed, unit)}/s" if done and elapsed > 0.1 else ""
+        rate = f", {format_rate(done / elapsed, unit)}" if done and elapsed > 0.1 else ""
         self.note(f"{label}: {amount}{format_seconds(elapsed)}{rate}")
 
     @contextmanager
@@ -257,7 +298,7 @@ def _new_progress() -> Progress:
             if task.total is not None:
                 text = f"{text.removesuffix(unit).rstrip()} of {format_amount(task.total, unit)}"
             if task.speed:
-                text = f"{text}, {format_amount(task.speed, unit)}/s"
+                text = f"{text}, {format_rate(task.speed, unit)}"
             return Text(text, no_wrap=True)
 
     return Progress(

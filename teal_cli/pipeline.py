@@ -6,14 +6,13 @@ download → convert → calibrate, each cached; the commands eval, chat and ben
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teal_cli.errors import MissingError, TealError, UsageError
 from teal_cli.model.checkpoint import MANIFEST, Checkpoint
-from teal_cli.progress import Reporter
+from teal_cli.progress import Reporter, Silent
 from teal_cli.store import artifacts, hub, models, paths
 from teal_cli.store.models import ModelRef
 
@@ -135,6 +134,7 @@ def ensure_profile(
 
     path = profile_path(checkpoint)
     if path.exists():
+        artifacts.remove_leftovers(_work_dir(path))
         profile = Profile.load(path)
         profile.check(checkpoint.config, checkpoint.fingerprint)
         return profile
@@ -198,14 +198,14 @@ def make_profile(
     from teal_cli.inference.device import pick_device
     from teal_cli.sparsity import presets, streaming
     from teal_cli.sparsity.calibrate import calibrate
-    from teal_cli.sparsity.profile import METHODS
+    from teal_cli.sparsity.profile import METHODS, Profile
 
     path = profile_path(checkpoint)
     before = _modified(path)
     corpus, tokens = _read_text(
         settings, checkpoint.tokenizer(), checkpoint.config, offline, reporter
     )
-    work_dir = paths.cache_dir() / "calibration" / path.parent.name / path.stem
+    work_dir = _work_dir(path)
     with artifacts.lock(path, reporter):
         method = method or METHODS[0]
         base = _same_text(path, checkpoint, settings, corpus.fingerprint)
@@ -215,6 +215,7 @@ def make_profile(
         if force:
             base = None
         artifacts.remove_leftovers(path)
+        artifacts.remove_leftovers(work_dir)
         reporter.note(
             f"calibrating {checkpoint.name} on {corpus.name} ({corpus.part}): "
             f"{len(tokens)} windows of {tokens.shape[1]} tokens → {path}"
@@ -232,14 +233,56 @@ def make_profile(
             work_dir=work_dir,
             reporter=reporter,
         )
-        profile.save(path)
-        shutil.rmtree(work_dir, ignore_errors=True)
+        with artifacts.spent(work_dir):
+            profile.save(path)
+    return Profile.load(path)  # as every later run sees it: rounded to float32
+
+
+def made_as_asked(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Profile | None:
+    """The profile that is there, if it belongs to the checkpoint and was made as asked.
+
+    Args:
+        checkpoint: the model.
+        given: fields of `CalibrationSettings` that the user gave.
+    """
+    from teal_cli.sparsity import presets
+    from teal_cli.sparsity.profile import Profile
+    from teal_cli.text.corpora import is_file, load_corpus
+
+    path = profile_path(checkpoint)
+    if not path.exists():
+        if given or checkpoint.quantization is not None:
+            return None
+        return presets.preset_for(checkpoint.name)
+    artifacts.remove_leftovers(_work_dir(path))
+    try:
+        profile = Profile.load(path)
+        profile.check(checkpoint.config, checkpoint.fingerprint)
+    except TealError:  # damaged, or the model has changed since
+        return None
+    made = {**profile.provenance.get("settings", {}), "dataset": profile.provenance.get("dataset")}
+    if any(made.get(name) != value for name, value in given.items()):
+        return None
+    if "dataset" in given and is_file(given["dataset"]):
+        corpus = load_corpus(
+            given["dataset"],
+            split_role="calibration",
+            column=given.get("column"),
+            reporter=Silent(),
+        )
+        if corpus.fingerprint != profile.provenance.get("dataset_fingerprint"):
+            return None
     return profile
 
 
 def profile_path(checkpoint: Checkpoint) -> Path:
     """Where the checkpoint's profile is, or will be."""
     return paths.profile_path(checkpoint.folder.parent.name, checkpoint.folder.name)
+
+
+def _work_dir(profile: Path) -> Path:
+    """What a calibration of this profile has done so far."""
+    return paths.cache_dir() / "calibration" / profile.parent.name / profile.stem
 
 
 def _read_text(

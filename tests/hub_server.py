@@ -51,6 +51,8 @@ class Faults:
 
     status: int | None = None  # of every answer
     download_status: int | None = None  # of every GET of a file's bytes
+    busy: int = 0  # so many GETs of a file's bytes are told to come back later
+    sent_bytes: int | None = None  # of a file, with a Content-Length to match, instead of all
     drop_after: int | None = None  # bytes of a weight file, then the connection breaks
     drops: int = 1  # how many times
     stall_after: int | None = None  # bytes of a weight file, then nothing more comes
@@ -97,8 +99,7 @@ def running() -> Iterator[Hub]:
     hub = Hub()
 
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     hub.cdn = f"http://localhost:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -110,6 +111,15 @@ def running() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of clients that went away: tests kill them."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -215,9 +225,15 @@ class _Handler(BaseHTTPRequestHandler):
         if faults.download_status is not None:
             self._refuse(faults.download_status, "", "out of order")
             return
+        if faults.busy > 0:
+            faults.busy -= 1
+            self._refuse(429, "", "too many requests")
+            return
         start = int((self.headers.get("Range") or "bytes=0-")[len("bytes=") :].split("-")[0])
         if faults.corrupt:
             content = content[:-1] + bytes([content[-1] ^ 1])
+        if faults.sent_bytes is not None:
+            content = content.ljust(faults.sent_bytes, b"?")[: faults.sent_bytes]
         self.send_response(206 if "Range" in self.headers else 200)
         self.send_header("Content-Length", str(len(content) - start))
         if "Range" in self.headers:
@@ -240,6 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        headers |= {"Retry-After": "0"} if status == 429 else {}
         self._send(json.dumps({"error": message}).encode(), headers, status)
 
     def _send(self, content: bytes, headers: dict[str, str], status: int = 200) -> None:

@@ -190,14 +190,13 @@ def _statistics(chat: Chat, finish: Finish) -> str:
     parts = [f"{stats.new_tokens} token{'' if stats.new_tokens == 1 else 's'}"]
     if stats.tokens_per_s is not None:
         parts.append(f"{stats.tokens_per_s:.1f} tokens/s")
-    parts.append(f"first token after {stats.time_to_first_token_s:.2f} s")
+    parts.append(f"first token {stats.time_to_first_token_s:.2f} s")
     if not chat.sparsity:
         parts.append("dense")
     elif stats.realised_sparsity is None:
         parts.append(f"sparsity {chat.sparsity:.0%}")
     else:
         parts.append(f"sparsity {chat.sparsity:.0%}, realised {stats.realised_sparsity:.1%}")
-    parts.append(chat.session.backend)
     if finish.reason in _ENDINGS:
         parts.append(_ENDINGS[finish.reason])
     return " · ".join(parts)

@@ -12,6 +12,7 @@ from teal_cli.errors import TealError
 
 def talk(chat: Chat) -> None:
     """Answer turn after turn until the user leaves; nothing that fails ends the chat."""
+    console.print_dim(f"{chat.model}, {slash.sparsity_of(chat)}")
     console.print_dim("/help lists the commands, Ctrl-C ends an answer, Ctrl-D leaves.")
     if not chat.conversation.has_template:
         console.print_dim("This model has no chat template: it continues what you write.")

@@ -72,7 +72,7 @@ def _sparsity(chat: Chat, argument: str) -> Outcome:
         except ValueError:
             raise UsageError(f"sparsity is a number from 0 to below 1, not {argument!r}") from None
         chat.set_sparsity(value)
-    return Outcome(f"sparsity {_sparsity_of(chat)}")
+    return Outcome(sparsity_of(chat))
 
 
 def _set(chat: Chat, argument: str) -> Outcome:
@@ -89,7 +89,7 @@ def _show(chat: Chat, _: str) -> Outcome:
     rows = [
         ("model", chat.model),
         ("runs on", f"{session.decoder.device}, {chat.weights}, {session.backend}"),
-        ("sparsity", _sparsity_of(chat)),
+        ("sparsity", sparsity_of(chat).removeprefix("sparsity ")),
         ("settings", _settings(chat)),
         ("context", f"{_context(chat)}, then {conversation.overflow}"),
         ("system", conversation.system or "the template's own, if it has one"),
@@ -176,10 +176,11 @@ def _path(argument: str) -> Path:
     return Path(os.path.expanduser(printable(argument)))
 
 
-def _sparsity_of(chat: Chat) -> str:
+def sparsity_of(chat: Chat) -> str:
+    """The sparsity that answers have, and what shared it out."""
     if not chat.sparsity:
-        return "0 (dense)"
-    return f"{chat.sparsity:g}, by {chat.method or chat.profile().default_method}"
+        return "sparsity 0 (dense)"
+    return f"sparsity {chat.sparsity:g}, by {chat.method or chat.profile().default_method}"
 
 
 def _settings(chat: Chat) -> str:

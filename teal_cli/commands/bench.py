@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from teal_cli.benchmark.bandwidth import Bandwidth
     from teal_cli.benchmark.bench import Settings
     from teal_cli.benchmark.result import CardRow
+    from teal_cli.benchmark.subject import Subject
     from teal_cli.model.decoder import Decoder
     from teal_cli.progress import Reporter
 
@@ -137,14 +138,11 @@ def bench(
     import torch
 
     from teal_cli import exports, pipeline
-    from teal_cli.benchmark import bandwidth, bench, report, result, subject
-    from teal_cli.benchmark import plot as figure
+    from teal_cli.benchmark import bench, subject
     from teal_cli.benchmark import tune as tuning
-    from teal_cli.environment import environment
     from teal_cli.inference.device import pick_device
     from teal_cli.model.quantization import quantization
     from teal_cli.store import models
-    from teal_cli.store.artifacts import atomic_write
 
     exports.check_table(output)
     exports.check_figure(plot)
@@ -185,15 +183,31 @@ def bench(
             checkpoint, device=device, offline=offline, reporter=reporter
         )
         tested = subject.model_subject(checkpoint, profile, method, settings, target_device)
-    measured = bandwidth.measure_bandwidth(target_device)
+    _measure(tested, settings, output, plot, json, reporter)
+
+
+def _measure(
+    tested: Subject,
+    settings: Settings,
+    output: Path | None,
+    plot: Path | None,
+    json: bool,
+    reporter: Reporter,
+) -> None:
+    """Measure decoding; print, write and draw what was found."""
+    from teal_cli.benchmark import bandwidth, bench, report, result
+    from teal_cli.environment import environment
+    from teal_cli.store.artifacts import atomic_write
+
     decoder = tested.decoder
+    measured = bandwidth.measure_bandwidth(decoder.device)
     card = result.cost_card(
         decoder.config,
         measured,
         itemsize=decoder.dtype.itemsize,
         quantization=decoder.weights.quantization,
         position=settings.mean_position,
-        sparsities=sparsities,
+        sparsities=settings.sparsities,
     )
     if not json:
         _print_card(card, measured)
@@ -202,7 +216,7 @@ def bench(
     )
     found = result.BenchResult(
         model=tested.description | {"shape": asdict(decoder.config)},
-        environment=environment(target_device),
+        environment=environment(decoder.device),
         settings=asdict(settings),
         bandwidth=measured,
         card=card,
@@ -218,7 +232,10 @@ def bench(
     if output is not None:
         atomic_write(output, report.render(found, output.suffix.lower()).encode())
     if plot is not None:
-        atomic_write(plot, figure.draw(found, plot.suffix.lower()))
+        from teal_cli.benchmark.plot import draw
+
+        atomic_write(plot, draw(found, plot.suffix.lower()))
+        reporter.note(f"plot: {plot}")
 
 
 def _run_kernels(

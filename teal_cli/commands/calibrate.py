@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from teal_cli import console
-from teal_cli.errors import TealError, UsageError
+from teal_cli.errors import UsageError
 from teal_cli.model.sites import PROJECTIONS, SITE_OF, SITES
 from teal_cli.options import (
     ColumnOption,
@@ -131,40 +131,22 @@ def calibrate(
         _show(model, revision, dtype, quantize, method, look, json=json)
         return
     _check_no_show(given, look, import_dir, {"method": method, "quantize": quantize})
-    reporter = console.reporter()
 
     from teal_cli import pipeline
     from teal_cli.store import models
 
+    ref = models.resolve(model, revision)
+    where: dict[str, Any] = {"device": device, "offline": offline, "reporter": console.reporter()}
     checkpoint = pipeline.ensure_checkpoint(
-        models.resolve(model, revision),
-        dtype=dtype,
-        quantize=quantize,
-        device=device,
-        token=token,
-        offline=offline,
-        reporter=reporter,
+        ref, dtype=dtype, quantize=quantize, token=token, **where
     )
     limit = checkpoint.config.max_position_embeddings
     if seq_len is not None and seq_len > limit:
         raise UsageError(f"--seq-len {seq_len} is beyond this model's context of {limit} tokens")
-    found = None if force or import_dir else _made_as_asked(checkpoint, given)
     if import_dir is not None:
-        profile = _import(checkpoint, import_dir, reporter)
-    elif found is not None and (method is None or method in found.methods):
-        profile = found
-        reporter.note("up to date: --force calibrates again")
+        profile = _import(checkpoint, import_dir, where["reporter"])
     else:
-        before = found.provenance.get("settings", {}) if found is not None else {}
-        profile = pipeline.make_profile(
-            checkpoint,
-            pipeline.CalibrationSettings(**(before | given)),
-            method=method,
-            force=force,
-            device=device,
-            offline=offline,
-            reporter=reporter,
-        )
+        profile = _learn(checkpoint, given, method, force=force, **where)
     path = pipeline.profile_path(checkpoint)
     _report(profile, path if path.exists() else None, json=json)
 
@@ -204,6 +186,35 @@ def _check_show(others: dict[str, Any], look: _Look) -> None:
             )
     if look.site is not None and look.layer is None:
         raise UsageError("--site goes with --layer")
+
+
+def _learn(
+    checkpoint: Checkpoint,
+    given: dict[str, Any],
+    method: str | None,
+    *,
+    force: bool,
+    device: str,
+    offline: bool,
+    reporter: Reporter,
+) -> Profile:
+    """The profile that is there, if it was made as asked, else a new one."""
+    from teal_cli import pipeline
+
+    found = None if force else pipeline.made_as_asked(checkpoint, given)
+    if found is not None and (method is None or method in found.methods):
+        reporter.note("up to date: --force calibrates again")
+        return found
+    before = found.provenance.get("settings", {}) if found is not None else {}
+    return pipeline.make_profile(
+        checkpoint,
+        pipeline.CalibrationSettings(**(before | given)),
+        method=method,
+        force=force,
+        device=device,
+        offline=offline,
+        reporter=reporter,
+    )
 
 
 def _import(checkpoint: Checkpoint, folder: Path, reporter: Reporter) -> Profile:
@@ -259,39 +270,6 @@ def _show(
 
         artifacts.atomic_write(look.plot, draw(summary, look.plot.suffix.lower()))
         console.reporter().note(f"plot: {look.plot}")
-
-
-def _made_as_asked(checkpoint: Checkpoint, given: dict[str, Any]) -> Profile | None:
-    """The profile that is there, if it belongs to the checkpoint and was made as asked."""
-    from teal_cli import pipeline
-    from teal_cli.progress import Silent
-    from teal_cli.sparsity import presets
-    from teal_cli.sparsity.profile import Profile
-    from teal_cli.text.corpora import is_file, load_corpus
-
-    path = pipeline.profile_path(checkpoint)
-    if not path.exists():
-        if given or checkpoint.quantization is not None:
-            return None
-        return presets.preset_for(checkpoint.name)
-    try:
-        profile = Profile.load(path)
-        profile.check(checkpoint.config, checkpoint.fingerprint)
-    except TealError:  # damaged, or the model has changed since
-        return None
-    made = {**profile.provenance.get("settings", {}), "dataset": profile.provenance.get("dataset")}
-    if any(made.get(name) != value for name, value in given.items()):
-        return None
-    if "dataset" in given and is_file(given["dataset"]):
-        corpus = load_corpus(
-            given["dataset"],
-            split_role="calibration",
-            column=given.get("column"),
-            reporter=Silent(),
-        )
-        if corpus.fingerprint != profile.provenance.get("dataset_fingerprint"):
-            return None
-    return profile
 
 
 def _document(profile: Profile, path: Path | None) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def chat(
     if text is None:
         talk(chat)
     elif answer(chat, text).finish.reason == "interrupted":
-        raise KeyboardInterrupt
+        raise typer.Exit(130)
 
 
 def _conversation(

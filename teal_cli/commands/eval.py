@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -26,14 +26,10 @@ from teal_cli.options import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
-    from teal_cli.evaluation.comparison import QualityReport, Setting
-    from teal_cli.evaluation.protocols import ProtocolName
-    from teal_cli.evaluation.tasks import TasksReport
+    from teal_cli.evaluation.comparison import QualityReport
+    from teal_cli.evaluation.report import Report
+    from teal_cli.evaluation.run import Form
     from teal_cli.model.checkpoint import Checkpoint
-    from teal_cli.model.decoder import Decoder
-    from teal_cli.progress import Reporter
     from teal_cli.sparsity.profile import Profile
 
 MethodsOption = Annotated[
@@ -150,62 +146,97 @@ def evaluate(
     sparsities = parse_sparsities(sparsity)
     methods = None if method is None else _entries(method, "--method")
     specs = None if tasks is None else _entries(tasks, "--tasks")
-    text_only = {"dataset": dataset, "column": column, "plot": plot}
-    if specs and (given := [name for name, value in text_only.items() if value is not None]):
-        raise UsageError(f"--{given[0]} is for perplexity: leave it out, or --tasks")
-    task_only = {"limit": limit, "num-fewshot": num_fewshot}
-    if not specs and (given := [name for name, value in task_only.items() if value is not None]):
-        raise UsageError(f"--{given[0]} is about tasks: it needs --tasks")
     kinds = _quantizations(quantize)
-    if specs and len(kinds) > 1:
-        raise UsageError("--tasks runs one model: name one quantization")
+    _check(
+        specs,
+        kinds,
+        text_only={"dataset": dataset, "column": column, "plot": plot},
+        task_only={"limit": limit, "num-fewshot": num_fewshot},
+    )
     reporter = console.reporter()
 
     from teal_cli import exports, pipeline
-    from teal_cli.evaluation import comparison, report
+    from teal_cli.evaluation.run import Run
     from teal_cli.evaluation.tasks import require_lm_eval
     from teal_cli.inference.device import pick_device
     from teal_cli.store import models
-    from teal_cli.store.artifacts import atomic_write
 
     exports.check_table(output)
     exports.check_figure(plot)
     if specs:
         require_lm_eval()
     target_device = pick_device(device)
-
-    def checkpoint(kind: str | None) -> Checkpoint:
-        return pipeline.ensure_checkpoint(
-            models.resolve(model, revision),
-            dtype=dtype,
-            quantize=kind,
-            device=device,
-            token=token,
-            offline=offline,
-            reporter=reporter,
-        )
-
-    subjects = []
+    where: dict[str, Any] = {"device": device, "offline": offline, "reporter": reporter}
+    checkpoint = partial(
+        pipeline.ensure_checkpoint, models.resolve(model, revision), dtype=dtype, token=token
+    )
+    forms = []
     for kind in kinds:
-        made = checkpoint(kind)
-        profile = pipeline.ensure_profile(made, device=device, offline=offline, reporter=reporter)
-        chosen = methods or (profile.default_method,)
-        settings = comparison.settings_for(profile, chosen, sparsities)
-        if kind and not specs:
-            settings = comparison.on_quantized(kind, settings)
-        subjects.append(_Subject(made, profile, settings))
+        made = checkpoint(quantize=kind, **where)
+        profile = pipeline.ensure_profile(made, **where)
+        forms.append(_form(made, profile, methods, sparsities, tasks=specs is not None))
     # A task's own dense run is what its sparse ones are compared with.
-    reference = subjects[0].checkpoint if specs or kinds[0] is None else checkpoint(None)
-    run = _Run(reference, tuple(subjects), target_device, offline, reporter)
-    found: report.Report
+    reference = forms[0].checkpoint if specs or kinds[0] is None else checkpoint(**where)
+    run = Run(reference, tuple(forms), target_device, offline, reporter)
     if specs:
-        found = _on_tasks(run, specs, protocol, context, limit, num_fewshot)
-    else:
-        found = _on_text(run, dataset, column, samples, protocol, context)
-        if plot is not None:
-            from teal_cli.evaluation.plot import draw
+        _render(run.on_tasks(specs, protocol, context, limit, num_fewshot), output, json=json)
+        return
+    found = run.on_text(dataset, column, samples, protocol, context)
+    _render(found, output, json=json)
+    if plot is not None:
+        _draw(found, plot)
 
-            atomic_write(plot, draw(found, plot.suffix.lower()))
+
+def _check(
+    specs: tuple[str, ...] | None,
+    kinds: tuple[str | None, ...],
+    *,
+    text_only: dict[str, object],
+    task_only: dict[str, object],
+) -> None:
+    """Refuse options that contradict each other."""
+    for name, value in text_only.items():
+        if specs and value is not None:
+            raise UsageError(f"--{name} is for perplexity: leave it out, or --tasks")
+    for name, value in task_only.items():
+        if not specs and value is not None:
+            raise UsageError(f"--{name} is about tasks: it needs --tasks")
+    if specs and len(kinds) > 1:
+        raise UsageError("--tasks runs one model: name one quantization")
+
+
+def _form(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    methods: tuple[str, ...] | None,
+    sparsities: tuple[float, ...],
+    *,
+    tasks: bool,
+) -> Form:
+    """A form of the model with what is measured on it; tasks run dense by themselves."""
+    from teal_cli.evaluation import comparison
+    from teal_cli.evaluation.run import Form
+
+    chosen = methods or (profile.default_method,)
+    settings = comparison.settings_for(profile, chosen, sparsities)
+    if checkpoint.quantization is not None and not tasks:
+        settings = comparison.on_quantized(checkpoint.quantization.name, settings)
+    return Form(checkpoint, profile, settings)
+
+
+def _draw(found: QualityReport, path: Path) -> None:
+    from teal_cli.evaluation.plot import draw
+    from teal_cli.store.artifacts import atomic_write
+
+    atomic_write(path, draw(found, path.suffix.lower()))
+    console.reporter().note(f"plot: {path}")
+
+
+def _render(found: Report, output: Path | None, *, json: bool) -> None:
+    """Print what was found, and write it to a file."""
+    from teal_cli.evaluation.report import render
+    from teal_cli.store.artifacts import atomic_write
+
     if json:
         console.print_json(found.document())
     else:
@@ -214,160 +245,7 @@ def evaluate(
                 print()
             console.print_table(columns, lines, title=title)
     if output is not None:
-        atomic_write(output, report.render(found, output.suffix.lower()).encode())
-
-
-@dataclass(frozen=True, slots=True)
-class _Subject:
-    """One form of the model, quantized or not."""
-
-    checkpoint: Checkpoint
-    profile: Profile
-    settings: tuple[Setting, ...]
-
-    def inputs(self) -> dict[str, Any]:
-        """What a report says of a quantized form."""
-        checkpoint, profile = self.checkpoint, self.profile
-        return {
-            "quantization": checkpoint.quantization and checkpoint.quantization.name,
-            "fingerprint": checkpoint.fingerprint,
-            "rounding": checkpoint.rounding,
-            "profile": dict(profile.provenance),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What is evaluated, and where."""
-
-    checkpoint: Checkpoint  # whose dense model all is compared with
-    subjects: tuple[_Subject, ...]
-    device: torch.device
-    offline: bool
-    reporter: Reporter
-
-    @property
-    def settings(self) -> tuple[Setting, ...]:
-        return tuple(setting for subject in self.subjects for setting in subject.settings)
-
-    @property
-    def profile(self) -> Profile:
-        return self.subjects[0].profile
-
-    @property
-    def learnt_from(self) -> set[str]:
-        """Fingerprints of the texts that profiles and rounding have seen."""
-        seen = [subject.profile.provenance for subject in self.subjects]
-        seen += [subject.checkpoint.rounding for subject in self.subjects]
-        return {
-            str(entry["dataset_fingerprint"]) for entry in seen if "dataset_fingerprint" in entry
-        }
-
-    def decoders(self, dense: Decoder) -> dict[str, Decoder]:
-        """The model that each setting is measured on, by label."""
-        found: dict[str, Decoder] = {}
-        for subject in self.subjects:
-            own = subject.checkpoint is self.checkpoint
-            decoder = dense if own else subject.checkpoint.load(self.device)
-            found |= {setting.label: decoder for setting in subject.settings}
-        return found
-
-    def inputs(self) -> dict[str, Any]:
-        """What a report needs to say for the run to be repeated."""
-        from teal_cli.environment import environment
-
-        return {
-            "model": {
-                "name": self.checkpoint.name,
-                "revision": self.checkpoint.revision,
-                "fingerprint": self.checkpoint.fingerprint,
-                "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
-            },
-            "profile": {
-                "methods": list(dict.fromkeys(setting.method for setting in self.settings)),
-                "provenance": dict(self.profile.provenance),
-            },
-            "quantized": [
-                subject.inputs()
-                for subject in self.subjects
-                if subject.checkpoint.quantization is not None
-            ],
-            "environment": environment(self.device),
-        }
-
-
-def _on_text(
-    run: _Run,
-    dataset: str | None,
-    column: str | None,
-    samples: int,
-    protocol: ProtocolName,
-    context: int | None,
-) -> QualityReport:
-    from teal_cli.evaluation import comparison, perplexity, protocols
-    from teal_cli.text.corpora import load_corpus
-    from teal_cli.text.windows import windows
-
-    plan = protocols.protocol(protocol, run.checkpoint.config, context)
-    corpus = load_corpus(
-        dataset,
-        split_role="evaluation",
-        column=column,
-        offline=run.offline,
-        calibrated_on=run.learnt_from,
-        reporter=run.reporter,
-    )
-    tokenizer = run.checkpoint.tokenizer()
-    text = plan.cut(lambda length: windows(tokenizer, corpus, seq_len=length))
-    chosen = protocols.spread(len(text), samples or None)
-    dense = run.checkpoint.load(run.device)
-    result = perplexity.evaluate(
-        dense,
-        text[chosen],
-        [(setting.label, setting.thresholds) for setting in run.settings],
-        plan,
-        run.reporter,
-        decoders=run.decoders(dense),
-    )
-    read = {
-        "name": corpus.name,
-        "part": corpus.part,
-        "column": column,
-        "fingerprint": corpus.fingerprint,
-        "windows": len(text),
-        "windows_scored": chosen,
-    }
-    return comparison.QualityReport.of(run.inputs() | {"dataset": read}, run.settings, result)
-
-
-def _on_tasks(
-    run: _Run,
-    specs: tuple[str, ...],
-    protocol: ProtocolName,
-    context: int | None,
-    limit: int | None,
-    num_fewshot: int | None,
-) -> TasksReport:
-    from teal_cli.evaluation import harness, protocols, tasks
-
-    room = protocols.task_context(run.checkpoint.config, context)
-    subject = harness.Subject(
-        run.checkpoint.load(run.device),
-        run.checkpoint.tokenizer(),
-        run.checkpoint.eos_token_ids,
-        protocol,
-        room,
-    )
-    return tasks.run(
-        subject,
-        specs,
-        run.settings,
-        run.inputs() | {"protocol": protocol, "context": room},
-        limit=limit,
-        num_fewshot=num_fewshot,
-        offline=run.offline,
-        reporter=run.reporter,
-    )
+        atomic_write(output, render(found, output.suffix.lower()).encode())
 
 
 def _entries(text: str, option: str) -> tuple[str, ...]:

@@ -43,8 +43,7 @@ def models(remove: RemoveOption = None, yes: YesOption = False, json: JsonOption
     if json:
         console.print_json([_document(model) for model in stored])
     elif stored:
-        columns = ["model", "stored as", "size", "stage", "methods", "last used"]
-        console.print_table(columns, [row for model in stored for row in _rows(model)])
+        console.print_groups([(_title(model), _rows(model)) for model in stored])
     else:
         console.print_dim("no models are stored yet; `teal chat` fetches the demo model")
 
@@ -84,24 +83,24 @@ def _cached_hint(download: Path | None) -> str | None:
     return f"Hugging Face's cache keeps {size} of it; `hf cache rm {repository}` removes that."
 
 
+def _title(model: StoredModel) -> str:
+    used = f", last used {model.last_used:%Y-%m-%d %H:%M}" if model.last_used else ""
+    return f"{model.name}{used}"
+
+
 def _rows(model: StoredModel) -> list[list[str]]:
+    """What is stored of a model: in which form, how large, how far prepared."""
     from teal_cli.store.inventory import folder_bytes
 
-    used = f"{model.last_used:%Y-%m-%d %H:%M}" if model.last_used else ""
-    rows = [
-        [
-            model.name,
-            checkpoint.folder.name,
-            console.format_amount(checkpoint.nbytes, "B"),
-            "calibrated" if checkpoint.methods else "converted",
-            ", ".join(checkpoint.methods),
-            used,
-        ]
-        for checkpoint in model.checkpoints
-    ]
+    rows = []
+    for checkpoint in model.checkpoints:
+        methods = ", ".join(checkpoint.methods)
+        stage = f"calibrated: {methods}" if methods else "converted"
+        size = console.format_amount(checkpoint.nbytes, "B")
+        rows.append([checkpoint.folder.name, size, stage])
     if model.download is not None:
         size = console.format_amount(folder_bytes(model.download), "B")
-        rows.append([model.name, "Hub's cache", size, "downloaded", "", used])
+        rows.append(["Hub's cache", size, "downloaded"])
     return rows
 
 

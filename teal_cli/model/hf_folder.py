@@ -117,8 +117,9 @@ def to_finite(
         if target.isfinite().all():
             continue
         if source.isfinite().all():
+            kind = str(dtype).removeprefix("torch.")
             raise TealError(
-                f"{name} of {label} holds values that {str(dtype).removeprefix('torch.')} cannot",
+                f"{name} of {label} has values that {kind} cannot hold",
                 hint="Convert with --dtype bfloat16.",
             )
         raise TealError(f"{name} of {label} holds NaN or infinite weights", hint=DAMAGED)

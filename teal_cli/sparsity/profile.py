@@ -245,7 +245,7 @@ class Profile:
             raise UsageError(
                 f"the profile of {self.model} has no allocation {method!r}",
                 hint=f"It has: {', '.join(self.methods)}. "
-                f"Add one with: teal calibrate --method {method}",
+                f"Add one with: teal calibrate {self.model} --method {method}",
             )
         # A published search may ask for more than the published histograms can tell.
         return torch.minimum(self.allocations[method].double(), limit)

@@ -7,6 +7,7 @@ artifact, under the artifact's lock.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import json
@@ -88,6 +89,24 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
 
 
+@contextmanager
+def spent(folder: Path) -> Iterator[None]:
+    """Remove a folder that the block makes needless; it is back if the block fails.
+
+    What a process that is killed meanwhile leaves of it goes with `remove_leftovers`.
+    """
+    temporary = folder.with_name(f".{folder.name}{_TEMPORARY}spent")
+    with contextlib.suppress(FileNotFoundError):
+        folder.replace(temporary)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.replace(folder)
+        raise
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files and folders that killed writers of `path` left beside it."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}{_TEMPORARY}*"):
@@ -147,9 +166,16 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         raise TealError(
             f"{path} has format {manifest.get('schema')}, this version of teal reads "
             f"{SCHEMAS[kind]}",
-            hint="Make it again: `teal convert --force`.",
+            hint=f"Make it again: `teal convert {_arguments(manifest)}--force`.",
         )
     return manifest
+
+
+def _arguments(manifest: dict[str, Any]) -> str:
+    """What a checkpoint's manifest of any version says of how it was asked for."""
+    model, quantization = manifest.get("model"), manifest.get("quantization")
+    named = f"{model} " if isinstance(model, str) else ""
+    return named + (f"--quantize {quantization} " if isinstance(quantization, str) else "")
 
 
 @contextmanager

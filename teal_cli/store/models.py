@@ -18,6 +18,26 @@ from teal_cli.store import artifacts, paths
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ALIASES = {"demo": DEMO}
+# What people call the models that `teal bench --random-weights` knows by shape.
+SHORT_NAMES = {
+    "llama-2-7b": "meta-llama/Llama-2-7b-chat-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-chat-hf",
+    "llama-2-70b": "meta-llama/Llama-2-70b-chat-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama-3-70b": "meta-llama/Meta-Llama-3-70B-Instruct",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.1",
+    "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "smollm2-135m": DEMO,
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+}
 # The Hub's own rule.
 _HUB_ID = re.compile(r"(?=.{3,96}$)(?!.*(?:--|\.\.))\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
 
@@ -63,9 +83,18 @@ def resolve(text: str | None, revision: str | None = None) -> ModelRef:
     if not _HUB_ID.fullmatch(name):
         raise MissingError(
             f"there is no model {text!r}",
-            hint="Name a Hub id (org/name), a local folder, a .gguf file, or 'demo'.",
+            hint=_guess(text)
+            + "Name a Hub id (org/name), a local folder, a .gguf file, or 'demo'.",
         )
     return ModelRef("hub", name, revision=revision)
+
+
+def _guess(text: str) -> str:
+    """The model on the Hub that a short name may mean, as a question; empty if there is none."""
+    import difflib
+
+    close = difflib.get_close_matches(text.lower(), SHORT_NAMES, n=1, cutoff=0.8)
+    return f"Did you mean {SHORT_NAMES[close[0]]}? " if close else ""
 
 
 def remember(ref: ModelRef) -> None:

@@ -8,6 +8,7 @@ in the main thread, so that Ctrl-C ends a download at once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
 import hashlib
@@ -103,8 +104,10 @@ def download(name: str, revision: str | None, token: str | None, reporter: Repor
             f"{kept if missing.kept_bytes else ''} → {missing.cache}"
         )
         with reporter.task("Downloading", missing.nbytes, "B") as task:
+            _announce_waits(reporter)
             for file in missing.large:
                 missing.fetch(file, token, task, reporter)
+            missing.remove_leftovers()
             folder = snapshot_download(
                 name,
                 revision=revision,
@@ -136,6 +139,7 @@ class _Missing:
         snapshot = cache / folder / "snapshots" / commit
         absent = [file for file in files if not (snapshot / file.rfilename).exists()]
         absent = [file for file in absent if not (self._blobs / _digest(file)).exists()]
+        self._absent = absent
         # Without symlinks the client would copy the blob; there, it fetches the files itself.
         # So it does what plain HTTP does not serve.
         linked = are_symlinks_supported(cache)
@@ -153,6 +157,19 @@ class _Missing:
     def _partial(self, file: RepoSibling) -> Path:
         return self._blobs / f"{_digest(file)}.teal.incomplete"
 
+    def remove_leftovers(self) -> None:
+        """Remove what the client, when it was killed, left of missing files: it never looks again.
+
+        It holds a file's lock while it writes; a file that another process fetches is let be.
+        """
+        from filelock import FileLock, Timeout
+
+        for file in self._absent:
+            for leftover in self._blobs.glob(f"{_digest(file)}.????????.incomplete"):
+                held = FileLock(self._locks / f"{_digest(file)}.lock", timeout=0)
+                with contextlib.suppress(Timeout), held:
+                    leftover.unlink(missing_ok=True)
+
     def fetch(self, file: RepoSibling, token: str | None, task: Task, reporter: Reporter) -> None:
         """Fetch one large file, or the rest of it, and put it among the cache's blobs."""
         from huggingface_hub import hf_hub_url
@@ -167,7 +184,6 @@ class _Missing:
             partial.parent.mkdir(parents=True, exist_ok=True)
             if _size(partial) > (file.size or 0):
                 partial.unlink()
-            found_bytes = _size(partial)
             with partial.open("ab") as opened:
                 while True:
                     start_bytes = opened.tell()
@@ -185,7 +201,9 @@ class _Missing:
                         # A line that breaks now and then gets there, as long as bytes come.
                         if not _is_transport(error) or opened.tell() == start_bytes:
                             raise
-            if found_bytes and _sha256(partial) != _digest(file):
+            with reporter.task(f"Checking {file.rfilename}", _size(partial), "B") as check:
+                damaged = _sha256(partial, check) != _digest(file)
+            if damaged:
                 partial.unlink()
                 raise TealError(f"{file.rfilename} of {self._name} came in damaged", hint=_AGAIN)
             partial.replace(blob)
@@ -200,11 +218,12 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, task: Task) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            task.advance(len(block))
     return digest.hexdigest()
 
 
@@ -225,6 +244,30 @@ def _bar(task: Task) -> type:
             return None
 
     return Bar
+
+
+def _announce_waits(reporter: Reporter) -> None:
+    """Have the client say when it waits because the Hub asks it to, which may last minutes."""
+    from huggingface_hub.utils import get_session
+
+    def look(response: Any) -> None:
+        wait = _wait(response.headers)
+        if response.status_code == 429 and wait:
+            reporter.note(f"the Hub asks to wait {wait}; the download goes on then")
+
+    session = get_session()
+    session.event_hooks = {
+        **session.event_hooks,
+        "response": [*session.event_hooks.get("response", ()), look],
+    }
+
+
+def _wait(headers: Any) -> str:
+    """How long the Hub wants no more requests, by either of its headers; empty if it says not."""
+    found = re.fullmatch(r"\d+", headers.get("Retry-After", "")) or re.search(
+        r"(?<=;t=)\d+", headers.get("RateLimit", "")
+    )
+    return f"{found[0]} s" if found else ""
 
 
 def _explained(
@@ -248,7 +291,8 @@ def _explained(
         )
     if any(_is_transport(e) or isinstance(e, errors.LocalEntryNotFoundError) for e in causes):
         if listing:
-            return Unreachable(f"the Hub cannot be reached ({str(error) or type(error).__name__})")
+            reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+            return Unreachable(f"the Hub cannot be reached ({reason})")
         return TealError(f"the connection broke off while {name} came in", hint=_AGAIN)
     if any("consistency check" in str(e).lower() for e in causes):
         return TealError(f"a file of {name} came in damaged", hint=_AGAIN)
@@ -278,9 +322,12 @@ def _refusal(
             hint="Check the spelling; for a private model log in with `hf auth login` or pass "
             "--token.",
         )
-    if status >= 500 and listing:
-        return Unreachable(f"the Hub is out of order ({status})")
-    reason = "asks to slow down" if status == 429 else "failed"
+    if status == 429:
+        reason = f"asks to wait {_wait(error.response.headers)}".rstrip()
+    else:
+        reason = "is out of order" if listing and status >= 500 else "failed"
+    if listing and (status == 429 or status >= 500):
+        return Unreachable(f"the Hub {reason} ({status})")
     return TealError(f"the Hub {reason} ({status}) while {name} came in", hint=_AGAIN)
 
 

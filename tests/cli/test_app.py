@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -160,6 +161,23 @@ def test_debug_shows_the_traceback_of_our_errors_too(
 
 def test_ctrl_c_exits_130(run: Run) -> None:
     assert run(KeyboardInterrupt)[0] == 130
+
+
+def test_an_error_that_ctrl_c_caused_is_none() -> None:
+    def read(interrupted: bool) -> None:
+        try:
+            if interrupted:
+                signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
+        raise ValueError("could not determine the shape")
+
+    command = app._with_output_options(read)
+    with pytest.raises(ValueError, match="the shape"):
+        command(quiet=True, verbose=False, interrupted=False)
+    with pytest.raises(KeyboardInterrupt):
+        command(quiet=True, verbose=False, interrupted=True)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])

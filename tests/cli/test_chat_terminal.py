@@ -14,7 +14,7 @@ import pytest
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 
 Start = Callable[..., Any]
-ENDING = r"tokens? · [^\r\n]* · (?:numba|torch)"
+ENDING = r"tokens? · [^\r\n]* · (?:dense|sparsity [^\r\n]*)"
 WITHOUT_EDITOR = (
     "import sys; sys.modules['prompt_toolkit'] = None\n"
     "from teal_cli.app import main; sys.argv = ['teal', *sys.argv[1:]]; main()"

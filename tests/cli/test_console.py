@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from teal_cli import console
-from teal_cli.console import ConsoleReporter, format_amount, format_seconds
+from teal_cli.console import ConsoleReporter, format_amount, format_rate, format_seconds
 from teal_cli.options import parse_sparsities
 
 SCRIPT = """
@@ -125,6 +125,18 @@ def test_a_table_is_aligned_and_plain_in_a_pipe(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == ("Speed\nname   tokens/s\ndense       9.5\n50 %      110.2\n")
 
 
+def test_a_table_that_is_wider_than_the_terminal_comes_in_parts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "16")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    console.print_table(["name", "one", "two", "a long column"], [["dense", "1", "2", "3"]])
+    assert capsys.readouterr().out == (
+        "name   one  two\ndense    1    2\n\nname   a long column\ndense              3\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("amount", "unit", "text"),
     [
@@ -149,6 +161,14 @@ def test_amounts(amount: float, unit: str, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("per_s", "unit", "text"),
+    [(12.3, "layers", "12 layers/s"), (0.04, "layers", "25 s each"), (0.4, "B", "0 B/s")],
+)
+def test_rates(per_s: float, unit: str, text: str) -> None:
+    assert format_rate(per_s, unit) == text
 
 
 def test_sparsities_are_a_list_without_repeats() -> None:

@@ -128,7 +128,7 @@ def test_samples_0_is_the_whole_text(evaluate: Command, tiny_model: Path, text: 
         (("-s", "half"), 2, "not a number"),
         (("--context", "513"), 2, "a context of 513 tokens is out of range"),
         (("--protocol", "teal"), 2, "needs a context of 2560 tokens, this model has 512"),
-        (("--method", "uniform,greedy"), 2, "teal calibrate --method greedy"),
+        (("--method", "uniform,greedy"), 2, " --method greedy"),
         (("--method", "magic"), 2, "There are: sensitivity, greedy, uniform."),
         (("--method", ","), 2, "--method names nothing"),
         (("--output", "quality.txt"), 2, "must end in .json, .csv or .md"),

@@ -7,17 +7,20 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import pytest
 import tiny
 from faults.killing import beside, run
 
 _DATE = re.compile(rb"\d{4}-\d\d-\d\dT[\d:]+\+00:00")  # of the calibration, in its profile
+KILLS_AT_LEAST = 5
 KILLS = [
-    pytest.param(5, id="few"),
+    pytest.param(KILLS_AT_LEAST, id="few"),
     pytest.param(50, id="many", marks=pytest.mark.slow),
 ]
 
@@ -106,9 +109,10 @@ def test_rerun_equals_an_undisturbed_run(
 ) -> None:
     result, begin = undisturbed
     expected, touches = result(command)
-    assert touches > kills
     assert not [name for name in expected if ".partial-" in name]
+    # Where a command is done sooner than it can be killed so often, everywhere.
     places = random.Random(command).sample(range(1, touches), min(kills, touches - 1))
+    assert len(places) >= KILLS_AT_LEAST
     for place in places:
         home = begin(tmp_path / f"killed-{place}", command)
         assert run(home, arguments[command], kill_at=place) == -9
@@ -132,3 +136,57 @@ def test_kills_upon_kills_leave_nothing_behind(
         run(home, arguments["calibrate"], kill_at=place)
     assert run(home, arguments["calibrate"]) == 0
     assert made(home).keys() == expected.keys()
+
+
+def test_two_at_once_make_everything_once(
+    arguments: dict[str, list[str]],
+    undisturbed: tuple[Result, Begin],
+    tmp_path: Path,
+) -> None:
+    """Two evaluations of a model that is neither converted nor calibrated."""
+    expected, _ = undisturbed[0]("eval")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    processes = [tmp_path / name for name in ("one", "other")]
+    home = {"TEAL_HOME": str(shared)}
+    with ThreadPoolExecutor() as pool:
+        codes = pool.map(lambda own: run(own, arguments["eval"], environment=home), processes)
+        assert list(codes) == [0, 0]
+    outputs = [timeless(json.loads(beside(own, "output").read_text())) for own in processes]
+    assert outputs[0] == outputs[1]
+    beside(processes[0], "output").rename(beside(shared, "output"))
+    assert made(shared).keys() == expected.keys()
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_a_download_that_is_run_again_equals_an_undisturbed_one(kills: int, tmp_path: Path) -> None:
+    small = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    shards = {f"model-0000{i}-of-00002.safetensors": bytes([i]) * 40_000 for i in (1, 2)}
+    files = {name: json.dumps(name).encode() for name in [*small, "model.safetensors.index.json"]}
+
+    def download(home: Path, kill_at: int = 0) -> int:
+        home.mkdir(exist_ok=True)
+        environment = hub.environment(home)
+        return run(home, ["download", "org/model"], kill_at=kill_at, environment=environment)
+
+    def found(home: Path) -> dict[str, Any]:
+        """All but the crumbs of the client: its tag, a commit's name, empty files."""
+        return {
+            name: content
+            for name, content in made(home).items()
+            if content != b"" and not name.endswith(("CACHEDIR.TAG", ".tmp"))
+        }
+
+    with hub_server.running() as hub:
+        hub.repositories["org/model"] = hub_server.Repository({**files, **shards})
+        whole = tmp_path / "whole"
+        assert download(whole) == 0
+        expected = found(whole)
+        assert sum(name.endswith(".safetensors") for name in expected) == len(shards)
+        touches = int(beside(whole, "touches").read_text())
+        # The client's threads share the small files: the last touches do not come in every run.
+        for place in random.Random(0).sample(range(1, touches - 5), kills):
+            home = tmp_path / f"killed-{place}"
+            assert download(home, kill_at=place) == -9
+            assert download(home) == 0, place
+            assert found(home) == expected, place

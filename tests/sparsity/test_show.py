@@ -117,7 +117,7 @@ def test_command_prints_table_thresholds_and_origin(show: Command, tiny_model: P
     assert code == 0
     assert "method uniform at sparsity 0.3" in out
     assert f"   2{7 * '  30 '}\n" in out
-    assert "down                       0.3 (0.3 … 0.3)" in out
+    assert "\ndown  0.3 (0.3 … 0.3)" in out
     assert "dataset    random tokens" in out
     assert "\x1b" not in out
     assert "profile: " in err

@@ -137,6 +137,20 @@ def test_the_next_writer_of_a_folder_cleans_up_after_a_killed_one(tmp_path: Path
     assert [file.name for file in path.iterdir()] == ["whole"]
 
 
+def test_what_is_spent_goes_unless_the_work_fails(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    with artifacts.spent(folder):  # that is not there
+        pass
+    folder.mkdir()
+    (folder / "states").write_text("hours of work")
+    with pytest.raises(OSError, match="no room"), artifacts.spent(folder):
+        raise OSError("no room")
+    assert (folder / "states").read_text() == "hours of work"
+    with artifacts.spent(folder):
+        assert not folder.exists()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_second_process_waits_and_says_so_once(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     first = script(WRITE_FOLDER.replace("time.sleep(60)", "time.sleep(0.5)"), path)
@@ -184,7 +198,7 @@ def test_manifests(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"schema": 2', '"schema": 99'))
     with pytest.raises(TealError, match="has format 99") as caught:
         artifacts.read_manifest(path, "checkpoint")
-    assert "teal convert --force" in str(caught.value.hint)
+    assert "`teal convert org/model --force`" in str(caught.value.hint)
     for damaged in ("", "{", "[]", "\x00"):
         path.write_text(damaged)
         with pytest.raises(TealError):

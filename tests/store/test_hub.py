@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import hub_server
 import pytest
-from hub_server import Hub, Repository
+from hub_server import Faults, Hub, Repository
 
 COMMIT = Repository({}).commit
 NEXT_COMMIT = "f" * 40
@@ -247,20 +248,40 @@ def wait_for_partial(home: Path, size_bytes: int) -> Path:
     raise AssertionError("no partial file appeared")
 
 
-def test_a_damaged_partial_file_is_noticed_and_fetched_anew(hub: Hub, tmp_path: Path) -> None:
-    hub.repositories["org/model"].files["model.safetensors"] = WEIGHTS
-    hub.faults.drop_after, hub.faults.drops = CHUNK_BYTES + 1000, 1
-    hub.faults.corrupt = True
-    done = run(hub, tmp_path, "org/model")
-    assert done.returncode == 0, "a transfer of one piece is trusted, as the client does"
+def test_damaged_bytes_are_noticed_and_fetched_anew(hub: Hub, tmp_path: Path) -> None:
+    for fault, message in (
+        (Faults(corrupt=True), "model.safetensors of org/model came in damaged"),
+        (Faults(sent_bytes=3), "a file of org/model came in damaged"),
+        (Faults(sent_bytes=10), "a file of org/model came in damaged"),
+    ):
+        hub.faults = fault
+        done = run(hub, tmp_path, "org/model")
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Run the same command again" in done.stderr
+    hub.faults = Faults()
+    folder = downloaded(hub, tmp_path, "org/model")
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert not list((tmp_path / "hf").rglob("*.incomplete"))
+
+
+def test_a_damaged_part_of_a_file_is_noticed(hub: Hub, tmp_path: Path) -> None:
     blobs = tmp_path / "hf" / "hub" / "models--org--model" / "blobs"
-    (blob,) = (file for file in blobs.iterdir() if file.stat().st_size == len(WEIGHTS))
-    blob.rename(blob.with_name(f"{blob.name}.teal.incomplete"))
+    blobs.mkdir(parents=True)
+    partial = blobs / f"{hashlib.sha256(b'weights').hexdigest()}.teal.incomplete"
+    partial.write_bytes(b"we?")
     done = run(hub, tmp_path, "org/model")
     assert done.returncode == 1
     assert "model.safetensors of org/model came in damaged" in done.stderr
-    hub.faults.corrupt = False
-    assert (downloaded(hub, tmp_path, "org/model") / "model.safetensors").read_bytes() == WEIGHTS
+    assert not partial.exists()
+
+
+def test_a_hub_that_asks_to_wait_is_waited_for(hub: Hub, tmp_path: Path) -> None:
+    hub.faults.busy = 1
+    done = run(hub, tmp_path, "org/model")
+    assert done.returncode == 0, done.stderr
+    assert "the Hub asks to wait 0 s; the download goes on then" in done.stderr
+    assert len(hub.downloads()) == 2
 
 
 def test_two_processes_fetch_a_file_once(hub: Hub, tmp_path: Path) -> None:
@@ -293,10 +314,11 @@ def test_without_the_hub_the_copy_that_is_here_serves(hub: Hub, tmp_path: Path) 
     unreachable = run(hub, tmp_path, "org/model", HF_ENDPOINT="http://127.0.0.1:9")
     assert Path(unreachable.stdout.strip()) == folder
     assert "using the copy of org/model that is here" in unreachable.stderr
-    hub.faults.status = 502
-    broken = run(hub, tmp_path, "org/model")
-    assert Path(broken.stdout.strip()) == folder
-    assert "the Hub is out of order (502)" in broken.stderr
+    for status, reason in ((502, "is out of order (502)"), (429, "asks to wait 0 s (429)")):
+        hub.faults.status = status
+        broken = run(hub, tmp_path, "org/model")
+        assert Path(broken.stdout.strip()) == folder
+        assert f"the Hub {reason}; using the copy" in broken.stderr
 
 
 def test_a_hub_that_never_answers_is_given_up(hub: Hub, tmp_path: Path) -> None:

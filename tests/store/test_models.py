@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from teal_cli.errors import MissingError, UsageError
+from teal_cli.model.random_weights import SHAPES
 from teal_cli.progress import Silent
 from teal_cli.store import hub, models, paths
 from teal_cli.store.models import DEMO, ModelRef, resolve
@@ -66,6 +67,19 @@ def test_what_is_no_name(text: str) -> None:
         resolve(text)
     assert repr(text) in caught.value.message
     assert "org/name" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("text", ["llama-3-8b", "Llama-3-8B", "lama-3-8b", "llama3-8b"])
+def test_a_short_name_leads_to_the_hubs(text: str) -> None:
+    with pytest.raises(MissingError) as caught:
+        models.resolve(text)
+    assert "Did you mean meta-llama/Meta-Llama-3-8B-Instruct?" in str(caught.value.hint)
+
+
+def test_every_shape_has_a_name_on_the_hub() -> None:
+    assert set(models.SHORT_NAMES) == set(SHAPES)
+    for name in models.SHORT_NAMES.values():
+        assert models.resolve(name).kind == "hub"
 
 
 def test_every_model_has_a_folder_name_of_its_own(tmp_path: Path) -> None:

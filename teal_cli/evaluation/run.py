@@ -1,0 +1,189 @@
+"""One evaluation: the forms of a model that are compared, on a text or on tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from teal_cli.environment import environment
+from teal_cli.evaluation import comparison, perplexity, protocols
+from teal_cli.evaluation.comparison import QualityReport, Setting
+from teal_cli.evaluation.protocols import ProtocolName
+from teal_cli.evaluation.tasks import TasksReport
+from teal_cli.model.checkpoint import Checkpoint
+from teal_cli.model.decoder import Decoder
+from teal_cli.progress import Reporter
+from teal_cli.sparsity.profile import Profile
+from teal_cli.text.corpora import load_corpus
+from teal_cli.text.windows import windows
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One form of the model, quantized or not, and the settings that are measured on it."""
+
+    checkpoint: Checkpoint
+    profile: Profile
+    settings: tuple[Setting, ...]
+
+    def inputs(self) -> dict[str, Any]:
+        """What a report says of a quantized form."""
+        checkpoint, profile = self.checkpoint, self.profile
+        return {
+            "quantization": checkpoint.quantization and checkpoint.quantization.name,
+            "fingerprint": checkpoint.fingerprint,
+            "rounding": checkpoint.rounding,
+            "profile": dict(profile.provenance),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is evaluated, and where.
+
+    All is compared with the dense model of `checkpoint`, which may be one of the forms'.
+    """
+
+    checkpoint: Checkpoint
+    forms: tuple[Form, ...]
+    device: torch.device
+    offline: bool
+    reporter: Reporter
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Those of all forms."""
+        return tuple(setting for form in self.forms for setting in form.settings)
+
+    def on_text(
+        self,
+        dataset: str | None,
+        column: str | None,
+        samples: int,
+        protocol: ProtocolName,
+        context: int | None,
+    ) -> QualityReport:
+        """Perplexity and distance from the dense model on text that calibration did not see.
+
+        Args:
+            dataset: what `load_corpus` takes.
+            column: the data's text column.
+            samples: windows to score, spread over the text; 0 is all.
+            protocol: how a window is scored.
+            context: tokens in a window of the standard protocol.
+
+        Raises:
+            TealError: the text cannot be had or is too short, or a loss is not finite.
+        """
+        plan = protocols.protocol(protocol, self.checkpoint.config, context)
+        corpus = load_corpus(
+            dataset,
+            split_role="evaluation",
+            column=column,
+            offline=self.offline,
+            calibrated_on=self._learnt_from(),
+            reporter=self.reporter,
+        )
+        tokenizer = self.checkpoint.tokenizer()
+        text = plan.cut(lambda length: windows(tokenizer, corpus, seq_len=length))
+        chosen = protocols.spread(len(text), samples or None)
+        dense = self.checkpoint.load(self.device)
+        result = perplexity.evaluate(
+            dense,
+            text[chosen],
+            [(setting.label, setting.thresholds) for setting in self.settings],
+            plan,
+            self.reporter,
+            decoders=self._decoders(dense),
+        )
+        read = {
+            "name": corpus.name,
+            "part": corpus.part,
+            "column": column,
+            "fingerprint": corpus.fingerprint,
+            "windows": len(text),
+            "windows_scored": chosen,
+        }
+        return comparison.QualityReport.of(
+            self._inputs() | {"dataset": read}, self.settings, result
+        )
+
+    def on_tasks(
+        self,
+        specs: Sequence[str],
+        protocol: ProtocolName,
+        context: int | None,
+        limit: int | None,
+        num_fewshot: int | None,
+    ) -> TasksReport:
+        """Tasks of lm-eval; a task's own dense run is what its sparse ones are compared with.
+
+        Args:
+            specs: names of tasks, or task files.
+            protocol: which positions of a text that is scored are sparse.
+            context: tokens that a document may have.
+            limit: documents of each task.
+            num_fewshot: worked examples before each document.
+
+        Raises:
+            TealError: there is no such task, or its data cannot be had.
+        """
+        from teal_cli.evaluation import harness, tasks
+
+        room = protocols.task_context(self.checkpoint.config, context)
+        subject = harness.Subject(
+            self.checkpoint.load(self.device),
+            self.checkpoint.tokenizer(),
+            self.checkpoint.eos_token_ids,
+            protocol,
+            room,
+        )
+        return tasks.run(
+            subject,
+            specs,
+            self.settings,
+            self._inputs() | {"protocol": protocol, "context": room},
+            limit=limit,
+            num_fewshot=num_fewshot,
+            offline=self.offline,
+            reporter=self.reporter,
+        )
+
+    def _learnt_from(self) -> set[str]:
+        """Fingerprints of the texts that profiles and rounding have seen."""
+        seen = [form.profile.provenance for form in self.forms]
+        seen += [form.checkpoint.rounding for form in self.forms]
+        return {
+            str(entry["dataset_fingerprint"]) for entry in seen if "dataset_fingerprint" in entry
+        }
+
+    def _decoders(self, dense: Decoder) -> dict[str, Decoder]:
+        """The model that each setting is measured on, by label."""
+        found: dict[str, Decoder] = {}
+        for form in self.forms:
+            own = form.checkpoint is self.checkpoint
+            decoder = dense if own else form.checkpoint.load(self.device)
+            found |= {setting.label: decoder for setting in form.settings}
+        return found
+
+    def _inputs(self) -> dict[str, Any]:
+        """What a report needs to say for the run to be repeated."""
+        return {
+            "model": {
+                "name": self.checkpoint.name,
+                "revision": self.checkpoint.revision,
+                "fingerprint": self.checkpoint.fingerprint,
+                "dtype": str(self.checkpoint.dtype).removeprefix("torch."),
+            },
+            "profile": {
+                "methods": list(dict.fromkeys(setting.method for setting in self.settings)),
+                "provenance": dict(self.forms[0].profile.provenance),
+            },
+            "quantized": [
+                form.inputs() for form in self.forms if form.checkpoint.quantization is not None
+            ],
+            "environment": environment(self.device),
+        }
