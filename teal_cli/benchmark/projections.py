@@ -36,6 +36,7 @@ class Timed:
 
     def __init__(self, launch: Callable[[], None], count: int, device: torch.device) -> None:
         self._run, self._count, self._device = launch, count, device
+        self._launch = launch  # holds the tensors, which a graph reads but does not keep
         # Triton launches on the current device.
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with torch.inference_mode(), current:
