@@ -56,7 +56,7 @@ def heat_map(rows: list[list[float]], *, panels: int = 1) -> list[Text]:
     header = " " * _LABEL + names
     length = math.ceil(len(rows) / panels)
     lines = [
-        _text("percent of the inputs skipped, by layer and projection", "dim"),
+        _text("percent of the dense model's inputs skipped, by layer and projection", "dim"),
         _text("  ".join([header] * panels)),
     ]
     for top in range(length):

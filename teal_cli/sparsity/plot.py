@@ -56,7 +56,7 @@ def _draw_heat_map(figure: Any, summary: Summary) -> None:
                 at = {"ha": "center", "va": "center", "fontsize": 6}
                 axes.text(column, layer, f"{value:.2f}", color=colour, **at)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label("share of the inputs skipped", fontsize=8)
+    bar.set_label("share of the dense inputs skipped", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     axes.set_title(
         f"{summary.profile.model}\n{summary.method} at sparsity {summary.target:g}",
