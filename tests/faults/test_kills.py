@@ -184,9 +184,12 @@ def test_a_download_that_is_run_again_equals_an_undisturbed_one(kills: int, tmp_
         expected = found(whole)
         assert sum(name.endswith(".safetensors") for name in expected) == len(shards)
         touches = int(beside(whole, "touches").read_text())
-        # The client's threads share the small files: the last touches do not come in every run.
+        # The client's threads share the small files: not every run comes to the last touches.
+        codes = []
         for place in random.Random(0).sample(range(1, touches - 5), kills):
             home = tmp_path / f"killed-{place}"
-            assert download(home, kill_at=place) == -9
+            codes.append(download(home, kill_at=place))
             assert download(home) == 0, place
             assert found(home) == expected, place
+        assert set(codes) <= {0, -9}
+        assert codes.count(-9) > kills / 2
