@@ -230,10 +230,10 @@ def _split_pair(pair):
 
 
 @triton.jit
-def _sum_codes(x, words, MASK: tl.constexpr):
+def _sum_codes(x, words):
     """For the interpreter: sums over rows of x float16 times two codes of words, as a pair."""
-    low = tl.sum(x.to(tl.float32) * (words & MASK).to(tl.float32), axis=0) * 2.0**-24
-    high = tl.sum(x.to(tl.float32) * ((words >> 16) & MASK).to(tl.float32), axis=0) * 2.0**-24
+    low = tl.sum(x.to(tl.float32) * (words & 0xF).to(tl.float32), axis=0) * 2.0**-24
+    high = tl.sum(x.to(tl.float32) * ((words >> 16) & 0xF).to(tl.float32), axis=0) * 2.0**-24
     low = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
     return low | (high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
 
@@ -251,6 +251,7 @@ def _multiply_int4(x, words, scales, offsets, WORDS: tl.constexpr):
     scaled = x[:, None] * scales.to(tl.float32)
     exponent = tl.max(tl.abs(scaled), axis=0).to(tl.int32, bitcast=True) >> 23
     exponent = tl.minimum(tl.maximum(exponent, 15), 240)
+    # As bits of float32: 2^(141 - exponent), and 2^24 over that, what the sums are in units of.
     up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
     units = ((exponent + 10) << 23).to(tl.float32, bitcast=True)
     large = scaled * up[None, :]
@@ -259,7 +260,7 @@ def _multiply_int4(x, words, scales, offsets, WORDS: tl.constexpr):
             "cvt.rn.f16x2.f32 $0, $1, $1;", "=r,f", [large], dtype=tl.uint32, is_pure=True, pack=1
         )
         pair = _repeated(pair, WORDS)
-        sixteenth = _times_pair(pair, 0x2C002C00)
+        sixteenth = _times_pair(pair, 0x2C002C00)  # twice 1 / 16
         upper = words >> 8
         products = (
             _times_pair(pair, words & 0x000F000F),
@@ -270,8 +271,8 @@ def _multiply_int4(x, words, scales, offsets, WORDS: tl.constexpr):
         y0, y1, y2, y3 = tl.reduce(products, 0, _plus_pairs)
     else:
         wide = _repeated(large.to(tl.float16), WORDS)
-        y0, y1 = _sum_codes(wide, words, 0xF), _sum_codes(wide, words >> 4, 0xF)
-        y2, y3 = _sum_codes(wide, words >> 8, 0xF), _sum_codes(wide, words >> 12, 0xF)
+        y0, y1 = _sum_codes(wide, words), _sum_codes(wide, words >> 4)
+        y2, y3 = _sum_codes(wide, words >> 8), _sum_codes(wide, words >> 12)
     y02 = tl.join(_split_pair(y0), _split_pair(y2))
     y13 = tl.join(_split_pair(y1), _split_pair(y3))
     units = _repeated(units, WORDS)
