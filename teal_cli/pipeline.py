@@ -306,7 +306,7 @@ def _read_text(
     tokens = windows(
         tokenizer,
         corpus,
-        seq_len=min(settings.seq_len, config.max_position_embeddings),
+        seq_len=min(settings.seq_len, config.context_length),
         samples=settings.samples,
         seed=settings.seed,
     )

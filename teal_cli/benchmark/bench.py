@@ -55,10 +55,10 @@ class Settings:
         Raises:
             UsageError: it has not.
         """
-        if self.length > config.max_position_embeddings:
+        if self.length > config.context_length:
             raise UsageError(
                 f"{self.prompt_tokens} + {self.tokens} tokens are longer than this model's "
-                f"context of {config.max_position_embeddings}",
+                f"context of {config.context_length}",
                 hint="Choose fewer --tokens or --prompt-tokens.",
             )
 

@@ -81,7 +81,7 @@ class GpuProjection:
         from teal_kernels.gpu import DecodeStep
 
         layers = _rotated(decoder, name)
-        cache = decoder.new_cache(min(_CONTEXT, decoder.config.max_position_embeddings))
+        cache = decoder.new_cache(min(_CONTEXT, decoder.config.context_length))
         windows = decoder.config.sliding_windows
         tensors = step_tensors(decoder, cache) | {
             "layers": layers,

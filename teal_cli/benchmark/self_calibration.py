@@ -22,7 +22,7 @@ _TOLERANCE = 0.003
 def self_calibrated(decoder: Decoder, *, seed: int, reporter: Reporter) -> Profile:
     """A profile from what a prompt of random tokens makes the model do."""
     generator = torch.Generator().manual_seed(seed)
-    size = (1, min(_WINDOW, decoder.config.max_position_embeddings))
+    size = (1, min(_WINDOW, decoder.config.context_length))
     tokens = torch.randint(decoder.config.vocab_size, size, generator=generator)
     return calibrate(decoder, tokens, model="random weights", reporter=reporter)
 

@@ -176,7 +176,7 @@ def hf_config(config: ModelConfig) -> Any:
     parameters: dict[str, Any] = {"rope_type": rope.type, "rope_theta": rope.theta}
     if rope.type != "default":
         parameters["factor"] = rope.factor
-    if rope.type in ("llama3", "yarn"):
+    if rope.type in ("llama3", "yarn", "longrope"):
         parameters["original_max_position_embeddings"] = rope.original_max_position_embeddings
     if rope.type == "llama3":
         parameters |= {
@@ -185,6 +185,11 @@ def hf_config(config: ModelConfig) -> Any:
         }
     if rope.type == "yarn":
         parameters |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        parameters["truncate"] = rope.truncate
+    if rope.type == "longrope":
+        divisors = list(rope.divisors or ())
+        parameters |= {"short_factor": divisors, "long_factor": divisors}
+    if rope.type in ("yarn", "longrope"):
         parameters["attention_factor"] = rope.attention_factor
     window = next((size for size in config.sliding_windows if size), None)
     settings: dict[str, Any] = {"attention_bias": config.o_bias, "sliding_window": window}

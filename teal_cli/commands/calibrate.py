@@ -140,7 +140,7 @@ def calibrate(
     checkpoint = pipeline.ensure_checkpoint(
         ref, dtype=dtype, quantize=quantize, token=token, **where
     )
-    limit = checkpoint.config.max_position_embeddings
+    limit = checkpoint.config.context_length
     if seq_len is not None and seq_len > limit:
         raise UsageError(f"--seq-len {seq_len} is beyond this model's context of {limit} tokens")
     if import_dir is not None:

@@ -169,6 +169,9 @@ def chat(
         offline=offline,
         reporter=reporter,
     )
+    limit = checkpoint.config.context_length
+    if context is not None and context > limit:  # told before a profile is made
+        raise UsageError(f"--context {context} is beyond this model's context of {limit} tokens")
 
     @cache
     def profile() -> Profile:
@@ -181,7 +184,7 @@ def chat(
         profile()  # made before the weights take up memory
     session = Session(
         checkpoint.load(target_device),
-        max_length=context or min(checkpoint.config.max_position_embeddings, _DEFAULT_CONTEXT),
+        max_length=context or min(limit, _DEFAULT_CONTEXT),
         deterministic=deterministic,
         reporter=reporter,
     )

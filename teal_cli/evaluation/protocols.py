@@ -83,7 +83,7 @@ def task_context(config: ModelConfig, context: int | None) -> int:
     Raises:
         UsageError: the model has no room for `context`.
     """
-    return _checked(config.max_position_embeddings if context is None else context, config)
+    return _checked(config.context_length if context is None else context, config)
 
 
 def protocol(name: ProtocolName, config: ModelConfig, context: int | None = None) -> Protocol:
@@ -102,7 +102,7 @@ def protocol(name: ProtocolName, config: ModelConfig, context: int | None = None
     Raises:
         UsageError: the model has no room for such windows, or `context` does not apply.
     """
-    longest = config.max_position_embeddings
+    longest = config.context_length
     if name == "teal":
         window = _TEAL_CONTEXT + _TEAL_SCORED
         if context not in (None, window):
@@ -119,7 +119,7 @@ def protocol(name: ProtocolName, config: ModelConfig, context: int | None = None
 
 
 def _checked(context: int, config: ModelConfig) -> int:
-    longest = config.max_position_embeddings
+    longest = config.context_length
     if not _DENSE_POSITIONS < context <= longest:
         raise UsageError(
             f"a context of {context} tokens is out of range: "

@@ -21,12 +21,12 @@ class KVCache:
         """Allocate room for `length` positions.
 
         Raises:
-            UsageError: `length` is below 1 or beyond the model's max_position_embeddings.
+            UsageError: `length` is below 1 or beyond the model's context_length.
         """
-        if not 1 <= length <= config.max_position_embeddings:
+        if not 1 <= length <= config.context_length:
             raise UsageError(
                 f"a context of {length} tokens is out of range: this model's is "
-                f"1 to {config.max_position_embeddings}"
+                f"1 to {config.context_length}"
             )
         shape = (config.num_hidden_layers, config.num_key_value_heads, length, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.errors import MissingError, TealError, UnsupportedError
+from teal_cli.model.rope_config import LARGEST, RopeConfig, rope_config
 
 DAMAGED = "Download the model again."
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # Where null says something other than leaving the field out.
 _NULLABLE = ("num_key_value_heads", "sliding_window")
-# Far beyond any model, and small enough to count with.
-_LARGEST, _MOST_LAYERS = 2**31 - 1, 10_000
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,36 +41,6 @@ _FAMILIES = {
         sliding_window=4096,
     ),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary embedding: base `theta` and, for models stretched past their training, the scaling."""
-
-    theta: float
-    type: str = "default"
-    factor: float = 1.0
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn
-
-    def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if name == "type" or value is None:
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 < value <= _LARGEST:
-                raise TealError(f"config.json: rope's {name} must be above 0, got {value!r}")
-        if self.theta <= 1:  # the frequencies are its negative powers
-            raise TealError(f"config.json: rope_theta must be above 1, got {self.theta:g}")
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise TealError(
-                "config.json: rope's low_freq_factor must be below its high_freq_factor"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +76,7 @@ class ModelConfig:
             "max_position_embeddings",
         ):
             value = getattr(self, name)
-            most = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
+            most = _MOST_LAYERS if name == "num_hidden_layers" else LARGEST
             if not 1 <= value <= most:
                 raise TealError(
                     f"config.json: {name} must be at least 1 and at most {most}, got {value}"
@@ -121,6 +90,16 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise TealError(f"config.json: head_dim must be even, got {self.head_dim}")
+        if self.rope.divisors is not None and 2 * len(self.rope.divisors) != self.head_dim:
+            raise TealError(
+                f"config.json: rope has {len(self.rope.divisors)} frequencies, "
+                f"a head of {self.head_dim} needs {self.head_dim // 2}"
+            )
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the model was made for, stretched rope included."""
+        return self.rope.context_length(self.max_position_embeddings)
 
     @property
     def q_size(self) -> int:
@@ -187,7 +166,7 @@ class ModelConfig:
             return cls._parse(given, family)
         except KeyError as error:
             raise TealError(f"config.json lacks {error.args[0]!r}") from None
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise TealError(f"config.json: {error}") from None
 
     @classmethod
@@ -207,7 +186,7 @@ class ModelConfig:
             head_dim=int(raw.get("head_dim") or family.head_dim or hidden_size // max(heads, 1)),
             max_position_embeddings=int(raw["max_position_embeddings"]),
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope=_rope(raw),
+            rope=rope_config(raw),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=family.qkv_bias or bias,
             o_bias=bias,
@@ -261,34 +240,6 @@ def _family(raw: Mapping[str, Any]) -> _Family:
             hint="Use the original float16 or bfloat16 checkpoint.",
         )
     return _FAMILIES[model_type]
-
-
-def _rope(raw: Mapping[str, Any]) -> RopeConfig:
-    """Rope as transformers 5 writes it (`rope_parameters`) or as older versions did."""
-    parameters = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(parameters, Mapping):
-        raise ValueError(f"rope parameters must be an object, got {parameters!r}")
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    if rope_type not in _ROPE_TYPES:
-        raise UnsupportedError(
-            f"rope scaling {rope_type!r} is not supported; teal knows {', '.join(_ROPE_TYPES)}"
-        )
-    for name, usual in (("partial_rotary_factor", 1.0), ("truncate", True), ("mscale", None)):
-        if parameters.get(name, raw.get(name, usual)) not in (usual, None):
-            raise UnsupportedError(f"rope with {name}={parameters.get(name)} is not supported")
-    theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
-    if rope_type == "default":
-        return RopeConfig(theta=float(theta))
-    names = set(RopeConfig.__dataclass_fields__) - {"theta", "type"}
-    scaling = {k: v for k, v in parameters.items() if k in names and v is not None}
-    if rope_type in ("llama3", "yarn"):
-        original = raw.get("original_max_position_embeddings")
-        if original is not None:
-            scaling["original_max_position_embeddings"] = original
-        scaling.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
-    if "factor" not in scaling:
-        raise KeyError("rope_parameters.factor")
-    return RopeConfig(theta=float(theta), type=rope_type, **scaling)
 
 
 def _sliding_windows(

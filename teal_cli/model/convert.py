@@ -24,6 +24,7 @@ from teal_cli.model.checkpoint import KIND, MANIFEST, Checkpoint, load_tokenizer
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.hf_layout import assemble, hf_shapes, parts
 from teal_cli.model.quantization import Quantization, Quantized, tensors_of
+from teal_cli.model.rope_config import RopeConfig
 from teal_cli.model.shards import plan_shards, write_shard
 from teal_cli.model.weights import stored_tensors, tensor_shapes
 from teal_cli.progress import Reporter
@@ -214,8 +215,7 @@ def _convert(
     reporter.note(f"converting {source.ref.name} to {what}, {total_bytes / 1e9:.2f} GB → {folder}")
     artifacts.check_free_space(folder, total_bytes)
 
-    canonical = json.dumps(dataclasses.asdict(config), sort_keys=True)
-    digest = hashlib.sha256(f"{canonical} {what}".encode())
+    digest = hashlib.sha256(f"{_canonical(config)} {what}".encode())
     with artifacts.atomic_dir(folder) as temporary:
         reader.write_companions(temporary)
         text = json.dumps(reader.config, indent=2)
@@ -242,6 +242,16 @@ def _convert(
         shutil.rmtree(work_dir, ignore_errors=True)
         manifest |= {"shards": sizes, "fingerprint": digest.hexdigest()}
         artifacts.write_manifest(temporary / MANIFEST, KIND, manifest)
+
+
+def _canonical(config: ModelConfig) -> str:
+    """The config as text, the same for equal configs and for those of earlier versions."""
+    fields = dataclasses.asdict(config)
+    plain = dataclasses.asdict(RopeConfig(theta=config.rope.theta))
+    for name in ("truncate", "divisors"):  # newer than the fingerprints of many profiles
+        if fields["rope"][name] == plain[name]:
+            del fields["rope"][name]
+    return json.dumps(fields, sort_keys=True)
 
 
 def _tensors(

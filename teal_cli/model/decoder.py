@@ -73,7 +73,7 @@ class Decoder:
         return self.dtype
 
     def new_cache(self, length: int) -> KVCache:
-        """Room for `length` positions; raises UsageError beyond max_position_embeddings."""
+        """Room for `length` positions; raises UsageError beyond the model's context_length."""
         return KVCache(self.config, length, dtype=self.dtype, device=self.device)
 
     def embed(self, tokens: Tensor) -> Tensor:

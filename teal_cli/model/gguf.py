@@ -7,6 +7,7 @@ through its memory map, so that the pages of a big file don't pile up in this pr
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,13 @@ import torch
 from torch import Tensor
 
 from teal_cli.errors import MissingError, TealError, UnsupportedError
-from teal_cli.model.config import RopeConfig
+from teal_cli.model.config import ModelConfig
+from teal_cli.model.gguf_config import hf_config
 from teal_cli.model.gguf_tokenizer import write_tokenizer
 from teal_cli.model.hf_folder import to_finite
-from teal_cli.model.rope import inverse_frequencies
+from teal_cli.model.hf_layout import hf_shapes
+from teal_cli.store.local import GGUF_MAGIC, gguf_parts
 
-# The architectures of ours that GGUF knows; a Mistral is a llama there.
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -46,7 +42,9 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _CHUNK_ELEMENTS = 1 << 22  # dequantised at a time, in float32: 16 MB
+_VERSIONS = (2, 3)
 _DAMAGED = "Download the file again."
+_OTHER_FORMAT = "Take another .gguf file of the model, such as Q4_K_M or Q8_0, or its safetensors."
 
 
 class GgufFile:
@@ -60,14 +58,21 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._tensors, self._metadata = _open(path)
-        self._names = {_hf_name(name): name for name in self._tensors}
+        self._tensors, self._part_of, self._metadata = _open_parts(path)
         try:
-            self.config = self._config()
+            self.config = {**hf_config(self._metadata, self._tensors), **_token_ids(self._metadata)}
+        except TealError as error:
+            raise type(error)(f"{path}: {error.message}", hint=error.hint) from None
         except (TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise TealError(
                 f"{path}: the metadata hold something else than they should: {error}", hint=_DAMAGED
             ) from None
+        self._names = {
+            _hf_name(name): name
+            for name in self._tensors
+            if name != "rope_freqs.weight"  # already in the config, as rope's divisors
+        }
+        self._check()
 
     @property
     def label(self) -> str:
@@ -84,7 +89,6 @@ class GgufFile:
         return {
             name: tuple(int(n) for n in reversed(self._tensors[stored].shape))
             for name, stored in self._names.items()
-            if stored != "rope_freqs.weight"  # already in the config, as llama3 scaling
         }
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -100,7 +104,7 @@ class GgufFile:
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             raw = np.fromfile(
-                self.path,
+                self._part_of[stored.name],
                 dtype=np.uint8,
                 count=(stop - start) * row_bytes,
                 offset=stored.data_offset + start * row_bytes,
@@ -108,13 +112,7 @@ class GgufFile:
             if raw.nbytes != (stop - start) * row_bytes:
                 raise TealError(f"{self.path} is truncated at {name}", hint=_DAMAGED)
             raw = raw.view(stored.data.dtype).reshape(stop - start, -1)
-            try:
-                values = dequantize(raw, stored.tensor_type)
-            except NotImplementedError:
-                raise UnsupportedError(
-                    f"{name} is stored as {stored.tensor_type.name}, which the gguf package "
-                    "cannot dequantise"
-                ) from None
+            values = dequantize(raw, stored.tensor_type)
             chunk = torch.from_numpy(np.array(values, dtype=np.float32))
             out[start:stop] = to_finite(chunk, dtype, name, self.label)
         return self._in_hf_order(name, out.reshape(shape))
@@ -126,10 +124,29 @@ class GgufFile:
         text = json.dumps(ids, indent=2)
         (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
+    def _check(self) -> None:
+        """Refuse, before anything is written, what could not be read or would be left out."""
+        architecture = self._metadata["general.architecture"]
+        extra = self._names.keys() - hf_shapes(ModelConfig.from_dict(self.config)).keys()
+        if extra:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            raise UnsupportedError(
+                f"{self.path} holds what a {architecture} model does not have: "
+                f"{self._names[min(extra)]}{more}"
+            )
+        kinds = {tensor.tensor_type: name for name, tensor in self._tensors.items()}
+        for kind, name in kinds.items():
+            if not _is_readable(kind):
+                raise UnsupportedError(
+                    f"{name} of {self.path} is stored as {kind.name}, which the gguf package "
+                    "cannot dequantise",
+                    hint=_OTHER_FORMAT,
+                )
+
     def _in_hf_order(self, name: str, tensor: Tensor) -> Tensor:
         """GGUF interleaves the two halves of each rotary pair in llama's q and k; undo that."""
         kind = name.split(".")[-2]
-        if self.config["model_type"] not in ("llama", "mistral") or kind not in (
+        if self._metadata["general.architecture"] not in ("llama", "mistral") or kind not in (
             "q_proj",
             "k_proj",
         ):
@@ -137,86 +154,43 @@ class GgufFile:
         heads = self.config["num_attention_heads" if kind == "q_proj" else "num_key_value_heads"]
         return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
-    def _config(self) -> dict[str, Any]:
-        """The config.json that transformers would have beside these weights."""
-        metadata, architecture = self._metadata, self._metadata.get("general.architecture")
-        if architecture not in _ARCHITECTURES:
-            raise UnsupportedError(
-                f"GGUF architecture {architecture!r} is not supported",
-                hint=f"Supported: {', '.join(_ARCHITECTURES)}.",
-            )
-        if metadata.get("split.count", 1) > 1:
-            raise UnsupportedError(
-                f"{self.path.name} is one of {metadata['split.count']} parts",
-                hint="Merge them with llama.cpp's gguf-split first.",
-            )
 
-        def need(key: str) -> Any:
-            if f"{architecture}.{key}" not in metadata:
-                raise TealError(f"{self.path}: the metadata lack {architecture}.{key}")
-            return metadata[f"{architecture}.{key}"]
+def _open_parts(path: Path) -> tuple[dict[str, Any], dict[str, Path], dict[str, Any]]:
+    """Descriptions of a model's tensors, the file that holds each, and the first part's metadata.
 
-        heads = need("attention.head_count")
-        head_dim = metadata.get(f"{architecture}.attention.key_length") or metadata.get(
-            f"{architecture}.rope.dimension_count"
+    Raises:
+        MissingError: a part is not there.
+        TealError: a file is damaged, or belongs to another model.
+        UnsupportedError: a file is in a format that is not read.
+    """
+    parts = gguf_parts(path)
+    tensors: dict[str, Any] = {}
+    part_of: dict[str, Path] = {}
+    metadata: dict[str, Any] = {}
+    for number, part in enumerate(parts):
+        found, own = _open(part)
+        count = own.get("split.count", 0) or 1
+        if count != len(parts) and len(parts) == 1:
+            raise UnsupportedError(
+                f"{path} is one of {count} parts of a model, and is not named so",
+                hint=f"Name the parts as gguf-split does: {path.stem}-00001-of-{count:05}.gguf",
+            )
+        metadata = metadata or own
+        same = own.get("split.tensors.count") == metadata.get("split.tensors.count")
+        if (own.get("split.no", 0), count) != (number, len(parts)) or not same:
+            raise TealError(f"{part} is not part {number + 1} of this model", hint=_DAMAGED)
+        if twice := found.keys() & tensors.keys():
+            raise TealError(f"{part} holds {min(twice)}, which an earlier part holds too")
+        tensors |= found
+        part_of |= dict.fromkeys(found, part)
+    total = metadata.get("split.tensors.count", len(tensors)) if len(parts) > 1 else len(tensors)
+    if total != len(tensors):
+        raise TealError(
+            f"the parts of {path} hold {len(tensors)} tensors, not {total}: they are of several "
+            "models",
+            hint=_DAMAGED,
         )
-        config = {
-            "architectures": [_ARCHITECTURES[architecture]],
-            "model_type": architecture,
-            "hidden_act": "silu",
-            "hidden_size": need("embedding_length"),
-            "intermediate_size": need("feed_forward_length"),
-            "num_hidden_layers": need("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": metadata.get(f"{architecture}.attention.head_count_kv", heads),
-            "head_dim": head_dim or need("embedding_length") // heads,
-            "vocab_size": self.shapes.get("model.embed_tokens.weight", (0,))[0],
-            "max_position_embeddings": need("context_length"),
-            "rms_norm_eps": _shortest(need("attention.layer_norm_rms_epsilon")),
-            "rope_theta": _shortest(metadata.get(f"{architecture}.rope.freq_base", 10000.0)),
-            "attention_bias": "model.layers.0.self_attn.o_proj.bias" in self._names,
-            "sliding_window": None,
-            "tie_word_embeddings": "lm_head.weight" not in self._names,
-            "dtype": "float16",
-            **_token_ids(metadata),
-        }
-        if scaling := self._rope_scaling(architecture, config):
-            config["rope_scaling"] = scaling
-        return config
-
-    def _rope_scaling(self, architecture: str, config: dict[str, Any]) -> dict[str, Any] | None:
-        metadata = self._metadata
-        if "rope_freqs.weight" in self._tensors:
-            return self._llama3_scaling(config)
-        kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
-        if kind == "none":
-            return None
-        scaling = {
-            "rope_type": kind,
-            "factor": _shortest(metadata.get(f"{architecture}.rope.scaling.factor", 1.0)),
-        }
-        original = metadata.get(f"{architecture}.rope.scaling.original_context_length")
-        if original is not None:
-            scaling["original_max_position_embeddings"] = original
-        return scaling
-
-    def _llama3_scaling(self, config: dict[str, Any]) -> dict[str, Any]:
-        """GGUF stores Llama 3.1's scaling as its effect: a divisor for each frequency."""
-        divisors = self._tensors["rope_freqs.weight"].data
-        scaling: dict[str, Any] = {
-            "rope_type": "llama3",
-            "factor": _shortest(divisors.max()),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-        given: dict[str, Any] = {k: v for k, v in scaling.items() if k != "rope_type"}
-        theta, head_dim = config["rope_theta"], config["head_dim"]
-        plain = inverse_frequencies(RopeConfig(theta=theta), head_dim)
-        scaled = inverse_frequencies(RopeConfig(theta=theta, type="llama3", **given), head_dim)
-        if len(divisors) != len(plain) or not np.allclose(plain / scaled, divisors, rtol=1e-3):
-            raise UnsupportedError(f"{self.path}: its rotary frequencies are not Llama 3.1's")
-        return scaling
+    return tensors, part_of, metadata
 
 
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -234,15 +208,39 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     if not path.is_file():
         raise MissingError(f"no file {path}")
+    _check_version(path)
     try:
         reader = Reader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
     except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
+        if unknown := re.fullmatch(r"(\d+) is not a valid GGMLQuantizationType", str(error)):
+            raise UnsupportedError(
+                f"{path} holds tensors in a format that the gguf package does not know "
+                f"(number {unknown[1]})",
+                hint=_OTHER_FORMAT,
+            ) from None
         raise TealError(
             f"{path} is not a GGUF file, or is truncated: {error}", hint=_DAMAGED
         ) from None
     return tensors, metadata
+
+
+def _check_version(path: Path) -> None:
+    """Refuse what begins as GGUF does, but is of another version or byte order."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    version = int.from_bytes(head[4:], "little")
+    if head[:4] != GGUF_MAGIC or len(head) < 8 or version in _VERSIONS:
+        return
+    if version & 0xFFFF == 0:
+        raise UnsupportedError(
+            f"{path} is a big-endian GGUF file", hint="Take the little-endian file of the model."
+        )
+    raise UnsupportedError(
+        f"{path} is of GGUF version {version}; teal reads {' and '.join(map(str, _VERSIONS))}",
+        hint=_OTHER_FORMAT,
+    )
 
 
 def _hf_name(name: str) -> str:
@@ -254,9 +252,16 @@ def _hf_name(name: str) -> str:
     return name
 
 
-def _shortest(value: float) -> float:
-    """The decimal number that was meant: GGUF holds float32, where 1e-05 is 9.999999747e-06."""
-    return float(str(np.float32(value)))
+def _is_readable(kind: Any) -> bool:
+    """Whether the gguf package can dequantise a format: it has one block of zeros to do."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _token_ids(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from teal_cli.model.config import RopeConfig
+from teal_cli.model.rope_config import RopeConfig, yarn_scale
 
 
 class RotaryEmbedding:
@@ -42,37 +42,37 @@ class RotaryEmbedding:
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
-    """Angle per position of each pair of channels, [head_dim / 2] float32."""
+    """Angle per position of each pair of channels, [head_dim / 2] float32, as transformers'."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    inv_freq = 1.0 / config.theta**exponents
+    wavelengths = config.theta**exponents  # over 2 pi
     if config.type == "linear":
-        return inv_freq / config.factor
+        return 1.0 / wavelengths / config.factor
     if config.type == "llama3":
-        return _llama3(config, inv_freq)
+        return _llama3(config, 1.0 / wavelengths)
     if config.type == "yarn":
-        return _yarn(config, inv_freq, head_dim)
-    return inv_freq
+        return _yarn(config, wavelengths, head_dim)
+    if config.type == "longrope":
+        return 1.0 / (torch.tensor(config.divisors) * wavelengths)
+    return 1.0 / wavelengths
 
 
 def attention_scaling(config: RopeConfig) -> float:
-    """Factor on cosines and sines; YaRN's temperature (arXiv 2309.00071, eq. 22), else 1."""
-    if config.type != "yarn":
-        return 1.0
+    """Factor on cosines and sines."""
     if config.attention_factor is not None:
         return config.attention_factor
-    return 0.1 * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0
+    return yarn_scale(config.factor) if config.type == "yarn" else 1.0
 
 
 def _llama3(config: RopeConfig, inv_freq: Tensor) -> Tensor:
     """Llama 3.1: divide low frequencies by the factor, keep high ones, blend in between."""
     assert config.original_max_position_embeddings is not None
-    turns = config.original_max_position_embeddings * inv_freq / (2 * math.pi)
+    turns = config.original_max_position_embeddings / (2 * math.pi / inv_freq)
     blend = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
     blend = blend.clamp(0.0, 1.0)
     return (1 - blend) * inv_freq / config.factor + blend * inv_freq
 
 
-def _yarn(config: RopeConfig, inv_freq: Tensor, head_dim: int) -> Tensor:
+def _yarn(config: RopeConfig, wavelengths: Tensor, head_dim: int) -> Tensor:
     """YaRN's "NTK-by-parts" (arXiv 2309.00071, section 3.2)."""
     original = config.original_max_position_embeddings
     assert original is not None
@@ -81,8 +81,10 @@ def _yarn(config: RopeConfig, inv_freq: Tensor, head_dim: int) -> Tensor:
         """The pair of channels that turns this often within the original context."""
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
 
-    low = max(math.floor(channel(config.beta_fast)), 0)
-    high = min(math.ceil(channel(config.beta_slow)), head_dim - 1)
+    low, high = channel(config.beta_fast), channel(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
     steps = torch.arange(head_dim // 2, dtype=torch.float32)
-    interpolated = ((steps - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
-    return inv_freq / config.factor * interpolated + inv_freq * (1 - interpolated)
+    kept = 1 - ((steps - low) / ((high - low) or 0.001)).clamp(0.0, 1.0)
+    return 1.0 / (config.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept

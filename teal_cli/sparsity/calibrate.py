@@ -101,10 +101,10 @@ def calibrate(
 
 def _check(decoder: Decoder, windows: Tensor, methods: Iterable[str]) -> None:
     length = windows.shape[1]
-    if not SKIPPED_POSITIONS < length <= decoder.config.max_position_embeddings:
+    if not SKIPPED_POSITIONS < length <= decoder.config.context_length:
         raise UsageError(
             f"windows of {length} tokens are out of range: from {SKIPPED_POSITIONS + 1} to "
-            f"{decoder.config.max_position_embeddings} fit this model"
+            f"{decoder.config.context_length} fit this model"
         )
     for method in methods:
         check_method(method)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from teal_cli.errors import MissingError
 from teal_cli.progress import Reporter
-from teal_cli.store import demo, snapshot
+from teal_cli.store import demo, local, snapshot
 from teal_cli.store.models import DEMO, ModelRef
 
 
@@ -18,7 +18,8 @@ from teal_cli.store.models import DEMO, ModelRef
 class Source:
     """A model's files as they came: a folder in Hugging Face's format, or a GGUF file.
 
-    `fingerprint` names this exact content, `revision` the Hub's commit.
+    Of a GGUF model in parts, `gguf` is the first; the others lie beside it. `fingerprint` names
+    this exact content, `revision` the Hub's commit.
     """
 
     ref: ModelRef
@@ -31,7 +32,7 @@ class Source:
     def nbytes(self) -> int:
         """Bytes of the files that are read."""
         if self.gguf is not None:
-            return self.gguf.stat().st_size
+            return sum(part.stat().st_size for part in local.gguf_parts(self.gguf))
         assert self.folder is not None
         return sum(file.stat().st_size for file in _relevant(self.folder))
 
@@ -54,7 +55,7 @@ def fetch(
     """
     if ref.kind == "gguf":
         assert ref.path is not None
-        return Source(ref, None, ref.path, _stat_fingerprint([ref.path]))
+        return Source(ref, None, ref.path, _stat_fingerprint(_whole(ref.path)))
     if ref.kind == "folder":
         assert ref.path is not None
         return Source(ref, ref.path, None, _stat_fingerprint(_relevant(ref.path)))
@@ -85,6 +86,19 @@ def _hub_source(ref: ModelRef, folder: Path) -> Source:
 def demo_source(gguf: Path, ref: ModelRef | None = None) -> Source:
     """The demo model's GGUF file, whose content is known by its SHA-256."""
     return Source(ref or ModelRef("hub", DEMO), None, gguf, f"sha256:{demo.GGUF_SHA256}")
+
+
+def _whole(gguf: Path) -> list[Path]:
+    """The files of a GGUF model, all of which are there."""
+    parts = local.gguf_parts(gguf)
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing and len(parts) > 1:
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise MissingError(
+            f"{missing[0]}{more} missing from {gguf.parent}",
+            hint=f"All {len(parts)} parts of the model belong into one folder.",
+        )
+    return parts
 
 
 def _relevant(folder: Path) -> list[Path]:

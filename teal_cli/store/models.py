@@ -14,7 +14,7 @@ from typing import Literal
 
 from teal_cli.errors import MissingError, TealError, UsageError
 from teal_cli.progress import Silent
-from teal_cli.store import artifacts, paths
+from teal_cli.store import artifacts, local, paths
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ALIASES = {"demo": DEMO}
@@ -40,6 +40,15 @@ SHORT_NAMES = {
 }
 # The Hub's own rule.
 _HUB_ID = re.compile(r"(?=.{3,96}$)(?!.*(?:--|\.\.))\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
+# How browsers, llama.cpp and ollama name a model of the Hub.
+_ADDRESS = re.compile(
+    r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)(?:[:/].*)?", re.ASCII
+)
+_OLLAMA_NAME = re.compile(r"(?:[\w.-]+/)*[\w.-]+:[\w.-]+", re.ASCII)
+_OLLAMA = (
+    "A name with a tag is ollama's: its file, which `ollama show NAME --modelfile` names, is "
+    "taken as it is. "
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +73,9 @@ def resolve(text: str | None, revision: str | None = None) -> ModelRef:
     """The model that the user names; None is the last one used, at first the demo model.
 
     Raises:
-        MissingError: `text` is neither a folder, a .gguf file, an alias nor a Hub id.
-        UsageError: a revision is asked of a local model.
+        MissingError: `text` is neither a folder, a GGUF file, an alias nor a Hub id.
+        UsageError: a revision is asked of a local model, or the path holds no model, or several.
+        UnsupportedError: the file is a model in a format that is not read.
     """
     if text is None:
         ref = last_used() or ModelRef("hub", DEMO)
@@ -75,18 +85,26 @@ def resolve(text: str | None, revision: str | None = None) -> ModelRef:
     if text and os.path.exists(path):  # pathlib's own would raise on a name that is too long
         if revision is not None:
             raise UsageError(f"--revision goes with a model on the Hub, {text} is local")
-        if not path.is_dir() and path.suffix != ".gguf":
-            raise UsageError(f"{text} is a file, but not a .gguf", hint="Name the model's folder.")
-        path = path.resolve()
-        return ModelRef("folder" if path.is_dir() else "gguf", str(path), path)
+        kind, path = local.model_at(path)
+        return ModelRef(kind, str(path), path)
     name = ALIASES.get(text, text)
     if not _HUB_ID.fullmatch(name):
         raise MissingError(
             f"there is no model {text!r}",
-            hint=_guess(text)
-            + "Name a Hub id (org/name), a local folder, a .gguf file, or 'demo'.",
+            hint=_hint(text) + "Name a Hub id (org/name), a local folder, a .gguf file, or 'demo'.",
         )
     return ModelRef("hub", name, revision=revision)
+
+
+def _hint(text: str) -> str:
+    """What may have been meant by a name that is none, as sentences; empty if nothing is known."""
+    address = _ADDRESS.fullmatch(text)
+    if address is not None:
+        return f"On the Hub that is {address['id']}. "
+    name, colon, _ = text.partition(":")
+    if colon and _OLLAMA_NAME.fullmatch(text):
+        return _guess(name) + _OLLAMA
+    return _guess(text)
 
 
 def _guess(text: str) -> str:

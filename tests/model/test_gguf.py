@@ -74,45 +74,6 @@ def test_config_is_the_one_that_was_meant(tmp_path: Path) -> None:
     assert config["eos_token_id"] == [1, 5]
 
 
-def test_llama3_scaling_is_read_back_from_its_effect(tmp_path: Path, teal_home: Path) -> None:
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    model = hf_model("llama", rope_parameters=rope, max_position_embeddings=131072)
-    plain = hf_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
-    divisors = (plain.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq).numpy()
-    path = write_gguf(tmp_path / "model.gguf", model, tensors={"rope_freqs.weight": divisors})
-    with torch.no_grad():
-        expected = model(IDS[None]).logits[0]
-    torch.testing.assert_close(logits_of(path, "float32"), expected, atol=2e-5, rtol=1e-4)
-    other = {"rope_freqs.weight": np.linspace(1, 8, 8, dtype=np.float32)}
-    with pytest.raises(UnsupportedError, match="Llama 3"):
-        GgufFile(write_gguf(tmp_path / "other.gguf", model, tensors=other))
-
-
-def test_yarn_scaling(tmp_path: Path) -> None:
-    from teal_cli.model.config import ModelConfig
-
-    scaling = {
-        "qwen2.rope.scaling.type": "yarn",
-        "qwen2.rope.scaling.factor": 4.0,
-        "qwen2.rope.scaling.original_context_length": 64,
-    }
-    model = hf_model("qwen2")
-    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
-    stretched = hf_model("qwen2", rope_parameters={**rope, "original_max_position_embeddings": 64})
-    path = write_gguf(tmp_path / "model.gguf", model, metadata=scaling)
-    config = ModelConfig.from_dict(GgufFile(path).config)
-    torch.testing.assert_close(
-        inverse_frequencies(config.rope, config.head_dim), stretched.model.rotary_emb.inv_freq
-    )
-
-
 @pytest.mark.parametrize(
     ("metadata", "match"),
     [

@@ -40,6 +40,7 @@ def test_local_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
     assert resolve(str(gguf)) == ModelRef("gguf", str(gguf), gguf)
+    (tmp_path / "model.safetensors").write_bytes(b"")
     assert resolve(str(tmp_path)) == ModelRef("folder", str(tmp_path), tmp_path)
     # A folder that is there goes before a name on the Hub.
     (tmp_path / "org" / "model").mkdir(parents=True)
