@@ -206,13 +206,13 @@ def _rope_scaling(
         linear = {"rope_type": "linear", "factor": factor}
         return {**linear, "original_max_position_embeddings": original} if factor != 1 else None
     # Llama 3.1's scaling is stored as its effect. transformers has such divisors in longrope.
-    divisors = np.full(head_dim // 2, factor, np.float32)
+    divisors = [factor] * (head_dim // 2)
     if frequencies is not None:
-        divisors = divisors * _divisors(frequencies)
+        divisors = (_divisors(frequencies) * np.float32(factor)).tolist()
     return {
         "rope_type": "longrope",
-        "short_factor": divisors.tolist(),
-        "long_factor": divisors.tolist(),
+        "short_factor": divisors,
+        "long_factor": divisors,
         "factor": factor,
         "attention_factor": attention,
         "original_max_position_embeddings": original,
@@ -222,7 +222,10 @@ def _rope_scaling(
 def _divisors(tensor: Any) -> np.ndarray:
     from gguf.quants import dequantize
 
-    return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(-1)
+    values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(-1)
+    if not (values > 0).all():
+        raise TealError("rope_freqs.weight holds what is not above 0")
+    return values
 
 
 def _rows(tensors: Mapping[str, Any], name: str) -> int | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from teal_cli.errors import MissingError, TealError
 from teal_cli.progress import Reporter
-from teal_cli.store import artifacts, models, paths
+from teal_cli.store import artifacts, local, models, paths
 from teal_cli.store.artifacts import CHECKPOINT, MANIFEST
 
 
@@ -75,6 +75,8 @@ def find(text: str) -> StoredModel:
         MissingError: there is none of this name.
     """
     path = os.path.realpath(os.path.expanduser(text))
+    with contextlib.suppress(TealError, OSError):  # a folder may stand for the file in it
+        path = str(local.model_at(Path(path))[1])
     for model in stored_models():
         if models.ALIASES.get(text, text) in (model.name, model.slug) or path == model.name:
             return model

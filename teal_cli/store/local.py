@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +65,18 @@ def gguf_parts(path: Path) -> list[Path]:
     stem, _, count, suffix = named.groups()
     names = [f"{stem}-{number:05}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
     return [path.with_name(name) for name in names] or [path]
+
+
+def gguf_pattern(names: Iterable[str]) -> str | None:
+    """A pattern for the files of one GGUF model among these names, the usual Q4_K_M if it is there.
+
+    None if there is none.
+    """
+    found = sorted(name for name in names if name.lower().endswith(".gguf"))
+    if not found:
+        return None
+    chosen = next((name for name in found if "q4_k_m" in name.lower()), found[0])
+    return re.sub(r"-\d{5}-of-\d{5}\.gguf$", "-*.gguf", chosen)
 
 
 def _gguf_in(folder: Path) -> Path | None:

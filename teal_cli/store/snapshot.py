@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from teal_cli.errors import AccessError, MissingError, TealError
 from teal_cli.progress import Reporter, Task
-from teal_cli.store import artifacts
+from teal_cli.store import artifacts, local
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -88,9 +88,13 @@ def download(name: str, revision: str | None, token: str | None, reporter: Repor
     ]
     names = {file.rfilename for file in files}
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        pattern = local.gguf_pattern(file.rfilename for file in info.siblings or [])
         raise MissingError(
             f"{name} holds no model in the safetensors format",
-            hint="Choose a repository with config.json and model.safetensors in it.",
+            hint="It has GGUF files: fetch the one you want and name it as the model, for example "
+            f"hf download {name} --include '{pattern}' --local-dir ."
+            if pattern
+            else "Choose a repository with config.json and model.safetensors in it.",
         )
     if here is not None and here.name == info.sha and all((here / n).is_file() for n in names):
         return here

@@ -15,7 +15,6 @@ from teal_cli.errors import MissingError, TealError, UnsupportedError
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.convert import convert
 from teal_cli.model.gguf import GgufFile
-from teal_cli.model.rope import inverse_frequencies
 from teal_cli.progress import Silent
 
 IDS = torch.arange(3, 43)
@@ -44,9 +43,9 @@ def test_quantized_files_equal_the_dequantized_model(
 ) -> None:
     import gguf
 
-    from teal_cli.model import gguf as gguf_module
+    from teal_cli.model import gguf_tensors
 
-    monkeypatch.setattr(gguf_module, "_CHUNK_ELEMENTS", 640)  # ten rows at a time
+    monkeypatch.setattr(gguf_tensors, "_CHUNK_ELEMENTS", 640)  # ten rows at a time
     model = hf_model("qwen2", **WIDE)
     path = write_gguf(tmp_path / "model.gguf", model, quantization=quantization)
     kind = gguf.GGMLQuantizationType[quantization]

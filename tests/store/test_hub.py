@@ -183,6 +183,13 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub: Hub, tmp_path: Path) ->
         pytest.param(
             ["org/pickles"], 3, "no model in the safetensors format", "Choose", id="pickles"
         ),
+        pytest.param(
+            ["org/gguf"],
+            3,
+            "no model in the safetensors format",
+            "hf download org/gguf --include 'm-Q4_K_M-*.gguf'",
+            id="gguf",
+        ),
     ],
 )
 def test_refusals(
@@ -192,6 +199,8 @@ def test_refusals(
     hub.repositories["org/gated"] = Repository(files, gated=True)
     hub.repositories["org/private"] = Repository(files, private=True)
     hub.repositories["org/pickles"] = Repository({**SMALL, "pytorch_model.bin": b"a pickle"})
+    ggufs = ["m-BF16.gguf", "m-Q4_K_M-00001-of-00002.gguf", "m-Q4_K_M-00002-of-00002.gguf"]
+    hub.repositories["org/gguf"] = Repository(dict.fromkeys(ggufs, b"GGUF"))
     done = run(hub, tmp_path, *arguments)
     error, next_step = done.stderr.strip().splitlines()[-2:]
     assert done.returncode == exit_code
