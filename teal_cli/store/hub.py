@@ -93,9 +93,9 @@ def _whole(gguf: Path) -> list[Path]:
     parts = local.gguf_parts(gguf)
     missing = [part.name for part in parts if not part.is_file()]
     if missing and len(parts) > 1:
-        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MissingError(
-            f"{missing[0]}{more} missing from {gguf.parent}",
+            f"{missing[0]} is missing from {gguf.parent}{more}",
             hint=f"All {len(parts)} parts of the model belong into one folder.",
         )
     return parts

@@ -83,7 +83,7 @@ def test_dense_needs_no_profile_and_says_so(chat: Chat, base_model: Path) -> Non
     ("arguments", "stdin", "code", "said"),
     [
         (["-p", "x" * 600], b"", 2, "no room for an answer in a context of 512"),
-        (["-p", "x", "--context", "513"], b"", 2, "a context of 513 tokens is out of range"),
+        (["-p", "x", "--context", "513"], b"", 2, "beyond this model's context of 512"),
         (["-p", "x" * 60, "--context", "40"], b"", 2, "no room for an answer"),
         ([], b"", 2, "the prompt is empty"),
         ([], b"\xff\xfe", 2, "not UTF-8"),

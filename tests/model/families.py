@@ -37,8 +37,18 @@ _YARN_ROPE = {
     "rope_theta": 10000.0,
     "factor": 4.0,
     "original_max_position_embeddings": 64,
+    "truncate": False,
 }
 _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+_DIVISORS = [1.0, 1.0, 1.3, 2.0, 2.5, 3.5, 4.0, 4.0]
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": _DIVISORS,
+    "long_factor": _DIVISORS,
+    "attention_factor": 1.25,
+    "original_max_position_embeddings": 64,
+}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
@@ -49,6 +59,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama3-rope": {"model_type": "llama", "rope_parameters": _LLAMA3_ROPE},
     "linear-rope": {"model_type": "llama", "rope_parameters": _LINEAR_ROPE},
     "yarn-rope": {"model_type": "llama", "rope_parameters": _YARN_ROPE},
+    "divisors-rope": {"model_type": "llama", "rope_parameters": _LONGROPE},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "mistral-window": {"model_type": "mistral", "sliding_window": 16},
     "qwen2": {"model_type": "qwen2"},

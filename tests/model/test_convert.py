@@ -37,6 +37,16 @@ def logits(decoder: Decoder) -> torch.Tensor:
         return decoder.logits(decoder.forward(IDS))
 
 
+def test_fingerprints_outlive_new_fields_of_the_config() -> None:
+    """A profile belongs to a fingerprint; one made before a field was added must still fit."""
+    plain = ModelConfig.from_dict(hf_model("llama3-rope").config.to_dict())
+    text = convert_module._canonical(plain)
+    assert json.loads(text)["rope"].keys().isdisjoint({"truncate", "divisors"})
+    for family, field in (("yarn-rope", "truncate"), ("divisors-rope", "divisors")):
+        other = ModelConfig.from_dict(hf_model(family).config.to_dict())
+        assert field in json.loads(convert_module._canonical(other))["rope"]
+
+
 @pytest.fixture
 def tiny_folder(tmp_path: Path) -> Path:
     return save_folder(hf_model("llama").to(torch.float16), tmp_path / "tiny")
