@@ -181,9 +181,10 @@ RAW = {
 def test_the_original_context_beside_the_parameters_goes_before_theirs() -> None:
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     beside = {"rope_scaling": scaling, "original_max_position_embeddings": 4096}
+    config = ModelConfig.from_dict(
+        {**RAW, "head_dim": 64, "max_position_embeddings": 8192, **beside}
+    )  # first: transformers writes into the parameters
     model = hf_model("qwen2", head_dim=64, max_position_embeddings=8192, **beside)
-    raw = {**RAW, "head_dim": 64, "max_position_embeddings": 8192, **beside}
-    config = ModelConfig.from_dict(raw)
     frequencies = inverse_frequencies(config.rope, config.head_dim)
     assert torch.equal(frequencies, model.model.rotary_emb.inv_freq)
     assert config.context_length == 16384
