@@ -56,8 +56,10 @@ class HfFolder:
             prequantized.refuse_unexplained(self._files)
         else:
             self._take_over(self._format)
-        if self._tied and _HEAD in self._shapes and _EMBEDDING not in self._shapes:
-            # Either of the two may be the one that was saved.
+        # Of two that are tied, either may be the one that was saved.
+        alone = self._tied and _HEAD in self._shapes and _EMBEDDING not in self._shapes
+        self._embedding = _HEAD if alone else _EMBEDDING
+        if alone:
             self._shapes[_EMBEDDING] = self._shapes[_HEAD]
 
     @property
@@ -86,11 +88,14 @@ class HfFolder:
     def dtype(self) -> torch.dtype:
         """The dtype of the embedding, and so of the matrices; of decoded ones, the config's."""
         named = self._raw.get("dtype") or self._raw.get("torch_dtype")
-        computed = getattr(torch, named, None) if isinstance(named, str) else None
-        if self._format is not None and computed in _DTYPES.values():
-            assert isinstance(computed, torch.dtype)
-            return computed
-        return _DTYPES.get(self._files.dtypes.get(_EMBEDDING, ""), torch.float16)
+        if self._format is not None:
+            for dtype in _DTYPES.values():
+                if str(dtype) == f"torch.{named}":
+                    return dtype
+        for name in (self._embedding, "model.norm.weight"):
+            if (stored := self._files.dtypes.get(name)) in _DTYPES:
+                return _DTYPES[stored]
+        return torch.float16
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """One tensor in `dtype`; memory-mapped where that is its own.
@@ -122,8 +127,7 @@ class HfFolder:
 
     def _stored(self, name: str) -> Tensor:
         """The tensor in the dtype that it is stored in, or decoded to float32."""
-        if name == _EMBEDDING and name not in self._files and name not in self._modules:
-            name = _HEAD
+        name = self._embedding if name == _EMBEDDING else name
         if self._format is not None and name in self._modules:
             return prequantized.decode(self._format, self._modules[name], self._files)
         stored = self._files.dtypes[name]
@@ -136,11 +140,10 @@ class HfFolder:
 
     def _has_own_head(self) -> bool:
         """Whether a head is stored that is not the embedding: then the flag is wrong."""
-        if not {_HEAD, _EMBEDDING} <= self._shapes.keys() or _EMBEDDING not in {
-            *self._files.shapes,
-            *self._modules,
-        }:
+        if self._embedding == _HEAD or not {_HEAD, _EMBEDDING} <= self._shapes.keys():
             return False
+        if self._shapes[_HEAD] != self._shapes[_EMBEDDING]:
+            return True
         if {_HEAD, _EMBEDDING} & self._modules.keys():
             return not self._stored(_HEAD).float().equal(self._stored(_EMBEDDING).float())
         return not self._files.equal(_HEAD, _EMBEDDING)

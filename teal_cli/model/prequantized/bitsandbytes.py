@@ -55,10 +55,13 @@ class BitsAndBytes:
         out_features, in_features = state["shape"]
         values = out_features * in_features
         blocks = -(-values // state["blocksize"])
-        if files.shape(f"{module}.weight.absmax") != (blocks,):
-            raise misfit(module, files, "weight", "weight.absmax")
-        if files.shape(f"{module}.weight.quant_map") != (16,):
-            raise misfit(module, files, "weight.quant_map")
+        expected = {"weight.absmax": (blocks,), "weight.quant_map": (16,)}
+        if files.dtypes[f"{module}.weight.absmax"] == "U8":  # quantized itself
+            expected["weight.nested_absmax"] = (-(-blocks // state["nested_blocksize"]),)
+            expected["weight.nested_quant_map"] = (256,)
+        for part, shape in expected.items():
+            if files.shape(f"{module}.{part}") != shape:
+                raise misfit(module, files, "weight", *expected)
         return out_features, in_features
 
     def decode(self, module: str, files: TensorFiles) -> Tensor:
@@ -97,8 +100,9 @@ def _absmax(module: str, state: Mapping[str, Any], files: TensorFiles) -> Tensor
 
 def _times_blocks(values: Tensor, largest: Tensor, size: int) -> Tensor:
     """Each block of `size` values times its largest; the last block may be short."""
-    for block, most in zip(values.split(size), largest, strict=True):
-        block *= most
+    whole = len(values) // size * size
+    values[:whole].view(-1, size).mul_(largest[: whole // size, None])
+    values[whole:] *= largest[-1]
     return values
 
 
