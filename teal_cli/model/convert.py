@@ -40,6 +40,9 @@ SHARD_BYTES = 4 * 10**9
 class TensorReader(Protocol):
     """A checkpoint of another format, under Hugging Face's names."""
 
+    # Whether the format's own program refuses a tensor that the model does not use.
+    strict: bool
+
     @property
     def config(self) -> dict[str, Any]:
         """What config.json says of the model, as far as its tensors agree."""
@@ -302,6 +305,11 @@ def _check_tensors(reader: TensorReader, config: ModelConfig, reporter: Reporter
         raise UnsupportedError(
             f"{reader.label} holds an adapter (LoRA) beside the model: {_some(adapters)}",
             hint="Merge it first, with peft's merge_and_unload().",
+        )
+    if spare and reader.strict:
+        raise TealError(
+            f"{reader.label} holds what a {config.model_type} model of "
+            f"{config.num_hidden_layers} layers does not have: {_some(spare)}"
         )
     if spare:
         reporter.note(

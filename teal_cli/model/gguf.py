@@ -58,6 +58,8 @@ class GgufFile:
         UnsupportedError: its architecture or one of its formats is not supported.
     """
 
+    strict = True  # llama.cpp counts the tensors
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._tensors, self._metadata = _open(path)

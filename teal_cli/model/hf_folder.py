@@ -44,6 +44,8 @@ class HfFolder:
         TealError: an index or shard is damaged or names a file outside the folder.
     """
 
+    strict = False
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         check_not_adapter(folder)

@@ -44,7 +44,7 @@ def scales_of(rows: int, columns: int, dtype: torch.dtype = torch.float16) -> Te
     return (torch.rand(rows, columns) * 0.02 + 0.005).to(dtype)
 
 
-def gptq(bits: int, group: int, *, act_order: bool = False, v2: bool = False) -> Any:
+def gptq(bits: int, group: int, *, act_order: bool = False, less: str = "each") -> Any:
     def pack(out: int, inputs: int) -> Packed:
         groups = 1 if group == -1 else inputs // group
         index = torch.arange(inputs) * groups // inputs
@@ -52,11 +52,13 @@ def gptq(bits: int, group: int, *, act_order: bool = False, v2: bool = False) ->
             index = index[torch.randperm(inputs)]
         codes, zeros = draw(inputs, out, bits), draw(groups, out, bits)
         scales = scales_of(groups, out)
-        stored = zeros if v2 else (zeros - 1) % (1 << bits)
+        stored = words((zeros - 1) % (1 << bits) if less == "each" else zeros, bits)
+        if less == "words":
+            stored -= sum(1 << shift for shift in range(0, 32, bits))
         weight = (codes - zeros[index]) * scales.float()[index]
         return weight.T, {
             "qweight": words(codes.T, bits).T,
-            "qzeros": words(stored, bits),
+            "qzeros": stored,
             "scales": scales,
             "g_idx": index.int(),
         }
@@ -209,7 +211,11 @@ LAYOUTS = {
     "gptq-channel": Layout(gptq(4, -1), _of("gptq", bits=4, group_size=-1)),
     "gptq-without-g_idx": Layout(without(gptq(4, 16), "g_idx"), _of("gptq", bits=4, group_size=16)),
     "gptq-v2": Layout(
-        gptq(4, 16, v2=True), _of("gptq", bits=4, group_size=16, checkpoint_format="gptq_v2")
+        gptq(4, 16, less="no"), _of("gptq", bits=4, group_size=16, checkpoint_format="gptq_v2")
+    ),
+    "gptq-by-gptqmodel": Layout(
+        gptq(4, 16, less="words"),
+        _of("gptq", bits=4, group_size=16, meta={"quantizer": ["gptqmodel:4.0"]}),
     ),
     "gptq-other-bits": Layout(gptq(8, 16), _of("gptq", bits=4, group_size=16)),
     "gptq-2023": Layout(gptq(4, -1), files={"quantize_config.json": {"bits": 4, "group_size": -1}}),

@@ -135,6 +135,12 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], type[TealError], str]] = {
     ),
     "marlin": ("gptq", settings(checkpoint_format="marlin"), UnsupportedError, "marlin"),
     "five-bits": ("gptq", settings(bits=5), UnsupportedError, "bits 5"),
+    "three-bits-by-gptqmodel": (
+        "gptq-by-gptqmodel",
+        settings(bits=3),
+        UnsupportedError,
+        "3 bits by GPTQModel",
+    ),
     "gemv": ("awq", settings(version="gemv"), UnsupportedError, "gemv"),
     "nvfp4": ("ct-int4", settings(format="nvfp4-pack-quantized"), UnsupportedError, "nvfp4"),
     "sparse": (
@@ -223,6 +229,30 @@ def test_refused_by_name(fault: str, tmp_path: Path, teal_home: Path) -> None:
     if error is UnsupportedError:
         assert "quantized already" in str(caught.value)
     assert not list(teal_home.rglob("*.safetensors"))
+
+
+# Parts that may be absent, or that say nothing of the weights.
+OPTIONAL = ("g_idx", "weight_g_idx", "weight_zero_point", "weight_format", "input_scale")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_part_that_is_missing_or_cut_is_one_error(
+    name: str, tmp_path: Path, teal_home: Path
+) -> None:
+    layout = LAYOUTS[name]
+    folder, _ = quantized_folder(layout, tmp_path / "model")
+    whole = load_file(folder / "model.safetensors")
+    for part in (f"{Q}.{part}" for part in layout.pack(64, 64)[1]):
+        cut = whole[part][..., :-1].contiguous() if whole[part].ndim else torch.ones(5)
+        changes = {"cut": whole | {part: cut}}
+        if not part.endswith(OPTIONAL):
+            changes["missing"] = {key: whole[key] for key in whole if key != part}
+        elif part.endswith("input_scale"):
+            continue
+        for tensors in changes.values():
+            save_file(tensors, folder / "model.safetensors")
+            with pytest.raises(TealError):
+                convert(source_of(folder), dtype="float32", reporter=Silent())
 
 
 def test_a_pruned_matrix_may_be_all_zero(tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from teal_cli.errors import UnsupportedError
-from teal_cli.model.prequantized.format import dequantize, misfit, setting, unpack
+from teal_cli.model.prequantized.format import (
+    FLOATS,
+    dequantize,
+    misfit,
+    setting,
+    stored_as,
+    unpack,
+)
 from teal_cli.model.tensor_files import TensorFiles
 
 # Of eight columns in a word, where each one lies (4 bits a place).
@@ -46,6 +53,7 @@ class Awq:
             raise misfit(module, files, *self.parts)
         (in_features, words), (groups, zero_words), scales = shapes
         fits = scales == (groups, words * 8) and zero_words == words
+        fits = fits and stored_as(files, module, qweight="I32", qzeros="I32", scales=FLOATS)
         if not fits or not groups or in_features % groups:
             raise misfit(module, files, *self.parts)
         return words * 8, in_features

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from teal_cli.errors import TealError, UnsupportedError
 from teal_cli.model.config import DAMAGED
-from teal_cli.model.prequantized.format import misfit
+from teal_cli.model.prequantized.format import FLOATS, misfit, stored_as
 from teal_cli.model.tensor_files import TensorFiles
 
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
@@ -47,32 +47,24 @@ class BitsAndBytes:
 
     def shape(self, module: str, files: TensorFiles) -> tuple[int, int]:
         if f"{module}.SCB" in files:
-            weight, rows = files.shape(f"{module}.weight"), files.shape(f"{module}.SCB")
-            if files.dtypes[f"{module}.weight"] != "I8" or len(weight) != 2 or rows != weight[:1]:
-                raise misfit(module, files, "weight", "SCB")
-            return weight[0], weight[1]
+            return _rows_shape(module, files)
         state = _state(module, files)
         out_features, in_features = state["shape"]
-        values = out_features * in_features
-        blocks = -(-values // state["blocksize"])
+        blocks = -(-out_features * in_features // state["blocksize"])
         expected = {"weight.absmax": (blocks,), "weight.quant_map": (16,)}
+        dtypes = {"weight.absmax": f"{FLOATS} U8", "weight.quant_map": FLOATS}
         if files.dtypes[f"{module}.weight.absmax"] == "U8":  # quantized itself
             expected["weight.nested_absmax"] = (-(-blocks // state["nested_blocksize"]),)
             expected["weight.nested_quant_map"] = (256,)
-        for part, shape in expected.items():
-            if files.shape(f"{module}.{part}") != shape:
-                raise misfit(module, files, "weight", *expected)
+            dtypes |= dict.fromkeys(("weight.nested_absmax", "weight.nested_quant_map"), FLOATS)
+        fits = all(files.shape(f"{module}.{part}") == shape for part, shape in expected.items())
+        if not fits or not stored_as(files, module, **dtypes):
+            raise misfit(module, files, "weight", *expected)
         return out_features, in_features
 
     def decode(self, module: str, files: TensorFiles) -> Tensor:
         weight = files.read(f"{module}.weight")
         if f"{module}.SCB" in files:
-            name = f"{module}.weight_format"
-            if name in files and int(files.read(name)):
-                raise UnsupportedError(
-                    f"{module}.weight is stored for the GPU's tensor cores (bitsandbytes); "
-                    "teal decodes rows"
-                )
             largest = files.read(f"{module}.SCB").float()
             return weight.float().mul_(largest[:, None]).div_(127)
         state = _state(module, files)
@@ -85,6 +77,20 @@ class BitsAndBytes:
         return _times_blocks(values, _absmax(module, state, files), state["blocksize"])[
             :count
         ].view(state["shape"])
+
+
+def _rows_shape(module: str, files: TensorFiles) -> tuple[int, int]:
+    weight, rows = files.shape(f"{module}.weight"), files.shape(f"{module}.SCB")
+    fits = stored_as(files, module, weight="I8", SCB=FLOATS)
+    if not fits or len(weight) != 2 or rows != weight[:1]:
+        raise misfit(module, files, "weight", "SCB")
+    order = f"{module}.weight_format"
+    if order in files and files.read(order).any():
+        raise UnsupportedError(
+            f"this checkpoint is quantized already (bitsandbytes), and {module}.weight lies as "
+            "the GPU's tensor cores want it; teal decodes rows"
+        )
+    return weight[0], weight[1]
 
 
 def _absmax(module: str, state: Mapping[str, Any], files: TensorFiles) -> Tensor:

@@ -9,7 +9,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from teal_cli.errors import UnsupportedError
-from teal_cli.model.prequantized.format import column_groups, dequantize, misfit, unpack
+from teal_cli.model.prequantized.format import (
+    FLOATS,
+    column_groups,
+    dequantize,
+    grouped_as,
+    misfit,
+    stored_as,
+    unpack,
+)
 from teal_cli.model.prequantized.scaled import Scaled
 from teal_cli.model.tensor_files import TensorFiles
 
@@ -110,9 +118,14 @@ class CompressedTensors:
         bits = words[1] * 32 // max(in_features, 1)
         fits = bits in _BITS and words == (out_features, -(-in_features * bits // 32))
         rows, groups = scale if len(scale) == 2 else (*scale, 1, 1)[:2]
-        zero = f"{module}.weight_zero_point"
-        if zero in files and files.dtypes[zero] == "I32":
-            fits = fits and files.shape(zero) == (-(-out_features * bits // 32), groups)
+        if (zero := f"{module}.weight_zero_point") in files:
+            packed_zero = (-(-out_features * bits // 32), groups)
+            is_packed = files.dtypes[zero] == "I32"
+            fits = fits and files.shape(zero) == (packed_zero if is_packed else scale)
+        fits = fits and grouped_as(module, files, in_features)
+        fits = fits and stored_as(
+            files, module, weight_scale=FLOATS, weight_zero_point=f"{FLOATS} I8 I32"
+        )
         fits = fits and rows in (1, out_features) and groups > 0
         if not fits or (in_features % groups and f"{module}.weight_g_idx" not in files):
             raise misfit(module, files, *_PACKED)

@@ -12,6 +12,8 @@ from teal_cli.errors import TealError, UnsupportedError
 from teal_cli.model.config import DAMAGED
 from teal_cli.model.tensor_files import TensorFiles
 
+FLOATS = "F16 BF16 F32"
+
 
 class Format(Protocol):
     """One way to store the matrix of a linear module or an embedding as several tensors."""
@@ -104,6 +106,14 @@ def column_groups(module: str, files: TensorFiles, groups: int) -> Tensor | None
     return check_groups(name, group_of, groups)
 
 
+def grouped_as(module: str, files: TensorFiles, in_features: int) -> bool:
+    """Whether compressed-tensors' groups, where there are any, are one for each input."""
+    name = f"{module}.weight_g_idx"
+    return name not in files or (
+        files.shape(name) == (in_features,) and files.dtypes[name] in ("I32", "I64")
+    )
+
+
 def check_groups(name: str, group_of: Tensor, groups: int) -> Tensor:
     """The groups of the inputs, each of which must be one of `groups`.
 
@@ -115,9 +125,20 @@ def check_groups(name: str, group_of: Tensor, groups: int) -> Tensor:
     return group_of
 
 
+def stored_as(files: TensorFiles, module: str, **parts: str) -> bool:
+    """Whether those parts of a module that are there have these dtypes (several: with blanks)."""
+    names = {f"{module}.{part}": dtypes.split() for part, dtypes in parts.items()}
+    return all(files.dtypes[name] in dtypes for name, dtypes in names.items() if name in files)
+
+
 def misfit(module: str, files: TensorFiles, *parts: str) -> TealError:
     """The error about parts whose shapes contradict each other."""
-    found = ", ".join(f"{part} {list(files.shapes.get(f'{module}.{part}', ()))}" for part in parts)
+    names = {part: f"{module}.{part}" for part in parts}
+    found = ", ".join(
+        f"{part} {files.dtypes[name]} {list(files.shapes[name])}"
+        for part, name in names.items()
+        if name in files
+    )
     return TealError(f"the parts of {module}.weight do not fit together: {found}", hint=DAMAGED)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from teal_cli.errors import UnsupportedError
-from teal_cli.model.prequantized.format import misfit, setting, unpack
+from teal_cli.model.prequantized.format import FLOATS, misfit, setting, stored_as, unpack
 from teal_cli.model.tensor_files import TensorFiles
 
 _BITS = (2, 3, 4, 5, 6, 8)
@@ -79,6 +79,7 @@ class Mlx:
         in_features = groups * self._group_size(module)
         bits = words * 32 // max(in_features, 1)
         fits = rows == out_features and biases == (rows, groups) and bits in _BITS
+        fits = fits and stored_as(files, module, scales=FLOATS, biases=FLOATS)
         if not fits or bits * in_features != words * 32:
             raise misfit(module, files, *self.parts)
         return bits, in_features, out_features

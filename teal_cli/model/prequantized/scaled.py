@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from teal_cli.errors import UnsupportedError
-from teal_cli.model.prequantized.format import column_groups, dequantize, misfit
+from teal_cli.model.prequantized.format import (
+    FLOATS,
+    column_groups,
+    dequantize,
+    grouped_as,
+    misfit,
+    stored_as,
+)
 from teal_cli.model.tensor_files import TensorFiles
 
 _DTYPES = ("F8_E4M3", "F8_E5M2", "I8")
@@ -92,6 +99,14 @@ class Scaled:
         down, across = scale if len(scale) == 2 else (*scale, 1, 1)[:2]
         zero = f"{module}.weight_zero_point"
         fits = zero not in files or files.shape(zero) in (scale, (1,), ())
+        fits = fits and grouped_as(module, files, in_features)
+        fits = fits and stored_as(
+            files,
+            module,
+            weight_scale=FLOATS,
+            weight_scale_inv=f"{FLOATS} F8_E8M0 U8",
+            weight_zero_point=f"{FLOATS} I8",
+        )
         if fits and down in (1, out_features) and across and not in_features % across:
             return out_features, in_features // across
         if fits and self.block is not None:
