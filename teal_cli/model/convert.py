@@ -313,8 +313,8 @@ def _check_tensors(reader: TensorReader, config: ModelConfig, reporter: Reporter
         )
     if spare:
         reporter.note(
-            f"passed over {len(spare)} tensors that a {config.model_type} model of "
-            f"{config.num_hidden_layers} layers does not use: {_some(spare)}"
+            f"passed over, since a {config.model_type} model of {config.num_hidden_layers} layers "
+            f"does not use it: {_some(spare)}"
         )
 
 

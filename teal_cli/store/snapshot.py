@@ -30,6 +30,8 @@ NEEDED = [
     "model.safetensors",
     "model-*.safetensors",
     "model.safetensors.index.json",
+    "quantize_config.json",  # GPTQ and AWQ of 2023
+    "quant_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
