@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 4 * 10**9
+# Raised when a source may give another config than before: checkpoints of a lower number are then
+# held against their source, and made again if they differ.
+READING = 2
 
 
 class TensorReader(Protocol):
@@ -197,6 +200,10 @@ def _up_to_date(folder: Path, source: Source, rounding: Rounding | None) -> bool
         return False
     if checkpoint.source_fingerprint != source.fingerprint:
         return False
+    if checkpoint.reading < READING and checkpoint.config != ModelConfig.from_dict(
+        open_reader(source).config
+    ):
+        return False
     asked = {} if rounding is None else rounding.asked
     return all(checkpoint.rounding.get(name) == value for name, value in asked.items())
 
@@ -234,6 +241,7 @@ def _convert(
             "revision": source.revision,
             "source": source.fingerprint,
             "dtype": name,
+            "reading": READING,
         }
         rounder, work_dir = None, temporary / "work"
         if rounding is not None:

@@ -126,12 +126,18 @@ def _check_inside(name: object, where: str) -> None:
 
 def _no_weights(folder: Path, others: list[str]) -> TealError:
     """What a folder without a model's safetensors holds instead, and what to do with it."""
-    if any(folder.glob("consolidated*.safetensors")):
+    if any(folder.glob("consolidated*")):
         return UnsupportedError(
-            f"{folder} holds Mistral's own format (consolidated.safetensors) alone",
-            hint="Take the repository's model-*.safetensors and config.json as well.",
+            f"{folder} holds only the makers' own format (consolidated), not Hugging Face's",
+            hint="Take config.json and the model*.safetensors files, where the repository has "
+            "them; Meta's and Mistral's models have a repository or a folder in both formats.",
         )
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+    if any(folder.glob("*.npz")):
+        return UnsupportedError(
+            f"{folder} holds weights.npz, MLX's format of 2023, and no safetensors",
+            hint="Take a repository of mlx-community that has model.safetensors, or the original.",
+        )
+    if any(path for ending in ("bin", "pt", "pth") for path in folder.glob(f"*.{ending}")):
         return MissingError(
             f"{folder} holds PyTorch pickles and no safetensors; teal reads no pickles",
             hint="If you trust them, convert them with transformers: "

@@ -172,7 +172,10 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[TealError], str]] = {
     "tensor-missing": (edit_weights(lambda w: w.pop(DOWN)), TealError, f"lacks {DOWN}"),
     "bin-only": (renamed("pytorch_model.bin"), MissingError, "pickles"),
     "variant-only": (renamed("model.fp16.safetensors"), MissingError, r"only model\.fp16"),
-    "mistral-format": (renamed("consolidated.safetensors"), UnsupportedError, "Mistral's own"),
+    "mistral-format": (renamed("consolidated.safetensors"), UnsupportedError, "makers' own"),
+    "meta-format": (renamed("consolidated.00.pth"), UnsupportedError, "makers' own"),
+    "gptq-pickle": (renamed("llama-4bit-128g.pt"), MissingError, "pickles"),
+    "mlx-2023": (renamed("weights.npz"), UnsupportedError, "MLX's format of 2023"),
     "adapter": (adapter_alone, UnsupportedError, r"adapter \(LoRA\) of org/base"),
     "adapter-beside": (
         edit_weights(lambda w: w.update({DOWN[:-6] + "lora_A.weight": torch.ones(2, 112)})),

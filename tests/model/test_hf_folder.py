@@ -115,6 +115,25 @@ def test_the_stored_head_wins_over_the_flag(
     assert ("lm_head" in names) is not tied
 
 
+def test_checkpoints_of_an_older_reading_are_made_again(tmp_path: Path, teal_home: Path) -> None:
+    folder = save_folder(hf_model("llama-tied"), tmp_path / "model")
+    before = converted(folder)
+
+    def age(checkpoint: Checkpoint, **config: Any) -> None:
+        edit_config(**config)(checkpoint.folder)
+        path = checkpoint.folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["reading"]
+        path.write_text(json.dumps(manifest))
+
+    age(before)
+    assert Checkpoint(before.folder).reading == converted(folder).reading == 1  # it is still right
+    edit_weights(head_apart)(folder)
+    after = converted(folder)
+    age(after, tie_word_embeddings=True)  # what an older version made of this folder
+    assert converted(folder).config.tie_word_embeddings is False
+
+
 def test_one_file_wins_over_an_index(tiny_folder: Path, teal_home: Path) -> None:
     before = converted(tiny_folder)
     weights = load_file(tiny_folder / "model.safetensors")
