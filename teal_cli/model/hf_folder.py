@@ -16,7 +16,7 @@ from torch import Tensor
 from teal_cli.errors import TealError, UnsupportedError
 from teal_cli.model import prequantized
 from teal_cli.model.config import DAMAGED, read_object
-from teal_cli.model.tensor_files import TensorFiles, check_not_adapter
+from teal_cli.model.tensor_files import TensorFiles, check_is_model
 
 # Whatever a tokenizer or a chat may need; never weights and never code.
 _COMPANIONS = (
@@ -40,7 +40,8 @@ class HfFolder:
 
     Raises:
         MissingError: the folder holds no config.json or no safetensors, or lacks a shard.
-        UnsupportedError: it holds an adapter, or is quantized in a way that teal does not decode.
+        UnsupportedError: it holds an adapter or a model of another format, or is quantized in a
+            way that teal does not decode.
         TealError: an index or shard is damaged or names a file outside the folder.
     """
 
@@ -48,7 +49,7 @@ class HfFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        check_not_adapter(folder)
+        check_is_model(folder)
         self._raw = read_object(folder / "config.json")
         self._format = prequantized.format_of(self._raw, folder)
         self._files = TensorFiles(folder, self._raw)

@@ -126,6 +126,22 @@ def _check_inside(name: object, where: str) -> None:
 
 def _no_weights(folder: Path, others: list[str]) -> TealError:
     """What a folder without a model's safetensors holds instead, and what to do with it."""
+    if (error := _other_format(folder)) is not None:
+        return error
+    if others:
+        listed = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        return MissingError(
+            f"{folder} has neither {_SINGLE} nor {_INDEX}, only {listed}",
+            hint=f"Rename a file that is the whole model to {_SINGLE}; "
+            "several need their index, which the repository has.",
+        )
+    return MissingError(
+        f"no model.safetensors and no index of shards in {folder}",
+        hint="Name a model that is published as safetensors, or a .gguf file.",
+    )
+
+
+def _other_format(folder: Path) -> TealError | None:
     if any(folder.glob("consolidated*")):
         return UnsupportedError(
             f"{folder} holds only the makers' own format (consolidated), not Hugging Face's",
@@ -144,31 +160,24 @@ def _no_weights(folder: Path, others: list[str]) -> TealError:
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), "
             "and copy the tokenizer's files beside.",
         )
-    if others:
-        listed = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
-        return MissingError(
-            f"{folder} has neither {_SINGLE} nor {_INDEX}, only {listed}",
-            hint=f"Rename a file that is the whole model to {_SINGLE}; "
-            "several need their index, which the repository has.",
-        )
-    return MissingError(
-        f"no model.safetensors and no index of shards in {folder}",
-        hint="Name a model that is published as safetensors, or a .gguf file.",
-    )
+    return None
 
 
-def check_not_adapter(folder: Path) -> None:
-    """A LoRA adapter alone is no model.
+def check_is_model(folder: Path) -> None:
+    """Folders of another kind are named as what they are, before their config.json is missed.
 
     Raises:
-        UnsupportedError: the folder holds one.
+        UnsupportedError: the folder holds a LoRA adapter alone, or a model in another format.
+        MissingError: it holds pickles alone.
     """
-    settings = folder / "adapter_config.json"
-    if not settings.is_file() or (folder / _SINGLE).is_file() or (folder / _INDEX).is_file():
+    if (folder / _SINGLE).is_file() or (folder / _INDEX).is_file():
         return
-    base = read_object(settings).get("base_model_name_or_path")
-    raise UnsupportedError(
-        f"{folder} holds an adapter (LoRA) of {base or 'another model'}, not a model",
-        hint="Merge it first: peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
-        ".merge_and_unload().save_pretrained(NEW), with the tokenizer's files beside.",
-    )
+    if (settings := folder / "adapter_config.json").is_file():
+        base = read_object(settings).get("base_model_name_or_path")
+        raise UnsupportedError(
+            f"{folder} holds an adapter (LoRA) of {base or 'another model'}, not a model",
+            hint="Merge it first: peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
+            ".merge_and_unload().save_pretrained(NEW), with the tokenizer's files beside.",
+        )
+    if not (folder / "config.json").is_file() and (error := _other_format(folder)) is not None:
+        raise error

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_F32, _BF16, _E8 = torch.float32, torch.bfloat16, torch.float8_e8m0fnu
 Packed = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -100,6 +101,8 @@ def compressed(bits: int, group: int | None, **kinds: bool) -> Any:
         index = torch.arange(inputs) * groups // inputs
         parts = {"weight_packed": words(codes - low, bits)}
         parts["weight_shape"] = torch.tensor([out, inputs])
+        if kinds.get("unordered"):
+            parts["weight_g_idx"] = torch.full((inputs,), -1, dtype=torch.int32)
         if kinds.get("act_order"):
             index = index[torch.randperm(inputs)]
             parts["weight_g_idx"] = index.int()
@@ -128,10 +131,11 @@ def fp8(shape: Callable[[int, int], tuple[int, ...]], name: str, dtype: torch.dt
     def pack(out: int, inputs: int) -> Packed:
         codes = torch.randn(out, inputs).to(torch.float8_e4m3fn)
         factors = torch.rand(shape(out, inputs)) * 0.2 + 0.05
-        if dtype == torch.float8_e8m0fnu:
+        if dtype in (_E8, torch.uint8):
             factors = 2.0 ** torch.randint(-4, 0, factors.shape)
-        stored = factors.to(dtype)
-        table = stored.float()
+        exponents = factors.log2() + 127
+        stored = exponents.to(dtype) if dtype == torch.uint8 else factors.to(dtype)
+        table = factors if dtype == torch.uint8 else stored.float()
         if stored.ndim == 2 and stored.shape[1] > 1:
             table = table.repeat_interleave(32, 0).repeat_interleave(24, 1)[:out, :inputs]
         weight = codes.float() * table
@@ -199,7 +203,6 @@ def _ct(layout: str, **weights: Any) -> dict[str, Any]:
 
 _MLX = {"group_size": 32, "bits": 4}
 _LOAD4 = _of("bitsandbytes", load_in_4bit=True)
-_F32, _BF16, _E8 = torch.float32, torch.bfloat16, torch.float8_e8m0fnu
 LAYOUTS = {
     "gptq": Layout(gptq(4, 16), _of("gptq", bits=4, group_size=16, sym=False)),
     "gptq-8-bits": Layout(gptq(8, 16), _of("gptq", bits=8, group_size=16)),
@@ -238,6 +241,9 @@ LAYOUTS = {
         compressed(4, 16, act_order=True, asymmetric=True),
         _ct("pack-quantized", num_bits=4, group_size=16, actorder="group"),
     ),
+    "ct-order-unset": Layout(
+        compressed(4, 16, unordered=True), _ct("pack-quantized", num_bits=4, group_size=16)
+    ),
     "ct-older-key": Layout(
         compressed(4, 16), {"compression_config": _ct("pack-quantized")["quantization_config"]}
     ),
@@ -258,6 +264,9 @@ LAYOUTS = {
     "fp8-powers-of-two": Layout(
         fp8(blocks, "weight_scale_inv", _E8),
         _of("fp8", weight_block_size=[32, 24], scale_fmt="ue8m0"),
+    ),
+    "fp8-exponents": Layout(
+        fp8(blocks, "weight_scale_inv", torch.uint8), _of("fp8", weight_block_size=[32, 24])
     ),
     "fp8-tensor": Layout(
         fp8(lambda o, i: (), "weight_scale_inv", _BF16), _of("fp8", activation_scheme="static")

@@ -145,6 +145,11 @@ def renamed(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / "model.safetensors").rename(folder / name) and None
 
 
+def meta_original(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "consolidated.00.pth")
+
+
 def adapter_alone(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
@@ -173,7 +178,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[TealError], str]] = {
     "bin-only": (renamed("pytorch_model.bin"), MissingError, "pickles"),
     "variant-only": (renamed("model.fp16.safetensors"), MissingError, r"only model\.fp16"),
     "mistral-format": (renamed("consolidated.safetensors"), UnsupportedError, "makers' own"),
-    "meta-format": (renamed("consolidated.00.pth"), UnsupportedError, "makers' own"),
+    "meta-format": (meta_original, UnsupportedError, "makers' own"),
     "gptq-pickle": (renamed("llama-4bit-128g.pt"), MissingError, "pickles"),
     "mlx-2023": (renamed("weights.npz"), UnsupportedError, "MLX's format of 2023"),
     "adapter": (adapter_alone, UnsupportedError, r"adapter \(LoRA\) of org/base"),

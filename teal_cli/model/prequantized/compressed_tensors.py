@@ -127,6 +127,6 @@ class CompressedTensors:
             files, module, weight_scale=FLOATS, weight_zero_point=f"{FLOATS} I8 I32"
         )
         fits = fits and rows in (1, out_features) and groups > 0
-        if not fits or (in_features % groups and f"{module}.weight_g_idx" not in files):
+        if not fits or in_features % groups:
             raise misfit(module, files, *_PACKED)
         return bits, in_features, out_features
