@@ -53,17 +53,16 @@ class HfFolder:
         self._raw = read_object(folder / "config.json")
         self._format = prequantized.format_of(self._raw, folder)
         self._files = TensorFiles(folder, self._raw)
-        self._shapes = dict(self._files.shapes)
         self._modules: dict[str, str] = {}
         if self._format is None:
             prequantized.refuse_unexplained(self._files)
         else:
-            self._take_over(self._format)
+            found = prequantized.modules(self._format, self._files)
+            self._modules = {f"{module}.weight": module for module in found}
+        names = {*self._files.shapes, *self._modules}
         # Of two that are tied, either may be the one that was saved.
-        alone = self._tied and _HEAD in self._shapes and _EMBEDDING not in self._shapes
+        alone = self._tied and _HEAD in names and _EMBEDDING not in names
         self._embedding = _HEAD if alone else _EMBEDDING
-        if alone:
-            self._shapes[_EMBEDDING] = self._shapes[_HEAD]
 
     @property
     def label(self) -> str:
@@ -120,13 +119,18 @@ class HfFolder:
     def _tied(self) -> bool:
         return bool(self._raw.get("tie_word_embeddings"))
 
-    def _take_over(self, quantized: prequantized.Format) -> None:
-        """Name the matrices that come out of a quantized checkpoint in place of their parts."""
-        for module in prequantized.modules(quantized, self._files):
-            for part in quantized.parts:
-                self._shapes.pop(f"{module}.{part}", None)
-            self._shapes[f"{module}.weight"] = quantized.shape(module, self._files)
-            self._modules[f"{module}.weight"] = module
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, with quantized matrices in place of their parts."""
+        shapes = dict(self._files.shapes)
+        if self._format is not None:
+            for name, module in self._modules.items():
+                for part in self._format.parts:
+                    shapes.pop(f"{module}.{part}", None)
+                shapes[name] = self._format.shape(module, self._files)
+        if self._embedding == _HEAD:
+            shapes[_EMBEDDING] = shapes[_HEAD]
+        return shapes
 
     def _stored(self, name: str) -> Tensor:
         """The tensor in the dtype that it is stored in, or decoded to float32."""

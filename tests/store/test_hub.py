@@ -183,6 +183,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub: Hub, tmp_path: Path) ->
         pytest.param(
             ["org/pickles"], 3, "no model in the safetensors format", "Choose", id="pickles"
         ),
+        pytest.param(["org/lora"], 5, "holds an adapter (LoRA)", "merge_and_unload", id="adapter"),
     ],
 )
 def test_refusals(
@@ -192,6 +193,9 @@ def test_refusals(
     hub.repositories["org/gated"] = Repository(files, gated=True)
     hub.repositories["org/private"] = Repository(files, private=True)
     hub.repositories["org/pickles"] = Repository({**SMALL, "pytorch_model.bin": b"a pickle"})
+    hub.repositories["org/lora"] = Repository(
+        {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    )
     done = run(hub, tmp_path, *arguments)
     error, next_step = done.stderr.strip().splitlines()[-2:]
     assert done.returncode == exit_code
