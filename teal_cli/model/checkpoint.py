@@ -85,6 +85,12 @@ class Checkpoint:
         return None if revision is None else str(revision)
 
     @property
+    def reading(self) -> int:
+        """The version of how its source was read."""
+        version = self._manifest.get("reading", 1)
+        return version if isinstance(version, int) else 1
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all shards."""
         return sum(self._manifest["shards"].values())

@@ -12,6 +12,8 @@ from teal_cli.errors import MissingError, TealError, UnsupportedError
 from teal_cli.model.rope_config import LARGEST, RopeConfig, rope_config
 
 DAMAGED = "Download the model again."
+# How many experts a layer has, by family.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Where null says something other than leaving the field out.
 _NULLABLE = ("num_key_value_heads", "sliding_window")
 _MOST_LAYERS = 10_000
@@ -226,20 +228,21 @@ def _family(raw: Mapping[str, Any]) -> _Family:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise UnsupportedError(
-            f"model type {model_type!r} is not supported",
+            f"model type {model_type!r} is not supported{_reason(raw)}",
             hint=f"Supported: {', '.join(_FAMILIES)} (SmolLM2 is a llama).",
         )
     if (act := raw.get("hidden_act", "silu")) != "silu":
         raise UnsupportedError(f"activation {act!r} is not supported; teal knows 'silu'")
     if raw.get("mlp_bias"):
         raise UnsupportedError("biases in the MLP (mlp_bias) are not supported")
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise UnsupportedError(
-            f"this checkpoint is quantized already ({method or 'unknown method'})",
-            hint="Use the original float16 or bfloat16 checkpoint.",
-        )
     return _FAMILIES[model_type]
+
+
+def _reason(raw: Mapping[str, Any]) -> str:
+    """What stands in the way with an unknown model type, where its config says so."""
+    if any(raw.get(key) for key in _EXPERTS):
+        return ": it is a mixture of experts"
+    return ": it needs code of its own, which teal does not run" if raw.get("auto_map") else ""
 
 
 def _sliding_windows(

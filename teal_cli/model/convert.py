@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from teal_cli.errors import TealError, UsageError
+from teal_cli.errors import TealError, UnsupportedError, UsageError
 from teal_cli.model.checkpoint import KIND, MANIFEST, Checkpoint, load_tokenizer
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.hf_layout import assemble, hf_shapes, parts
@@ -35,12 +36,20 @@ if TYPE_CHECKING:
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 4 * 10**9
+# Raised when a source may give another config than before: checkpoints of a lower number are then
+# held against their source, and made again if they differ.
+READING = 2
 
 
 class TensorReader(Protocol):
     """A checkpoint of another format, under Hugging Face's names."""
 
-    config: dict[str, Any]
+    # Whether the format's own program refuses a tensor that the model does not use.
+    strict: bool
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json says of the model, as far as its tensors agree."""
 
     @property
     def label(self) -> str:
@@ -154,6 +163,7 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    stamp = source.stamp
     reader: TensorReader | None = None
     if dtype is None:
         if source.gguf is not None:
@@ -168,7 +178,7 @@ def convert(
     with artifacts.lock(folder, reporter):
         if force or not _up_to_date(folder, source, rounding):
             reader = reader or open_reader(source)
-            _convert(source, reader, DTYPES[dtype], rounding, folder, reporter)
+            _convert(source, stamp, reader, DTYPES[dtype], rounding, folder, reporter)
     return folder
 
 
@@ -191,12 +201,17 @@ def _up_to_date(folder: Path, source: Source, rounding: Rounding | None) -> bool
         return False
     if checkpoint.source_fingerprint != source.fingerprint:
         return False
+    if checkpoint.reading < READING and checkpoint.config != ModelConfig.from_dict(
+        open_reader(source).config
+    ):
+        return False
     asked = {} if rounding is None else rounding.asked
     return all(checkpoint.rounding.get(name) == value for name, value in asked.items())
 
 
 def _convert(
     source: Source,
+    stamp: str,
     reader: TensorReader,
     dtype: torch.dtype,
     rounding: Rounding | None,
@@ -205,7 +220,7 @@ def _convert(
 ) -> None:
     config = ModelConfig.from_dict(reader.config)
     kind = None if rounding is None else rounding.kind
-    _check_tensors(reader, config)
+    _check_tensors(reader, config, reporter)
     if kind is not None:
         kind.check(config)
     plan = stored_tensors(config, dtype, kind)
@@ -216,7 +231,7 @@ def _convert(
     artifacts.check_free_space(folder, total_bytes)
 
     digest = hashlib.sha256(f"{_canonical(config)} {what}".encode())
-    with artifacts.atomic_dir(folder) as temporary:
+    with artifacts.atomic_dir(folder) as temporary, _unchanged(source, stamp):
         reader.write_companions(temporary)
         text = json.dumps(reader.config, indent=2)
         (temporary / "config.json").write_text(text, encoding="utf-8")
@@ -226,6 +241,7 @@ def _convert(
             "revision": source.revision,
             "source": source.fingerprint,
             "dtype": name,
+            "reading": READING,
         }
         rounder, work_dir = None, temporary / "work"
         if rounding is not None:
@@ -242,6 +258,31 @@ def _convert(
         shutil.rmtree(work_dir, ignore_errors=True)
         manifest |= {"shards": sizes, "fingerprint": digest.hexdigest()}
         artifacts.write_manifest(temporary / MANIFEST, KIND, manifest)
+
+
+@contextmanager
+def _unchanged(source: Source, stamp: str) -> Iterator[None]:
+    """Files that changed under the reader explain whatever it made of them, errors too.
+
+    Raises:
+        TealError: they no longer have the `stamp` that they had.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    try:
+        changed = source.stamp != stamp
+    except OSError:
+        changed = True
+    if changed:
+        raise TealError(
+            f"the files of {source.ref.name} changed while they were read",
+            hint="Run the command again when nothing writes to them.",
+        ) from failure
+    if failure is not None:
+        raise failure
 
 
 def _canonical(config: ModelConfig) -> str:
@@ -265,19 +306,37 @@ def _tensors(
             yield floats(name)
 
 
-def _check_tensors(reader: TensorReader, config: ModelConfig) -> None:
-    """Every tensor that the config asks for is there in its shape, and no other."""
+def _check_tensors(reader: TensorReader, config: ModelConfig, reporter: Reporter) -> None:
+    """Every tensor that the config asks for is there in its shape; others are named."""
     expected, found = hf_shapes(config), reader.shapes
-    for problem, names in (
-        ("lacks", expected.keys() - found.keys()),
-        (f"holds what a {config.model_type} model does not have:", found.keys() - expected.keys()),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise TealError(f"{reader.label} {problem} {min(names)}{more}")
+    spare = found.keys() - expected.keys()
+    if missing := expected.keys() - found.keys():
+        instead = f"It holds {_some(spare)} instead." if spare else None
+        raise TealError(f"{reader.label} lacks {_some(missing)}", hint=instead)
     for name, shape in expected.items():
         if found[name] != shape:
             raise TealError(
                 f"{name} of {reader.label} has shape {list(found[name])}, "
                 f"but its config.json says {list(shape)}"
             )
+    if adapters := [name for name in spare if ".lora_" in name]:
+        raise UnsupportedError(
+            f"{reader.label} holds an adapter (LoRA) beside the model: {_some(adapters)}",
+            hint="Merge it first, with peft's merge_and_unload().",
+        )
+    if spare and reader.strict:
+        raise TealError(
+            f"{reader.label} holds what a {config.model_type} model of "
+            f"{config.num_hidden_layers} layers does not have: {_some(spare)}"
+        )
+    if spare:
+        reporter.note(
+            f"passed over, since a {config.model_type} model of {config.num_hidden_layers} layers "
+            f"does not use it: {_some(spare)}"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    """A few names, and how many more there are."""
+    first, *more = sorted(names)
+    return f"{first} and {len(more)} more" if more else first

@@ -45,6 +45,8 @@ class GgufFile:
         UnsupportedError: its architecture, one of its formats or of its metadata is not supported.
     """
 
+    strict = True  # llama.cpp counts the tensors
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stored = GgufTensors(path)

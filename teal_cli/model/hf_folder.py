@@ -1,18 +1,22 @@
-"""Reads a checkpoint in Hugging Face's format: config.json and safetensors, sharded or single."""
+"""Reads a checkpoint in Hugging Face's format: config.json and safetensors, sharded or single.
+
+What came quantized is decoded as it is read (`prequantized`).
+"""
 
 from __future__ import annotations
 
-import os
 import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from teal_cli.errors import MissingError, TealError, UnsupportedError
+from teal_cli.errors import TealError, UnsupportedError
+from teal_cli.model import prequantized
 from teal_cli.model.config import DAMAGED, read_object
+from teal_cli.model.tensor_files import TensorFiles, check_is_model
 
 # Whatever a tokenizer or a chat may need; never weights and never code.
 _COMPANIONS = (
@@ -28,6 +32,7 @@ _COMPANIONS = (
     "chat_template.json",
 )
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class HfFolder:
@@ -35,26 +40,46 @@ class HfFolder:
 
     Raises:
         MissingError: the folder holds no config.json or no safetensors, or lacks a shard.
+        UnsupportedError: it holds an adapter or a model of another format, or is quantized in a
+            way that teal does not decode.
         TealError: an index or shard is damaged or names a file outside the folder.
     """
 
+    strict = False
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = read_object(folder / "config.json")
-        self._shard_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, str] = {}
-        for shard in _shards(folder):
-            self._open(shard)
+        check_is_model(folder)
+        self._raw = read_object(folder / "config.json")
+        self._format = prequantized.format_of(self._raw, folder)
+        self._files = TensorFiles(folder, self._raw)
+        self._modules: dict[str, str] = {}
+        if self._format is None:
+            prequantized.refuse_unexplained(self._files)
+        else:
+            found = prequantized.modules(self._format, self._files)
+            self._modules = {f"{module}.weight": module for module in found}
+        names = {*self._files.shapes, *self._modules}
+        # Of two that are tied, either may be the one that was saved.
+        alone = self._tied and _HEAD in names and _EMBEDDING not in names
+        self._embedding = _HEAD if alone else _EMBEDDING
 
     @property
     def label(self) -> str:
         return str(self.folder)
 
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json, corrected where the tensors say otherwise, and without quantization."""
+        config = {k: v for k, v in self._raw.items() if k not in prequantized.CONFIG_KEYS}
+        if self._tied and self._has_own_head():
+            config["tie_word_embeddings"] = False
+        return config
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that counts: old files carry rotary tables, tied ones a copy."""
-        copy = "lm_head.weight" if self.config.get("tie_word_embeddings") else None
+        copy = _HEAD if self.config.get("tie_word_embeddings") else None
         return {
             name: shape
             for name, shape in self._shapes.items()
@@ -63,23 +88,26 @@ class HfFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the embedding, and so of the matrices."""
-        return _DTYPES.get(self._dtypes.get("model.embed_tokens.weight", ""), torch.float16)
+        """The dtype of the embedding, and so of the matrices; of decoded ones, the config's."""
+        named = self._raw.get("dtype") or self._raw.get("torch_dtype")
+        if self._format is not None:
+            for dtype in _DTYPES.values():
+                if str(dtype) == f"torch.{named}":
+                    return dtype
+        for name in (self._embedding, "model.norm.weight"):
+            if (stored := self._files.dtypes.get(name)) in _DTYPES:
+                return _DTYPES[stored]
+        return torch.float16
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """One tensor in `dtype`; memory-mapped where that is its own.
 
         Raises:
-            UnsupportedError: it is stored in another format than float16, bfloat16 or float32.
+            UnsupportedError: it is stored in another format than float16, bfloat16 or float32,
+                and nothing says how to decode it.
             TealError: it holds NaN or infinity, or `dtype` cannot hold its values.
         """
-        if self._dtypes[name] not in _DTYPES:
-            raise UnsupportedError(
-                f"{name} is stored as {self._dtypes[name]}; teal reads {', '.join(_DTYPES)}"
-            )
-        with safe_open(self._shard_of[name], framework="pt") as shard:
-            tensor = shard.get_tensor(name)
-        return to_finite(tensor, dtype, name, self.label)
+        return to_finite(self._stored(name), dtype, name, self.label)
 
     def write_companions(self, folder: Path) -> None:
         """Copy the tokenizer and the generation defaults."""
@@ -87,20 +115,45 @@ class HfFolder:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
 
-    def _open(self, path: Path) -> None:
-        if not os.path.isfile(path):  # pathlib's own would raise on a name that is none
-            raise MissingError(f"{path.name!r} is missing from {self.folder}", hint=DAMAGED)
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    if name in self._shard_of:
-                        raise TealError(f"{name} is in two shards of {self.folder}")
-                    view = shard.get_slice(name)
-                    self._shard_of[name] = path
-                    self._shapes[name] = tuple(view.get_shape())
-                    self._dtypes[name] = view.get_dtype()
-        except (SafetensorError, OSError) as error:
-            raise TealError(f"{path} is truncated or damaged: {error}", hint=DAMAGED) from None
+    @property
+    def _tied(self) -> bool:
+        return bool(self._raw.get("tie_word_embeddings"))
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, with quantized matrices in place of their parts."""
+        shapes = dict(self._files.shapes)
+        if self._format is not None:
+            for name, module in self._modules.items():
+                for part in self._format.parts:
+                    shapes.pop(f"{module}.{part}", None)
+                shapes[name] = self._format.shape(module, self._files)
+        if self._embedding == _HEAD:
+            shapes[_EMBEDDING] = shapes[_HEAD]
+        return shapes
+
+    def _stored(self, name: str) -> Tensor:
+        """The tensor in the dtype that it is stored in, or decoded to float32."""
+        name = self._embedding if name == _EMBEDDING else name
+        if self._format is not None and name in self._modules:
+            return prequantized.decode(self._format, self._modules[name], self._files)
+        stored = self._files.dtypes[name]
+        if stored not in _DTYPES:
+            raise UnsupportedError(
+                f"{name} is stored as {stored}, and nothing says how to decode it; "
+                f"teal reads {', '.join(_DTYPES)}"
+            )
+        return self._files.read(name)
+
+    def _has_own_head(self) -> bool:
+        """Whether a head is stored that is not the embedding: then the flag is wrong."""
+        if self._embedding == _HEAD or not {_HEAD, _EMBEDDING} <= self._shapes.keys():
+            return False
+        if self._shapes[_HEAD] != self._shapes[_EMBEDDING]:
+            return True
+        if {_HEAD, _EMBEDDING} & self._modules.keys():
+            return not self._stored(_HEAD).float().equal(self._stored(_EMBEDDING).float())
+        return not self._files.equal(_HEAD, _EMBEDDING)
 
 
 def to_finite(
@@ -124,22 +177,3 @@ def to_finite(
             )
         raise TealError(f"{name} of {label} holds NaN or infinite weights", hint=DAMAGED)
     return out
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        if not single.exists():
-            raise MissingError(
-                f"no model.safetensors and no index of shards in {folder}",
-                hint="Name a model that is published as safetensors, or a .gguf file.",
-            )
-        return [single]
-    names = read_object(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise TealError(f"{index} has no weight_map", hint=DAMAGED)
-    for name in names.values():
-        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
-            raise TealError(f"{index} names a shard outside its folder: {name!r}")
-    return [folder / name for name in sorted(set(names.values()))]

@@ -31,10 +31,19 @@ class Source:
     @property
     def nbytes(self) -> int:
         """Bytes of the files that are read."""
+        return sum(file.stat().st_size for file in self._files)
+
+    @property
+    def stamp(self) -> str:
+        """Changes with any of the files, as far as names, sizes and times show it."""
+        return _stat_fingerprint(self._files)
+
+    @property
+    def _files(self) -> list[Path]:
         if self.gguf is not None:
-            return sum(part.stat().st_size for part in local.gguf_parts(self.gguf))
+            return local.gguf_parts(self.gguf)
         assert self.folder is not None
-        return sum(file.stat().st_size for file in _relevant(self.folder))
+        return _relevant(self.folder)
 
 
 def fetch(

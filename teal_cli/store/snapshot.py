@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teal_cli.errors import AccessError, MissingError, TealError
+from teal_cli.errors import AccessError, MissingError, TealError, UnsupportedError
 from teal_cli.progress import Reporter, Task
 from teal_cli.store import artifacts, local
 
@@ -30,6 +30,8 @@ NEEDED = [
     "model.safetensors",
     "model-*.safetensors",
     "model.safetensors.index.json",
+    "quantize_config.json",  # GPTQ and AWQ of 2023
+    "quant_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -69,6 +71,7 @@ def download(name: str, revision: str | None, token: str | None, reporter: Repor
     Raises:
         Unreachable: the Hub does not answer, or is out of order.
         MissingError: there is no such model or revision, or it holds no safetensors.
+        UnsupportedError: it is an adapter.
         AccessError: the model is gated, or the token is refused.
         TealError: the disk is too small, or the transfer broke off.
     """
@@ -87,7 +90,14 @@ def download(name: str, revision: str | None, token: str | None, reporter: Repor
         if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in NEEDED)
     ]
     names = {file.rfilename for file in files}
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+    weights = any(name.endswith(".safetensors") for name in names)
+    if not weights and any(f.rfilename == "adapter_config.json" for f in info.siblings or []):
+        raise UnsupportedError(
+            f"{name} holds an adapter (LoRA), not a model",
+            hint="Merge it with its model first, by peft's merge_and_unload(), "
+            "and name the folder of the result.",
+        )
+    if "config.json" not in names or not weights:
         pattern = local.gguf_pattern(file.rfilename for file in info.siblings or [])
         raise MissingError(
             f"{name} holds no model in the safetensors format",

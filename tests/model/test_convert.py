@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from model.families import FAMILIES, hf_model
-from model.sources import save_folder, source_of
+from model.sources import edit_config, edit_weights, save_folder, source_of
 from safetensors.torch import load_file, save_file
 
-from teal_cli.errors import MissingError, TealError, UnsupportedError, UsageError
+from teal_cli.errors import MissingError, TealError, UnsupportedError
 from teal_cli.model import convert as convert_module
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.config import ModelConfig
@@ -126,23 +126,6 @@ def test_skips_when_up_to_date(tiny_folder: Path, teal_home: Path) -> None:
     assert converted(tiny_folder).fingerprint != first.fingerprint  # the source changed
 
 
-def edit_config(**changes: Any) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    return edit
-
-
-def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "model.safetensors")
-
-    return edit
-
-
 def shard_named(name: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "model-1.safetensors")
@@ -161,7 +144,26 @@ def cut(size: int) -> Callable[[Path], None]:
 
 
 def index_text(text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / "model.safetensors.index.json").write_text(text) and None
+    def edit(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return edit
+
+
+def renamed(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "model.safetensors").rename(folder / name) and None
+
+
+def meta_original(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "consolidated.00.pth")
+
+
+def adapter_alone(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
 
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -183,16 +185,50 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[TealError], str]] = {
     "nan": (edit_weights(lambda w: w[DOWN].view(-1)[7].fill_(torch.nan)), TealError, DOWN),
     "infinity": (edit_weights(lambda w: w[DOWN].view(-1)[-1].fill_(torch.inf)), TealError, DOWN),
     "tensor-missing": (edit_weights(lambda w: w.pop(DOWN)), TealError, f"lacks {DOWN}"),
-    "tensor-extra": (
-        edit_weights(lambda w: w.update(extra=torch.ones(1))),
+    "bin-only": (renamed("pytorch_model.bin"), MissingError, "pickles"),
+    "variant-only": (renamed("model.fp16.safetensors"), MissingError, r"only model\.fp16"),
+    "mistral-format": (renamed("consolidated.safetensors"), UnsupportedError, "makers' own"),
+    "meta-format": (meta_original, UnsupportedError, "makers' own"),
+    "gptq-pickle": (renamed("llama-4bit-128g.pt"), MissingError, "pickles"),
+    "mlx-2023": (renamed("weights.npz"), UnsupportedError, "MLX's format of 2023"),
+    "adapter": (adapter_alone, UnsupportedError, r"adapter \(LoRA\) of org/base"),
+    "adapter-beside": (
+        edit_weights(lambda w: w.update({DOWN[:-6] + "lora_A.weight": torch.ones(2, 112)})),
+        UnsupportedError,
+        "beside the model",
+    ),
+    "weights-elsewhere": (
+        edit_config(transformers_weights="../m.safetensors"),
         TealError,
-        "does not have: extra",
+        "outside",
+    ),
+    "vocabulary-larger": (edit_config(vocab_size=99), TealError, r"\[97, 64\].*\[99, 64\]"),
+    "vocabulary-smaller": (edit_config(vocab_size=96), TealError, r"\[97, 64\].*\[96, 64\]"),
+    "other-names": (
+        edit_weights(lambda w: [w.update({f"backbone.{n}": w.pop(n)}) for n in [*w]]),
+        TealError,
+        "lacks lm_head.weight and",
+    ),
+    "two-names": (
+        edit_weights(lambda w: w.update({"norm.weight": w["model.norm.weight"].clone()})),
+        TealError,
+        "twice",
     ),
     "shape": (edit_config(intermediate_size=128), TealError, r"shape \[112, 64\]"),
     "integers": (
         edit_weights(lambda w: w.update({DOWN: w[DOWN].to(torch.int8)})),
         UnsupportedError,
-        "I8",
+        "stored as I8, and nothing says",
+    ),
+    "experts": (
+        edit_config(model_type="mixtral", num_local_experts=8),
+        UnsupportedError,
+        "mixture of experts",
+    ),
+    "remote-code": (
+        edit_config(model_type="odd", auto_map={"AutoModel": "m.M"}),
+        UnsupportedError,
+        "code of its own",
     ),
 }
 
@@ -216,31 +252,6 @@ def test_a_failed_conversion_keeps_the_old_one(tiny_folder: Path, teal_home: Pat
         converted(tiny_folder)
     assert Checkpoint(before.folder).fingerprint == before.fingerprint
     assert logits(before.load()).isfinite().all()
-
-
-def test_old_files_carry_tensors_that_do_not_count(tmp_path: Path, teal_home: Path) -> None:
-    folder = save_folder(hf_model("llama-tied"), tmp_path / "old")
-    before = converted(folder)
-
-    def add(weights: dict[str, torch.Tensor]) -> None:
-        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-
-    edit_weights(add)(folder)
-    assert converted(folder).fingerprint == before.fingerprint
-
-
-def test_values_beyond_float16(tmp_path: Path, teal_home: Path) -> None:
-    model = hf_model("llama").to(torch.bfloat16)
-    with torch.no_grad():
-        model.model.norm.weight[3] = 1e6
-    folder = save_folder(model, tmp_path / "wide")
-    with pytest.raises(TealError, match="float16 cannot") as caught:
-        converted(folder, dtype="float16")
-    assert "bfloat16" in str(caught.value.hint)
-    assert converted(folder).load().weights.norm[3] == 1e6
-    with pytest.raises(UsageError, match="int8"):
-        converted(folder, dtype="int8")
 
 
 def test_tampered_checkpoints_are_refused(tiny_folder: Path, teal_home: Path) -> None:

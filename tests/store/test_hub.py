@@ -190,6 +190,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub: Hub, tmp_path: Path) ->
             "hf download org/gguf --include 'm-Q4_K_M-*.gguf'",
             id="gguf",
         ),
+        pytest.param(["org/lora"], 5, "holds an adapter (LoRA)", "merge_and_unload", id="adapter"),
     ],
 )
 def test_refusals(
@@ -201,6 +202,9 @@ def test_refusals(
     hub.repositories["org/pickles"] = Repository({**SMALL, "pytorch_model.bin": b"a pickle"})
     ggufs = ["m-BF16.gguf", "m-Q4_K_M-00001-of-00002.gguf", "m-Q4_K_M-00002-of-00002.gguf"]
     hub.repositories["org/gguf"] = Repository(dict.fromkeys(ggufs, b"GGUF"))
+    hub.repositories["org/lora"] = Repository(
+        {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    )
     done = run(hub, tmp_path, *arguments)
     error, next_step = done.stderr.strip().splitlines()[-2:]
     assert done.returncode == exit_code

@@ -1,0 +1,183 @@
+"""The safetensors files of a folder: which of them are the model, and what they hold as it stands.
+
+Names are those of a transformers model, whatever was saved: the headless model, a compiled one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from teal_cli.errors import MissingError, TealError, UnsupportedError
+from teal_cli.model.config import DAMAGED, read_object
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# What torch.compile, DDP and FSDP put into the names of the module that they wrap.
+_WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+_HEADLESS = ("embed_tokens.", "layers.", "norm.")
+_ROWS = 4096  # compared at a time
+
+
+class TensorFiles:
+    """The tensors of a folder's safetensors as they are stored, read one at a time.
+
+    Raises:
+        MissingError: the folder holds no safetensors, or lacks a shard.
+        UnsupportedError: it holds an adapter, not a model.
+        TealError: an index or shard is damaged or names a file outside the folder.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._place: dict[str, tuple[Path, str]] = {}
+        for shard in _shards(folder, config):
+            self._open(shard)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor that must be there."""
+        if name not in self.shapes:
+            raise TealError(f"{self.folder} lacks {name}", hint=DAMAGED)
+        return self.shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as it is stored; memory-mapped."""
+        self.shape(name)
+        path, stored = self._place[name]
+        try:
+            with safe_open(path, framework="pt") as shard:
+                return shard.get_tensor(stored)
+        except (SafetensorError, OSError) as error:
+            raise TealError(f"{name} of {path} cannot be read: {error}", hint=DAMAGED) from None
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two matrices of one shape hold the same values, read a few rows at a time."""
+        pairs = zip(self._rows(first), self._rows(second), strict=True)
+        return all(a.float().equal(b.float()) for a, b in pairs)
+
+    def _rows(self, name: str) -> Iterator[Tensor]:
+        path, stored = self._place[name]
+        with safe_open(path, framework="pt") as shard:
+            view = shard.get_slice(stored)
+            for start in range(0, self.shapes[name][0], _ROWS):
+                yield view[start : start + _ROWS]
+
+    def _open(self, path: Path) -> None:
+        if not os.path.isfile(path):  # pathlib's own would raise on a name that is none
+            raise MissingError(f"{path.name!r} is missing from {self.folder}", hint=DAMAGED)
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for stored in shard.keys():  # noqa: SIM118 (not a dict)
+                    name = _name(stored)
+                    if name in self._place:
+                        raise TealError(f"{name} is in {self.folder} twice")
+                    view = shard.get_slice(stored)
+                    self._place[name] = path, stored
+                    self.shapes[name] = tuple(view.get_shape())
+                    self.dtypes[name] = view.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise TealError(f"{path} is truncated or damaged: {error}", hint=DAMAGED) from None
+
+
+def _name(stored: str) -> str:
+    """transformers' name: it adds or takes away one `model.`, and we what a wrapper added."""
+    name = _WRAPPERS.sub("", stored)
+    if name.startswith(("model.model.", "model.lm_head.")):
+        return name.removeprefix("model.")
+    return f"model.{name}" if name.startswith(_HEADLESS) else name
+
+
+def _shards(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """The files that transformers would read, in its order of preference."""
+    first = config.get("transformers_weights")
+    for name in (first, _SINGLE, _INDEX) if first is not None else (_SINGLE, _INDEX):
+        _check_inside(name, "config.json")
+        if (folder / name).is_file():
+            return _indexed(folder / name) if name.endswith(".json") else [folder / name]
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1 and (folder / "quantize_config.json").is_file():
+        return others  # AutoGPTQ gave files names of its own
+    raise _no_weights(folder, [other.name for other in others])
+
+
+def _indexed(index: Path) -> list[Path]:
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise TealError(f"{index} has no weight_map", hint=DAMAGED)
+    for name in names.values():
+        _check_inside(name, str(index))
+    return [index.parent / name for name in sorted(set(names.values()))]
+
+
+def _check_inside(name: object, where: str) -> None:
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+        raise TealError(f"{where} names a shard outside its folder: {name!r}")
+
+
+def _no_weights(folder: Path, others: list[str]) -> TealError:
+    """What a folder without a model's safetensors holds instead, and what to do with it."""
+    if (error := _other_format(folder)) is not None:
+        return error
+    if others:
+        listed = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        return MissingError(
+            f"{folder} has neither {_SINGLE} nor {_INDEX}, only {listed}",
+            hint=f"Rename a file that is the whole model to {_SINGLE}; "
+            "several need their index, which the repository has.",
+        )
+    return MissingError(
+        f"no model.safetensors and no index of shards in {folder}",
+        hint="Name a model that is published as safetensors, or a .gguf file.",
+    )
+
+
+def _other_format(folder: Path) -> TealError | None:
+    if any(folder.glob("consolidated*")):
+        return UnsupportedError(
+            f"{folder} holds only the makers' own format (consolidated), not Hugging Face's",
+            hint="Take config.json and the model*.safetensors files, where the repository has "
+            "them; Meta's and Mistral's models have a repository or a folder in both formats.",
+        )
+    if any(folder.glob("*.npz")):
+        return UnsupportedError(
+            f"{folder} holds weights.npz, MLX's format of 2023, and no safetensors",
+            hint="Take a repository of mlx-community that has model.safetensors, or the original.",
+        )
+    if any(path for ending in ("bin", "pt", "pth") for path in folder.glob(f"*.{ending}")):
+        return MissingError(
+            f"{folder} holds PyTorch pickles and no safetensors; teal reads no pickles",
+            hint="If you trust them, convert them with transformers: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), "
+            "and copy the tokenizer's files beside.",
+        )
+    return None
+
+
+def check_is_model(folder: Path) -> None:
+    """Folders of another kind are named as what they are, before their config.json is missed.
+
+    Raises:
+        UnsupportedError: the folder holds a LoRA adapter alone, or a model in another format.
+        MissingError: it holds pickles alone.
+    """
+    if (folder / _SINGLE).is_file() or (folder / _INDEX).is_file():
+        return
+    if (settings := folder / "adapter_config.json").is_file():
+        base = read_object(settings).get("base_model_name_or_path")
+        raise UnsupportedError(
+            f"{folder} holds an adapter (LoRA) of {base or 'another model'}, not a model",
+            hint="Merge it first: peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
+            ".merge_and_unload().save_pretrained(NEW), with the tokenizer's files beside.",
+        )
+    if not (folder / "config.json").is_file() and (error := _other_format(folder)) is not None:
+        raise error
