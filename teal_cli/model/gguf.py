@@ -19,6 +19,7 @@ from teal_cli.model.config import RopeConfig
 from teal_cli.model.gguf_tokenizer import write_tokenizer
 from teal_cli.model.hf_folder import to_finite
 from teal_cli.model.rope import inverse_frequencies
+from teal_cli.progress import Reporter
 
 # The architectures of ours that GGUF knows; a Mistral is a llama there.
 _ARCHITECTURES = {
@@ -119,9 +120,9 @@ class GgufFile:
             out[start:stop] = to_finite(chunk, dtype, name, self.label)
         return self._in_hf_order(name, out.reshape(shape))
 
-    def write_companions(self, folder: Path) -> None:
+    def write_companions(self, folder: Path, reporter: Reporter) -> None:
         """Write the tokenizer and the generation defaults that the metadata describes."""
-        write_tokenizer(folder, self._metadata, self.config["max_position_embeddings"])
+        write_tokenizer(folder, self._metadata, self.config["max_position_embeddings"], reporter)
         ids = {k: v for k, v in self.config.items() if k.endswith("_token_id")}
         text = json.dumps(ids, indent=2)
         (folder / "generation_config.json").write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from teal_cli.errors import MissingError, TealError, UnsupportedError
 from teal_cli.model.config import DAMAGED, read_object
+from teal_cli.progress import Reporter
 
 # Whatever a tokenizer or a chat may need; never weights and never code.
 _COMPANIONS = (
@@ -20,12 +21,14 @@ _COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -81,11 +84,14 @@ class HfFolder:
             tensor = shard.get_tensor(name)
         return to_finite(tensor, dtype, name, self.label)
 
-    def write_companions(self, folder: Path) -> None:
+    def write_companions(self, folder: Path, reporter: Reporter) -> None:
         """Copy the tokenizer and the generation defaults."""
         for name in _COMPANIONS:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
+            for file in self.folder.glob(name):
+                if file.is_file():
+                    target = folder / file.relative_to(self.folder)
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, target)
 
     def _open(self, path: Path) -> None:
         if not os.path.isfile(path):  # pathlib's own would raise on a name that is none
