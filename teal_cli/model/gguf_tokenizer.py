@@ -28,6 +28,11 @@ _GPT_2 = (
 )
 # The same after every digit was set apart.
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+# Only for a transformers before 5.18: digits by threes, by which alone Qwen 2 differs.
+_LLAMA_3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _COMPOSED = ("qwen2", "qwen35")  # their tokenizer.json composes characters (NFC) first
 
 # Files of before May 2024 name none, or "default"; these tokens stand nowhere else.
@@ -102,43 +107,46 @@ def _pre_tokenizer(metadata: dict[str, Any], reporter: Reporter) -> str:
             "the model was trained on; a newer GGUF file or the model's safetensors would say"
         )
         return "gpt-2"
-    splits = _converter()[1]
-    known = {*_GPT_2, *_DIGITS, *splits}
+    known = {*_GPT_2, *_DIGITS, *_splits()}
     if pre not in known:
-        more = "" if splits else " transformers 5.18 knows more of them."
         raise UnsupportedError(
             f"GGUF pre-tokenizer {pre!r} is not supported",
-            hint=f"Supported: {', '.join(sorted(known))}.{more} Or use the model's safetensors.",
+            hint=f"Supported: {', '.join(sorted(known))}. Use the model's safetensors instead.",
         )
     return str(pre)
 
 
-def _converter() -> tuple[Any, dict[str, str]]:
-    """transformers' converter, and the regex that it knows for each pre-tokenizer."""
+def _splits() -> dict[str, str]:
+    """The regex of each pre-tokenizer that transformers knows; before 5.18 it knew none."""
     try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-            GGUF_PRE_TOKENIZER_SPLITS,
-            convert_gguf_tokenizer,
-        )
-    except ImportError:  # before 5.18, whose converter knew the plain cut only
-        from transformers.integrations.ggml import convert_gguf_tokenizer
+        from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
 
-        return convert_gguf_tokenizer, {}
-    return convert_gguf_tokenizer, GGUF_PRE_TOKENIZER_SPLITS
+        return dict(mapping.GGUF_PRE_TOKENIZER_SPLITS)
+    except (ImportError, AttributeError):
+        return {"llama-bpe": _LLAMA_3_SPLIT, "qwen2": _LLAMA_3_SPLIT.replace("{1,3}", "")}
+
+
+def _converter() -> Any:
+    try:
+        from transformers.integrations.gguf import convert_gguf_tokenizer
+    except ImportError:  # before 5.18
+        from transformers.integrations.ggml import convert_gguf_tokenizer
+    return convert_gguf_tokenizer
 
 
 def _tokenizer(metadata: dict[str, Any], pre: str | None, ids: dict[str, int]) -> Any:
     """The tokenizers object; `pre` is None for a sentencepiece vocabulary."""
-    from tokenizers import Tokenizer, normalizers, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     fields: dict[str, Any] = {"tokens": tokens, "tokenizer_type": "gpt2" if pre else "llama"}
     if pre:
-        fields |= {"merges": metadata.get("tokenizer.ggml.merges", ()), "pre_tokenizer_type": pre}
+        fields["merges"] = metadata.get("tokenizer.ggml.merges", ())
     else:
-        fields |= {"scores": metadata["tokenizer.ggml.scores"], "unk_token_id": ids["unknown"]}
+        fields["scores"] = metadata["tokenizer.ggml.scores"]
+        fields |= {f"{role}_token_id": i for role, i in ids.items()}
     # Phi 3's sentencepiece is as llama.cpp's: a space before each text between control tokens.
-    converted, _ = _converter()[0]("gpt2" if pre else "phi3", fields)
+    converted, _ = _converter()("gpt2" if pre else "phi3", fields)
 
     # The converter's classes add tokens of their own, and spell others in another way.
     state = json.loads(converted.to_str())
@@ -156,6 +164,10 @@ def _tokenizer(metadata: dict[str, Any], pre: str | None, ids: dict[str, int]) -
                 kept = [s for s in state[stage][steps] if s["type"] != step]
                 state[stage][steps] = kept
     tokenizer = Tokenizer.from_str(json.dumps(state))
+    if split := _splits().get(pre or ""):
+        cut = pre_tokenizers.Split(Regex(split), "isolated")
+        spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, spelled])
     if pre in _DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
