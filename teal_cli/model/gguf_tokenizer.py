@@ -144,7 +144,10 @@ def _tokenizer(metadata: dict[str, Any], pre: str | None, ids: dict[str, int]) -
         fields["merges"] = metadata.get("tokenizer.ggml.merges", ())
     else:
         fields["scores"] = metadata["tokenizer.ggml.scores"]
-        fields |= {f"{role}_token_id": i for role, i in ids.items()}
+        # Its special tokens are dropped again below; before 5.18 it wants all of them named.
+        roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+        for theirs, role in roles.items():
+            fields[f"{theirs}_token_id"] = ids.get(role, ids["unknown"])
     # Phi 3's sentencepiece is as llama.cpp's: a space before each text between control tokens.
     converted, _ = _converter()("gpt2" if pre else "phi3", fields)
 
