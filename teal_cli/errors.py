@@ -38,3 +38,8 @@ class UnsupportedError(TealError):
     """The device or the model's architecture is not supported (exit code 5)."""
 
     exit_code = 5
+
+
+def whole(error: BaseException) -> str:
+    """A library's error on one line: its last words often say what to do."""
+    return " ".join(str(error).split()) or type(error).__name__

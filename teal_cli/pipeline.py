@@ -5,6 +5,7 @@ download → convert → calibrate, each cached; the commands eval, chat and ben
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,9 +61,13 @@ def ensure_checkpoint(
     (`teal convert` does); a local one is compared with its source. `quantize` is a key of
     QUANTIZATIONS, and `device` where a quantized one is made.
     """
-    from teal_cli.model.convert import convert
+    from teal_cli.model.convert import COMPANIONS, convert, renew_companions
 
     checkpoint = _converted(ref, dtype, quantize) if ref.kind == "hub" else None
+    if checkpoint is not None and checkpoint.companions < COMPANIONS:
+        with contextlib.suppress(MissingError):  # its files are no longer here
+            source = hub.fetch(ref, offline=True, reporter=reporter)
+            checkpoint = renew_companions(checkpoint, source, reporter)
     if checkpoint is None:
         source = hub.fetch(ref, token=token, offline=offline, reporter=reporter)
         rounding = rounding_for(quantize, device=device, offline=offline, reporter=reporter)

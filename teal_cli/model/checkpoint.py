@@ -12,6 +12,7 @@ from teal_cli.errors import TealError
 from teal_cli.model.config import ModelConfig, read_object
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.quantization import QUANTIZATIONS, Quantization, quantization
+from teal_cli.model.tokenizer import load_tokenizer
 from teal_cli.model.weights import load_weights, stored_tensors
 from teal_cli.store.artifacts import CHECKPOINT as KIND
 from teal_cli.store.artifacts import MANIFEST, read_manifest
@@ -87,7 +88,15 @@ class Checkpoint:
     @property
     def reading(self) -> int:
         """The version of how its source was read."""
-        version = self._manifest.get("reading", 1)
+        return self._version("reading")
+
+    @property
+    def companions(self) -> int:
+        """The version of what made the files beside the weights, tokenizer included."""
+        return self._version("companions")
+
+    def _version(self, name: str) -> int:
+        version = self._manifest.get(name, 1)
         return version if isinstance(version, int) else 1
 
     @property
@@ -150,36 +159,6 @@ class Checkpoint:
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise TealError(f"eos_token_id of {self.name} is {ids!r}, not numbers of tokens")
         return tuple(ids)
-
-
-def load_tokenizer(folder: Path, name: str) -> Any:
-    """The transformers tokenizer in a folder of the model `name`.
-
-    Raises:
-        TealError: there is no usable one.
-    """
-    try:
-        tokenizer = _tokenizer_class(folder).from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        tokenizer("a")  # some faults show in use only
-        return tokenizer
-    except Exception as error:  # the libraries raise what they like, bare exceptions too
-        detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TealError(f"{name} has no usable tokenizer: {detail}") from None
-
-
-def _tokenizer_class(folder: Path) -> Any:
-    """AutoTokenizer, or what it would choose: importing it takes 2 s more on a Zen 3."""
-    path = folder / "tokenizer_config.json"
-    named = read_object(path).get("tokenizer_class") if path.is_file() else None
-    if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
 
 
 def _wrong_field(manifest: dict[str, Any]) -> str | None:

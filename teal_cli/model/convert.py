@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor
 
 from teal_cli.errors import TealError, UnsupportedError, UsageError
-from teal_cli.model.checkpoint import KIND, MANIFEST, Checkpoint, load_tokenizer
+from teal_cli.model.checkpoint import KIND, MANIFEST, Checkpoint
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.hf_layout import assemble, hf_shapes, parts
 from teal_cli.model.quantization import Quantization, Quantized, tensors_of
 from teal_cli.model.rope_config import RopeConfig
 from teal_cli.model.shards import plan_shards, write_shard
+from teal_cli.model.tokenizer import complete_tokenizer, load_tokenizer
 from teal_cli.model.weights import stored_tensors, tensor_shapes
 from teal_cli.progress import Reporter
 from teal_cli.store import artifacts, paths
@@ -39,6 +41,9 @@ SHARD_BYTES = 4 * 10**9
 # Raised when a source may give another config than before: checkpoints of a lower number are then
 # held against their source, and made again if they differ.
 READING = 2
+# Raised when the tokenizer or the generation defaults of a source come out otherwise than before:
+# checkpoints of a lower number then get new ones, and keep their weights.
+COMPANIONS = 2
 
 
 class TensorReader(Protocol):
@@ -66,7 +71,7 @@ class TensorReader(Protocol):
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """One tensor, finite, in `dtype`."""
 
-    def write_companions(self, folder: Path) -> None:
+    def write_companions(self, folder: Path, reporter: Reporter) -> None:
         """Write the tokenizer and the generation defaults."""
 
 
@@ -173,13 +178,52 @@ def convert(
             dtype = str(reader.dtype).removeprefix("torch.")
     kind = None if rounding is None else rounding.kind.name
     folder = paths.checkpoint_dir(source.ref.slug, dtype, kind)
-    if not force and _up_to_date(folder, source, rounding):
-        return folder
+    if not force and (checkpoint := _up_to_date(folder, source, rounding)):
+        return renew_companions(checkpoint, source, reporter).folder
     with artifacts.lock(folder, reporter):
-        if force or not _up_to_date(folder, source, rounding):
+        if force or _up_to_date(folder, source, rounding) is None:
             reader = reader or open_reader(source)
             _convert(source, stamp, reader, DTYPES[dtype], rounding, folder, reporter)
     return folder
+
+
+def renew_companions(checkpoint: Checkpoint, source: Source, reporter: Reporter) -> Checkpoint:
+    """Make the files beside a checkpoint's weights again, where an older version made them.
+
+    Args:
+        checkpoint: it stays as it is if it came from other files than `source`.
+        source: the model's files.
+        reporter: told what is written where.
+
+    Raises:
+        MissingError, UnsupportedError, TealError: this version cannot use the tokenizer.
+    """
+    folder = checkpoint.folder
+    if checkpoint.companions >= COMPANIONS or checkpoint.source_fingerprint != source.fingerprint:
+        return checkpoint
+    with artifacts.lock(folder, reporter):
+        manifest = artifacts.read_manifest(folder / MANIFEST, KIND)
+        if manifest.get("companions") != COMPANIONS:  # no other process has done it meanwhile
+            reporter.note(
+                f"an older teal made the tokenizer of {checkpoint.name}; making it again → {folder}"
+            )
+            with artifacts.atomic_dir(folder) as temporary:
+                shutil.copyfile(folder / "config.json", temporary / "config.json")
+                open_reader(source).write_companions(temporary, reporter)
+                complete_tokenizer(temporary, checkpoint.name)
+                for shard in manifest["shards"]:
+                    _share(folder / shard, temporary / shard)
+                manifest["companions"] = COMPANIONS
+                artifacts.write_manifest(temporary / MANIFEST, KIND, manifest)
+    return Checkpoint(folder)
+
+
+def _share(file: Path, copy: Path) -> None:
+    """One file under two names; a copy where the file system has no links."""
+    try:
+        os.link(file, copy)
+    except OSError:
+        shutil.copyfile(file, copy)
 
 
 def open_reader(source: Source) -> TensorReader:
@@ -194,19 +238,21 @@ def open_reader(source: Source) -> TensorReader:
     return HfFolder(source.folder)
 
 
-def _up_to_date(folder: Path, source: Source, rounding: Rounding | None) -> bool:
+def _up_to_date(folder: Path, source: Source, rounding: Rounding | None) -> Checkpoint | None:
+    """The checkpoint that is there, if its weights are what would be made now."""
     try:
         checkpoint = Checkpoint(folder)
     except TealError:
-        return False
+        return None
     if checkpoint.source_fingerprint != source.fingerprint:
-        return False
+        return None
     if checkpoint.reading < READING and checkpoint.config != ModelConfig.from_dict(
         open_reader(source).config
     ):
-        return False
+        return None
     asked = {} if rounding is None else rounding.asked
-    return all(checkpoint.rounding.get(name) == value for name, value in asked.items())
+    same = all(checkpoint.rounding.get(name) == value for name, value in asked.items())
+    return checkpoint if same else None
 
 
 def _convert(
@@ -232,9 +278,10 @@ def _convert(
 
     digest = hashlib.sha256(f"{_canonical(config)} {what}".encode())
     with artifacts.atomic_dir(folder) as temporary, _unchanged(source, stamp):
-        reader.write_companions(temporary)
         text = json.dumps(reader.config, indent=2)
         (temporary / "config.json").write_text(text, encoding="utf-8")
+        reader.write_companions(temporary, reporter)
+        complete_tokenizer(temporary, source.ref.name)
         floats = FloatWeights(reader, config, dtype)
         manifest: dict[str, Any] = {
             "model": source.ref.name,
@@ -242,6 +289,7 @@ def _convert(
             "source": source.fingerprint,
             "dtype": name,
             "reading": READING,
+            "companions": COMPANIONS,
         }
         rounder, work_dir = None, temporary / "work"
         if rounding is not None:

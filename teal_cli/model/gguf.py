@@ -15,6 +15,7 @@ from teal_cli.model.gguf_config import hf_config
 from teal_cli.model.gguf_tensors import DAMAGED, GgufTensors
 from teal_cli.model.gguf_tokenizer import write_tokenizer
 from teal_cli.model.hf_layout import hf_shapes
+from teal_cli.progress import Reporter
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -84,9 +85,10 @@ class GgufFile:
         """One tensor, dequantised, in `dtype`; the arguments and errors of HfFolder.read."""
         return self._in_hf_order(name, self._stored.read(self._names[name], dtype))
 
-    def write_companions(self, folder: Path) -> None:
+    def write_companions(self, folder: Path, reporter: Reporter) -> None:
         """Write the tokenizer and the generation defaults that the metadata describes."""
-        write_tokenizer(folder, self._stored.metadata, self.config["max_position_embeddings"])
+        length = self.config["max_position_embeddings"]
+        write_tokenizer(folder, self._stored.metadata, length, reporter)
         ids = {k: v for k, v in self.config.items() if k.endswith("_token_id")}
         text = json.dumps(ids, indent=2)
         (folder / "generation_config.json").write_text(text, encoding="utf-8")

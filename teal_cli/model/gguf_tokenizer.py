@@ -1,8 +1,7 @@
-"""Builds a Hugging Face tokenizer from a GGUF file's metadata.
+"""Builds a Hugging Face tokenizer from a GGUF file's metadata, through transformers' converter.
 
-GGUF names a pre-tokenizer by a word; what the word means is written in the models' own
-tokenizer.json files. transformers' loader ignores it for most words: SmolLM2's digits, which
-must stand alone, then merge with the spaces before them in another way than in training.
+GGUF names the way a text is cut before the merges by a word. transformers knows the regex of two
+dozen of these words; what else llama.cpp does by the word (src/llama-vocab.cpp) is written here.
 """
 
 from __future__ import annotations
@@ -11,161 +10,222 @@ import json
 from pathlib import Path
 from typing import Any
 
-from teal_cli.errors import TealError, UnsupportedError
+from teal_cli.errors import TealError, UnsupportedError, whole
+from teal_cli.progress import Reporter
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types
+_LONGEST = 4096  # characters; runs of spaces and dashes are the longest, with a few hundred
 
-# How text is cut before the merges: Llama 3 takes digits by threes, Qwen one at a time.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+# A word that is a token is taken before any merge, and a text begins with BOS.
+_LLAMA_3 = (
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    *("jina-v5-nano", "tekken"),
+)
+# GPT-2's own cut, which transformers' converter takes for any word that it does not know.
+_GPT_2 = (
+    *("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "gigachat", "a.x-4.0"),
+    *("mellum", "granite-docling"),
+)
+# The same after every digit was set apart.
+_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+# Only for a transformers before 5.18: digits by threes, by which alone Qwen 2 differs.
+_LLAMA_3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS = {
-    "llama-bpe": _SPLIT.replace("DIGITS", r"\p{N}{1,3}"),
-    "qwen2": _SPLIT.replace("DIGITS", r"\p{N}"),
+_COMPOSED = ("qwen2", "qwen35")  # their tokenizer.json composes characters (NFC) first
+
+# Files of before May 2024 name none, or "default"; these tokens stand nowhere else.
+_RECOGNISED = {
+    "llama-bpe": {128000: "<|begin_of_text|>", 128006: "<|start_header_id|>"},
+    "qwen2": {151643: "<|endoftext|>", 151644: "<|im_start|>"},
 }
-_PRE_TOKENIZERS = ("default", "gpt-2", "smollm", *_SPLITS)
+_ROLES = ("bos", "eos", "unknown", "padding", "eot", "eom")
+# What llama.cpp takes for a sentencepiece vocabulary that does not name them.
+_USUAL_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 
-def write_tokenizer(folder: Path, metadata: dict[str, Any], model_max_length: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json, chat template included.
+def write_tokenizer(
+    folder: Path, metadata: dict[str, Any], model_max_length: int, reporter: Reporter
+) -> None:
+    """Write tokenizer.json and tokenizer_config.json, chat templates included.
 
     Raises:
         TealError: the metadata hold no tokenizer, or a wrong one.
         UnsupportedError: its kind or its pre-tokenizer is not known.
     """
     try:
-        _write(folder, metadata, model_max_length)
+        _write(folder, metadata, model_max_length, reporter)
     except TealError:
         raise
-    except Exception as error:  # the tokenizers library raises bare exceptions
-        detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TealError(f"the GGUF file's tokenizer is damaged: {detail}") from None
+    except Exception as error:  # the libraries raise bare exceptions
+        raise TealError(f"the GGUF file's tokenizer is damaged: {whole(error)}") from None
 
 
-def _write(folder: Path, metadata: dict[str, Any], model_max_length: int) -> None:
-    if not metadata.get("tokenizer.ggml.tokens"):
+def _write(
+    folder: Path, metadata: dict[str, Any], model_max_length: int, reporter: Reporter
+) -> None:
+    tokens, kind = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.model")
+    if not tokens:
         raise TealError("the GGUF file holds no tokenizer")
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind == "gpt2":
-        tokenizer = _byte_level(metadata)
-    elif kind == "llama":
-        tokenizer = _sentencepiece(metadata)
-    else:
+    if (longest := max(map(len, tokens))) > _LONGEST:  # every way to cut it would be tried
+        raise TealError(f"the GGUF file's tokenizer is damaged: a token of {longest:,} characters")
+    if kind not in ("gpt2", "llama"):
         raise UnsupportedError(f"GGUF tokenizer {kind!r} is not supported")
-    _add_control_tokens(tokenizer, metadata)
-    _add_bos(tokenizer, metadata)
+    pre = _pre_tokenizer(metadata, reporter) if kind == "gpt2" else None
+    ids = {} if pre else dict(_USUAL_IDS)
+    for name in _ROLES:
+        ids[name] = metadata.get(f"tokenizer.ggml.{name}_token_id", ids.get(name, -1))
+    ids = {name: i for name, i in ids.items() if 0 <= i < len(tokens)}
+    tokenizer = _tokenizer(metadata, pre, ids)
     tokenizer.save(str(folder / "tokenizer.json"))
 
-    tokens = metadata["tokenizer.ggml.tokens"]
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    config: dict[str, Any] = {
-        # Known to every version of transformers; a family's own class may rebuild what it reads.
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": model_max_length,
+        **{f"{ours}_token": tokens[ids[name]] for name, ours in names.items() if name in ids},
     }
-    for theirs, ours in names.items():
-        token = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
-        if token is not None and token < len(tokens):
-            config[f"{ours}_token"] = tokens[token]
-    if template := metadata.get("tokenizer.chat_template"):
-        config["chat_template"] = template
+    if templates := _chat_templates(metadata):
+        config["chat_template"] = templates
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
-def _byte_level(metadata: dict[str, Any]) -> Any:
-    """Byte-pair encoding over bytes: GPT-2, Llama 3, Qwen, SmolLM2."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_TOKENIZERS:
+def _pre_tokenizer(metadata: dict[str, Any], reporter: Reporter) -> str:
+    """The word for how a text is cut, as the file or its vocabulary gives it."""
+    pre = metadata.get("tokenizer.ggml.pre") or "default"
+    if pre == "default":
+        tokens = metadata["tokenizer.ggml.tokens"]
+        for name, marks in _RECOGNISED.items():
+            if all(tokens[i : i + 1] == [token] for i, token in marks.items()):
+                return name
+        reporter.note(
+            "this GGUF file does not say how its tokenizer cuts text (tokenizer.ggml.pre), and its "
+            "vocabulary is not one that teal knows: it is cut as GPT-2 does, which may not be what "
+            "the model was trained on; a newer GGUF file or the model's safetensors would say"
+        )
+        return "gpt-2"
+    known = {*_GPT_2, *_DIGITS, *_splits()}
+    if pre not in known:
         raise UnsupportedError(
             f"GGUF pre-tokenizer {pre!r} is not supported",
-            hint=f"Supported: {', '.join(_PRE_TOKENIZERS)}. Use the model's safetensors instead.",
+            hint=f"Supported: {', '.join(sorted(known))}. Use the model's safetensors instead.",
         )
-    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", ())]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
-    if pre in _SPLITS:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+    return str(pre)
+
+
+def _splits() -> dict[str, str]:
+    """The regex of each pre-tokenizer that transformers knows; before 5.18 it knew none."""
+    try:
+        from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
+
+        return dict(mapping.GGUF_PRE_TOKENIZER_SPLITS)
+    except (ImportError, AttributeError):
+        return {"llama-bpe": _LLAMA_3_SPLIT, "qwen2": _LLAMA_3_SPLIT.replace("{1,3}", "")}
+
+
+def _converter() -> Any:
+    try:
+        from transformers.integrations.gguf import convert_gguf_tokenizer
+    except ImportError:  # before 5.18
+        from transformers.integrations.ggml import convert_gguf_tokenizer
+    return convert_gguf_tokenizer
+
+
+def _tokenizer(metadata: dict[str, Any], pre: str | None, ids: dict[str, int]) -> Any:
+    """The tokenizers object; `pre` is None for a sentencepiece vocabulary."""
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    fields: dict[str, Any] = {"tokens": tokens, "tokenizer_type": "gpt2" if pre else "llama"}
+    if pre:
+        fields["merges"] = metadata.get("tokenizer.ggml.merges", ())
     else:
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
-    if pre == "qwen2":
+        fields["scores"] = metadata["tokenizer.ggml.scores"]
+        # Its special tokens are dropped again below; before 5.18 it wants all of them named.
+        roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+        for theirs, role in roles.items():
+            fields[f"{theirs}_token_id"] = ids.get(role, ids["unknown"])
+    # Phi 3's sentencepiece is as llama.cpp's: a space before each text between control tokens.
+    converted, _ = _converter()("gpt2" if pre else "phi3", fields)
+
+    # The converter's classes add tokens of their own, and spell others in another way.
+    state = json.loads(converted.to_str())
+    state["added_tokens"], state["post_processor"] = [], None
+    model = state["model"]
+    model["vocab"] = {token: i for i, token in enumerate(tokens)}
+    model["ignore_merges"] = pre in _LLAMA_3
+    if pre is None:
+        model["unk_token"] = tokens[ids["unknown"]]
+        if not metadata.get("tokenizer.ggml.add_space_prefix", True):
+            for stage, steps, step in (
+                ("normalizer", "normalizers", "Prepend"),
+                ("decoder", "decoders", "Strip"),
+            ):
+                kept = [s for s in state[stage][steps] if s["type"] != step]
+                state[stage][steps] = kept
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    if split := _splits().get(pre or ""):
+        cut = pre_tokenizers.Split(Regex(split), "isolated")
+        spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, spelled])
+    if pre in _DIGITS:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
+    if pre in _COMPOSED:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
+    _add_tokens(tokenizer, metadata, ids)
+    _add_ends(tokenizer, metadata, pre, ids)
     return tokenizer
 
 
-def _sentencepiece(metadata: dict[str, Any]) -> Any:
-    """SentencePiece's byte-pair encoding with byte fallback: Llama 2, Mistral."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
-    tokens = metadata["tokenizer.ggml.tokens"]
-    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=_merges(tokens, metadata["tokenizer.ggml.scores"]),
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    spaced = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    prefix = [normalizers.Prepend("▁")] if spaced else []
-    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if spaced else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    return tokenizer
-
-
-def _merges(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to put a token together from two others, best score first."""
-    rank = {token: (-score, i) for i, (token, score) in enumerate(zip(tokens, scores, strict=True))}
-    found = []
-    for token in tokens:
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        pairs = [pair for pair in pairs if pair[0] in rank and pair[1] in rank]
-        pairs.sort(key=lambda pair: (rank[pair[0]][1], rank[pair[1]][1]))
-        found += [(rank[token][0], pair) for pair in pairs]
-    found.sort(key=lambda item: item[0])
-    return [pair for _, pair in found]
-
-
-def _add_control_tokens(tokenizer: Any, metadata: dict[str, Any]) -> None:
+def _add_tokens(tokenizer: Any, metadata: dict[str, Any], ids: dict[str, int]) -> None:
+    """Tokens that are found in the text as they stand; those with a role are special."""
     from tokenizers import AddedToken
 
-    types = metadata.get("tokenizer.ggml.token_type", ())
-    for token, kind in zip(metadata["tokenizer.ggml.tokens"], types, strict=False):
-        if kind == _CONTROL:
-            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    tokens = metadata["tokenizer.ggml.tokens"]
+    kinds = dict(enumerate(metadata.get("tokenizer.ggml.token_type", ())))
+    kinds |= dict.fromkeys(ids.values(), _CONTROL)
+
+    def of(wanted: int) -> list[Any]:
+        texts = (token for i, token in enumerate(tokens) if token and kinds.get(i) == wanted)
+        return [AddedToken(text, special=wanted == _CONTROL, normalized=False) for text in texts]
+
+    # All at once: the library sorts what it has at every call.
+    tokenizer.add_special_tokens(of(_CONTROL))
+    tokenizer.add_tokens(of(_USER_DEFINED))
 
 
-def _add_bos(tokenizer: Any, metadata: dict[str, Any]) -> None:
-    """Begin every text with BOS where the file says so, or says nothing and llama.cpp would."""
+def _add_ends(
+    tokenizer: Any, metadata: dict[str, Any], pre: str | None, ids: dict[str, int]
+) -> None:
+    """Begin and end every text where the file says so, or says nothing and llama.cpp would."""
     from tokenizers.processors import TemplateProcessing
 
-    usual = (
-        metadata["tokenizer.ggml.model"] == "llama"
-        or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
-    )
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
-    if bos is None or not metadata.get("tokenizer.ggml.add_bos_token", usual):
-        return
-    token = metadata["tokenizer.ggml.tokens"][bos]
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, bos)]
-    )
+    usual = {"bos": pre is None or pre in _LLAMA_3, "eos": False}
+    wanted = {
+        end: metadata["tokenizer.ggml.tokens"][ids[end]]
+        for end in usual
+        if end in ids and metadata.get(f"tokenizer.ggml.add_{end}_token", usual[end])
+    }
+    if wanted:
+        bos, eos = ([wanted[end]] if end in wanted else [] for end in usual)
+        tokenizer.post_processor = TemplateProcessing(
+            single=[*bos, "$A", *eos],
+            pair=[*bos, "$A", *eos, *bos, "$B", *eos],
+            special_tokens=[(token, ids[end]) for end, token in wanted.items()],
+        )
+
+
+def _chat_templates(metadata: dict[str, Any]) -> str | list[dict[str, str]] | None:
+    """The template, or all of them with their names where there are several."""
+    key = "tokenizer.chat_template"
+    default: str | None = metadata.get(key)
+    named = {k.removeprefix(f"{key}."): v for k, v in metadata.items() if k.startswith(f"{key}.")}
+    if not named:
+        return default
+    if default:
+        named = {"default": default, **named}
+    return [{"name": name, "template": template} for name, template in named.items()]

@@ -17,6 +17,7 @@ from teal_cli.errors import TealError, UnsupportedError
 from teal_cli.model import prequantized
 from teal_cli.model.config import DAMAGED, read_object
 from teal_cli.model.tensor_files import TensorFiles, check_is_model
+from teal_cli.progress import Reporter
 
 # Whatever a tokenizer or a chat may need; never weights and never code.
 _COMPANIONS = (
@@ -24,12 +25,14 @@ _COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -109,11 +112,14 @@ class HfFolder:
         """
         return to_finite(self._stored(name), dtype, name, self.label)
 
-    def write_companions(self, folder: Path) -> None:
+    def write_companions(self, folder: Path, reporter: Reporter) -> None:
         """Copy the tokenizer and the generation defaults."""
         for name in _COMPANIONS:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
+            for file in self.folder.glob(name):
+                if file.is_file():
+                    target = folder / file.relative_to(self.folder)
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, target)
 
     @property
     def _tied(self) -> bool:

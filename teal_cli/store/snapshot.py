@@ -36,6 +36,8 @@ NEEDED = [
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "tekken.json",
     "vocab.json",
     "merges.txt",
 ]

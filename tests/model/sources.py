@@ -35,7 +35,7 @@ _GGUF_NAMES = {
 def source_of(path: Path, name: str = "test-model") -> Source:
     """What fetching would return for a folder or a .gguf file."""
     gguf = path.suffix == ".gguf"
-    files = [path] if gguf else sorted(path.iterdir())
+    files = [path] if gguf else sorted(file for file in path.rglob("*") if file.is_file())
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from model.families import FAMILIES, hf_model
 from model.sources import edit_config, edit_weights, save_folder, source_of
@@ -349,6 +350,7 @@ def test_memory_does_not_grow_with_the_model(
     }
     folder = tmp_path / "big"
     folder.mkdir()
+    tiny.write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config))
     shapes = hf_shapes(ModelConfig.from_dict(config))
     weights = {name: torch.full(shape, 0.1, dtype=torch.bfloat16) for name, shape in shapes.items()}

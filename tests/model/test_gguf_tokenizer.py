@@ -1,131 +1,239 @@
-"""Tokenizers rebuilt from GGUF metadata, against tokenizers made as the models' own are."""
+"""Tokenizers out of GGUF metadata, against the tokenizer.json that each was made from."""
 
 from __future__ import annotations
 
-import warnings
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model.vocabularies import (
+    LLAMA_3,
+    QWEN_2,
+    TEKKEN,
+    TEXTS,
+    byte_level,
+    gguf_metadata,
+    sentencepiece,
+)
 
 from teal_cli.errors import TealError, UnsupportedError
 from teal_cli.model.gguf_tokenizer import write_tokenizer
+from teal_cli.model.tokenizer import load_tokenizer
+from teal_cli.progress import Silent
 
-TEXT = "  2024 is the  year,\n\n it's  x1+1 = 23; Zwölf 你好 🙂\t<|im_end|> e\u0301"
-
-
-def byte_level(pre: str, **more: Any) -> dict[str, Any]:
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    merges = ["Ġ Ġ", "Ġ t", "t h", "Ġt h", "2 0", "2 4", "20 2", "Ġ 2", "Ġ i", "Ġi s", "Ċ Ċ"]
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet())]
-    tokens += ["".join(merge.split()) for merge in merges]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, 3, 3] + [1] * (len(tokens) - 3),
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.padding_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        **more,
-    }
+DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
 
 
-def load(folder: Path, metadata: dict[str, Any]) -> Any:
-    from transformers import AutoTokenizer
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
 
-    write_tokenizer(folder, metadata, 512)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return AutoTokenizer.from_pretrained(folder)
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+
+def load(folder: Path, metadata: dict[str, Any], reporter: Any = None) -> Any:
+    write_tokenizer(folder, metadata, 512, reporter or Silent())
+    return load_tokenizer(folder, "the model")
 
 
 def pieces(tokenizer: Any, text: str) -> list[str]:
     return tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
 
 
+ROWS = {
+    "gpt-2": {"split": None},
+    "smollm": {"split": None, "digits": True},
+    "refact": {"split": None, "digits": True},
+    "llama-bpe": {"split": LLAMA_3, "ignore_merges": True},
+    "smaug-bpe": {"split": LLAMA_3},
+    "dbrx": {"split": LLAMA_3},
+    "qwen2": {"split": QWEN_2, "composed": True},
+    "deepseek-r1-qwen": {"split": QWEN_2, "special": DEEPSEEK},
+    "tekken": {"split": TEKKEN, "ignore_merges": True},
+}
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer.json's tokenizer, and the one from its GGUF metadata."""
+    oracle = byte_level(**ROWS[request.param])
+    metadata = gguf_metadata(oracle, pre=request.param, add_bos_token=False)
+    return oracle, load(tmp_path_factory.mktemp("gguf"), metadata)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_of_each_pre_tokenizer(pair: Any, text: str) -> None:
+    oracle, ours = pair
+    ids = oracle.encode(text).ids
+    assert ours(text)["input_ids"] == ids
+    assert ours.decode(ids, skip_special_tokens=True) == oracle.decode(ids)
+    assert ours.get_vocab() == oracle.get_vocab()
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_ids_of_any_text(pair: Any, text: str) -> None:
+    oracle, ours = pair
+    assert ours(text)["input_ids"] == oracle.encode(text).ids
+
+
+def test_a_whole_word_comes_before_any_merge(tmp_path: Path) -> None:
+    metadata = gguf_metadata(byte_level(LLAMA_3), pre="llama-bpe", add_bos_token=False)
+    metadata["tokenizer.ggml.tokens"].append("Ġzebra")  # no merge leads there
+    metadata["tokenizer.ggml.token_type"].append(1)
+    assert pieces(load(tmp_path, metadata), " zebra") == ["Ġzebra"]
+    metadata["tokenizer.ggml.pre"] = "smaug-bpe"
+    assert pieces(load(tmp_path, metadata), " zebra") != ["Ġzebra"]
+
+
+@pytest.mark.parametrize("pre", [None, "default", ""])
 @pytest.mark.parametrize(
-    ("pre", "expected"),
+    ("family", "size", "marks"),
     [
-        ("smollm", ["ĠĠ", "2", "0", "2", "4", "Ġis"]),  # the spaces before a digit merge
-        ("default", ["Ġ", "Ġ", "20", "24", "Ġis"]),
-        ("qwen2", ["Ġ", "Ġ", "2", "0", "2", "4", "Ġis"]),
-        ("llama-bpe", ["<|im_start|>", "Ġ", "Ġ", "202", "4", "Ġis"]),  # by threes, after BOS
+        ("llama-bpe", 128256, {128000: "<|begin_of_text|>", 128006: "<|start_header_id|>"}),
+        ("qwen2", 151936, {151643: "<|endoftext|>", 151644: "<|im_start|>"}),
     ],
 )
-def test_pre_tokenizers_cut_digits_their_own_way(
-    pre: str, expected: list[str], tmp_path: Path
+def test_an_unnamed_cut_is_known_by_the_vocabulary(
+    pre: str | None, family: str, size: int, marks: dict[int, str], tmp_path: Path
 ) -> None:
-    tokenizer = load(tmp_path, byte_level(pre))
-    assert pieces(tokenizer, "  2024 is") == expected
-    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    composed = TEXT.replace("e\u0301", "é") if pre == "qwen2" else TEXT
-    assert tokenizer.decode(ids) == composed
-    assert 2 in ids  # the control token is one token
-    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 2
+    oracle = byte_level(**ROWS[family], special=(), plain=())
+    metadata = gguf_metadata(oracle, add_bos_token=False, pre=pre)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens += [f"<fill{i}>" for i in range(len(tokens), size)]
+    metadata["tokenizer.ggml.token_type"] += [5] * (size - len(tokens))
+    for i, token in marks.items():
+        tokens[i] = token
+    notes = Notes()
+    ours = load(tmp_path, metadata, notes)
+    for text in TEXTS[:2]:
+        assert ours(text)["input_ids"] == oracle.encode(text).ids
+    assert not notes.said
+
+
+def test_an_unnamed_cut_that_nobody_knows_is_said(tmp_path: Path) -> None:
+    oracle, notes = byte_level(None), Notes()
+    ours = load(tmp_path, gguf_metadata(oracle), notes)
+    assert ours(TEXTS[0])["input_ids"] == oracle.encode(TEXTS[0]).ids  # as GPT-2
+    assert "tokenizer.ggml.pre" in notes.said[0]
+
+
+def spm_of_llama_cpp(metadata: dict[str, Any], text: str) -> list[int]:
+    """llama.cpp's way: the best score first, then the leftmost; bytes where there is no piece."""
+    ids = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    scores = metadata["tokenizer.ggml.scores"]
+    parts = list(f" {text}".replace(" ", "▁")) if text else []
+    while True:
+        joined = [a + b for a, b in itertools.pairwise(parts)]
+        found = [(-scores[ids[pair]], at) for at, pair in enumerate(joined) if pair in ids]
+        if not found:
+            break
+        at = min(found)[1]
+        parts[at : at + 2] = [joined[at]]
+    known = [[ids[p]] if p in ids else [ids[f"<0x{b:02X}>"] for b in p.encode()] for p in parts]
+    return [i for group in known for i in group]
+
+
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
+    metadata = gguf_metadata(sentencepiece())
+    return metadata, load(tmp_path_factory.mktemp("gguf"), metadata)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.sampled_from(" theinr1é\n▁öあ🙂"), max_size=30))
+def test_sentencepiece_is_as_llama_cpp_does_it(text: str, spaced: Any) -> None:
+    metadata, ours = spaced
+    assert ours(text, add_special_tokens=False)["input_ids"] == spm_of_llama_cpp(metadata, text)
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+@pytest.mark.parametrize("text", [*TEXTS, "<s>[INST] hi</s> the", "a<unk> b"])
+def test_sentencepiece_is_as_its_tokenizer_json(spaced: bool, text: str, tmp_path: Path) -> None:
+    oracle = sentencepiece(spaced=spaced)
+    ours = load(tmp_path, gguf_metadata(oracle, add_space_prefix=spaced))
+    ids = oracle.encode(text).ids
+    assert ours(text)["input_ids"] == ids  # with BOS: the file does not say, llama.cpp adds it
+    assert ours.decode(ids, skip_special_tokens=True) == oracle.decode(ids)
+    assert ours.get_vocab() == oracle.get_vocab()
+
+
+def test_a_vocabulary_without_bytes_has_its_unknown_token(tmp_path: Path) -> None:
+    metadata = gguf_metadata(sentencepiece())
+    tokens = metadata["tokenizer.ggml.tokens"]
+    metadata["tokenizer.ggml.tokens"] = [token.replace("<0x", "<no") for token in tokens]
+    assert pieces(load(tmp_path, metadata), "i你i") == ["<s>", "▁i", "<unk>", "i"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "flags", "expected"),
+    [
+        ("smollm", {}, ["i"]),
+        ("smollm", {"add_bos_token": True}, ["<|im_start|>", "i"]),
+        ("smollm", {"add_eos_token": True}, ["i", "<|im_end|>"]),
+        ("llama-bpe", {}, ["<|im_start|>", "i"]),
+        ("tekken", {}, ["<|im_start|>", "i"]),
+        ("llama-bpe", {"add_bos_token": False}, ["i"]),
+        ("llama-bpe", {"add_eos_token": True}, ["<|im_start|>", "i", "<|im_end|>"]),
+    ],
+)
+def test_ends_of_a_text(
+    pre: str, flags: dict[str, bool], expected: list[str], tmp_path: Path
+) -> None:
+    tokens = byte_level(None).get_vocab()
+    ids = {"bos_token_id": tokens["<|im_start|>"], "eos_token_id": tokens["<|im_end|>"]}
+    tokenizer = load(tmp_path, gguf_metadata(byte_level(None), pre=pre, **ids, **flags))
+    assert pieces(tokenizer, "i") == expected
+    assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.model_max_length == 512
 
 
-def test_chat_template_and_bos(tmp_path: Path) -> None:
-    template = "{{ messages[0]['content'] }}{{ eos_token }}"
-    more = {"tokenizer.chat_template": template, "tokenizer.ggml.add_bos_token": True}
-    tokenizer = load(tmp_path, byte_level("smollm", **more))
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
-    assert chat == "hi<|im_end|>"
-    assert pieces(tokenizer, "i") == ["<|im_start|>", "i"]
-    more["tokenizer.ggml.add_bos_token"] = False
-    assert pieces(load(tmp_path, byte_level("llama-bpe", **more)), "i") == ["i"]
+def test_a_token_with_a_role_is_special_whatever_its_type(tmp_path: Path) -> None:
+    metadata = gguf_metadata(byte_level(None), pre="gpt-2")
+    end = metadata["tokenizer.ggml.tokens"].index("<|im_end|>")
+    metadata |= {"tokenizer.ggml.eot_token_id": end}
+    del metadata["tokenizer.ggml.token_type"]
+    tokenizer = load(tmp_path, metadata)
+    assert pieces(tokenizer, "a<|im_end|>") == ["a", "<|im_end|>"]
+    assert tokenizer.decode([end], skip_special_tokens=True) == ""
 
 
-def sentencepiece() -> dict[str, Any]:
-    words = ["▁t", "he", "▁the", "▁", "t", "h", "e", "é", "▁▁", "hé", "1", "▁1"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
-    scores = [0.0] * 259 + [-float(i) for i in range(len(words))]
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(words),
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
+@pytest.mark.parametrize(
+    ("templates", "expected"),
+    [
+        ({"": "plain"}, "plain"),
+        ({"": "plain", ".tool_use": "tools"}, {"default": "plain", "tool_use": "tools"}),
+        ({".tool_use": "tools"}, {"tool_use": "tools"}),
+        ({}, None),
+    ],
+)
+def test_templates(templates: dict[str, str], expected: Any, tmp_path: Path) -> None:
+    more = {f"tokenizer.chat_template{name}": text for name, text in templates.items()}
+    tokenizer = load(tmp_path, gguf_metadata(byte_level(None), pre="gpt-2") | more)
+    assert tokenizer.chat_template == expected
 
 
-def test_sentencepiece_merges_fall_back_to_bytes(tmp_path: Path) -> None:
-    tokenizer = load(tmp_path, sentencepiece())
-    assert pieces(tokenizer, "the hé 1") == ["<s>", "▁the", "▁", "hé", "▁1"]
-    assert pieces(tokenizer, "ö") == ["<s>", "▁", "<0xC3>", "<0xB6>"]
-    for text in ("the  thé 11 ö 你\n", " the"):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert tokenizer.decode(ids) == text
-
-
-def test_sentencepiece_equals_the_class_of_transformers(tmp_path: Path) -> None:
-    from transformers import LlamaTokenizer
-
-    from teal_cli.model.gguf_tokenizer import _merges
-
-    metadata = sentencepiece()
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = _merges(tokens, metadata["tokenizer.ggml.scores"])
-    theirs = LlamaTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
-    ours = load(tmp_path, metadata)
-    # Not at a leading space: SentencePiece, and so Llama 2's own file, puts one more before it.
-    for text in ("the  hé\n1", "ö the", "the the  1é"):
-        expected = theirs(text, add_special_tokens=False)["input_ids"]
-        assert ours(text, add_special_tokens=False)["input_ids"] == expected
-
-
-def test_refusals(tmp_path: Path) -> None:
-    for metadata, error in (
+@pytest.mark.parametrize(
+    ("metadata", "error"),
+    [
         ({}, TealError),
-        ({**byte_level("smollm"), "tokenizer.ggml.model": "bert"}, UnsupportedError),
-        (byte_level("tekken"), UnsupportedError),
-    ):
-        with pytest.raises(error):
-            write_tokenizer(tmp_path, metadata, 512)
+        ({"model": "bert"}, UnsupportedError),
+        ({"pre": "of-tomorrow"}, UnsupportedError),
+        ({"merges": ["a b c"]}, TealError),
+        ({"tokens": ["a", "b" * 100_000]}, TealError),
+    ],
+)
+def test_refusals(metadata: dict[str, Any], error: type[TealError], tmp_path: Path) -> None:
+    whole = gguf_metadata(byte_level(None), pre="gpt-2") if metadata else {}
+    with pytest.raises(error):
+        write_tokenizer(
+            tmp_path,
+            whole | {f"tokenizer.ggml.{k}": v for k, v in metadata.items()},
+            512,
+            Silent(),
+        )
     assert not list(tmp_path.iterdir())
