@@ -101,8 +101,9 @@ class QuantizedMatrix:
         Columns are brought to one size first.
         """
         columns, parts = column_sizes(weight), []
+        divisor = torch.where(columns > 0, columns, 1)
         for rows in weight.split(_ROWS):
-            even = rows / columns
+            even = rows / divisor
             steps, offsets = int4_grid(even, group)
             parts.append(int4_rows(int4_codes(even, steps, offsets, group), steps, offsets))
         return cls(torch.cat(parts), columns, weight.shape[1], group)
@@ -210,9 +211,17 @@ def _kernels(device_type: str) -> ModuleType | None:
 
 
 def column_sizes(weight: Tensor) -> Tensor:
-    """The root mean square of each column of weight [K, N], float32 [N]; 1 of a column of zeros."""
-    sizes = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32) / len(weight) ** 0.5
-    return torch.where(sizes > 0, sizes, 1)
+    """The root mean square of each column of weight [K, N], float32 [N].
+
+    0 of a column of zeros only: squares are of shares of its largest weight, so that none of them
+    leaves the range of float32.
+    """
+    largest = weight.abs().amax(0).float()
+    divisor = torch.where(largest > 0, largest, 1)
+    squares = torch.zeros_like(largest)
+    for rows in weight.split(_ROWS):
+        squares += (rows / divisor).square_().sum(0)
+    return largest * (squares / len(weight)).sqrt()
 
 
 def int4_rows(codes: Tensor, steps: Tensor, offsets: Tensor) -> Tensor:

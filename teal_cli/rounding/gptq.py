@@ -24,6 +24,7 @@ _DAMPING = 0.01  # of the mean of the Hessian's diagonal (step 3)
 # six starts that shrink both ends alike.
 _STARTS = tuple(itertools.product((1.0, 0.9, 0.8), repeat=2))
 _FITS = 4
+_LARGEST = torch.finfo(torch.float16).max
 
 
 def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
@@ -38,13 +39,18 @@ def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
     # The largest inputs first, while there are many rows left to make up for them.
     order = hessian.diagonal().argsort(descending=True)
     factor = _factor(hessian[order[:, None], order])
+    sizes = column_sizes(weight)
+    even = weight[order] / _divisor(sizes)
     # A row's error weighs as much as its inputs that no later row can make up for.
-    columns = column_sizes(weight[order] / factor.diagonal()[:, None])
-    columns /= columns.mean()
+    spread = column_sizes(even / factor.diagonal()[:, None])
+    spread /= _divisor(spread.mean())
+    columns = sizes * spread
     # The last group is filled up with its own last column, which then counts for nothing.
     short = (0, -outputs % group)
-    left = F.pad(weight[order] / columns, short, mode="replicate")
-    importance = F.pad(columns.square(), short).view(-1, group)
+    left = F.pad(even / _divisor(spread), short, mode="replicate")
+    importance = F.pad(columns, short).view(-1, group)
+    # Only shares within a group count, and their squares stay in the range of float32.
+    importance = (importance / _divisor(importance.amax(1, keepdim=True))).square()
     starts = torch.tensor(_STARTS, device=weight.device)
     codes, steps, offsets = [], [], []
     for start in range(0, len(left), _BLOCK):
@@ -73,7 +79,7 @@ def _nearest(row: Tensor, importance: Tensor, starts: Tensor) -> tuple[Tensor, T
     low, high = row.aminmax(dim=1, keepdim=True)
     offsets = _rounded(low * starts[:, :1, None])  # [R, G, 1], as all grids are
     steps = _rounded((high * starts[:, 1:, None] - offsets) / 15)
-    total = importance.sum(1, keepdim=True)
+    total = _divisor(importance.sum(1, keepdim=True))
     mean = (importance * row).sum(1, keepdim=True) / total
     for _ in range(_FITS):
         # The least squares line through the weights over their codes.
@@ -94,13 +100,17 @@ def _nearest(row: Tensor, importance: Tensor, starts: Tensor) -> tuple[Tensor, T
 
 def _codes(row: Tensor, steps: Tensor, offsets: Tensor) -> Tensor:
     """The nearest codes on grids [R, G, 1], as float32 [R, G, group]."""
-    divisor = torch.where(steps > 0, steps, 1)
-    return ((row - offsets) / divisor).round_().clamp_(0, 15)
+    return ((row - offsets) / _divisor(steps)).round_().clamp_(0, 15)
+
+
+def _divisor(sizes: Tensor) -> Tensor:
+    """Sizes to divide by: what has none is 0 itself, and stays it."""
+    return torch.where(sizes > 0, sizes, 1)
 
 
 def _rounded(grid: Tensor) -> Tensor:
-    """To the nearest float16 number."""
-    return grid.half().float()
+    """To the nearest finite float16 number."""
+    return grid.clamp(-_LARGEST, _LARGEST).half().float()
 
 
 def _factor(hessian: Tensor) -> Tensor:

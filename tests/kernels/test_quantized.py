@@ -78,10 +78,10 @@ def test_constant_and_outlier_columns(value: float) -> None:
     int8 = QuantizedMatrix.int8(weight).dequantize()
     torch.testing.assert_close(int8[:, 5], weight[:, 5])
     int4 = QuantizedMatrix.int4(weight, 64)
-    even = weight / int4.scales
+    even = weight / torch.where(int4.scales > 0, int4.scales, 1)
     step = (even.amax(1, keepdim=True) - even.amin(1, keepdim=True)) / 15
-    error = (int4.dequantize() - weight).abs() / int4.scales
-    assert (error <= step * 0.5 + even.abs() * 2**-9).all()
+    error = (int4.dequantize() - weight).abs()
+    assert (error <= (step * 0.5 + even.abs() * 2**-9) * int4.scales).all()
     assert (step[[row for row in range(16) if row != 3]] < 0.5).all()  # as without the outliers
 
 
@@ -102,12 +102,35 @@ def test_columns_are_brought_to_one_size(dtype: torch.dtype) -> None:
     weight[:, 5] = 0
     sizes = column_sizes(weight)
     expected = weight.double().square().mean(0).sqrt().float()
-    expected[5] = 1
     torch.testing.assert_close(sizes, expected)
     # A column of another size is rounded to the same codes, and a power of two loses nothing.
     powers = 2.0 ** torch.randint(-6, 7, (64,), generator=torch.Generator().manual_seed(2))
     plain, scaled = (QuantizedMatrix.int4(w, 64) for w in (weight.float(), weight.float() * powers))
-    assert scaled.dequantize().equal(plain.dequantize() * torch.where(sizes == 1, 1, powers))
+    assert scaled.dequantize().equal(plain.dequantize() * powers)
+
+
+@pytest.mark.parametrize("columns", [[5], range(32, 40), range(64)])
+@pytest.mark.parametrize("group", [0, 64])
+def test_columns_of_zeros_stay_zero(columns: list[int], group: int) -> None:
+    """As in pruned and padded models: whatever else lies in their groups."""
+    weight = random_weight(40, 128) + 3
+    weight[:, list(columns)] = 0
+    matrix = QuantizedMatrix.int4(weight, group) if group else QuantizedMatrix.int8(weight)
+    assert not matrix.dequantize()[:, list(columns)].any()
+    assert matrix.dequantize()[:, 64:].all(0).any()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e19, 1e37])
+def test_int4_of_weights_of_any_size(size: float) -> None:
+    weight = random_weight(1500, 64)
+    expected = QuantizedMatrix.int4(weight, 64).dequantize()
+    found = QuantizedMatrix.int4(weight * size, 64).dequantize().double() / size
+    largest = weight.abs().max().double()
+    torch.testing.assert_close(found, expected.double(), rtol=0, atol=0.01 * largest.item())
+    uneven = weight.clone()
+    uneven[:, 7] *= size
+    found = QuantizedMatrix.int4(uneven, 64).dequantize()
+    torch.testing.assert_close(found[:, :7], expected[:, :7], rtol=0, atol=0.01 * largest.item())
 
 
 def test_codes_are_the_nearest() -> None:

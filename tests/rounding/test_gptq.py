@@ -105,6 +105,32 @@ def test_fewer_tokens_than_channels_and_repeated_ones() -> None:
     )
 
 
+@pytest.mark.parametrize("columns", [[5], range(32, 40), range(64), range(96)])
+def test_columns_of_zeros_stay_zero(columns: list[int]) -> None:
+    x, weight = correlated_inputs(256, 40), torch.randn(40, 96) + 3
+    weight[:, list(columns)] = 0
+    found = gptq(weight, x.T @ x, 64).dequantize()
+    assert not found[:, list(columns)].any()
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e19, 1e37])
+def test_weights_of_any_size_are_rounded_alike(size: float) -> None:
+    x = correlated_inputs(2048, 64)
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    plain, scaled = (gptq(w, x.T @ x, 64) for w in (weight, weight * size))
+    error = output_error(x, weight, plain)
+    found = (scaled.dequantize().double() / size - weight.double()).square().sum()
+    assert found < 1.05 * (plain.dequantize() - weight).double().square().sum()
+    assert error < 0.01
+    uneven = weight.clone()
+    uneven[:, 7] *= size
+    found = gptq(uneven, x.T @ x, 64).dequantize()
+    assert found.isfinite().all()
+    # The other group knows nothing of it; within its own, the largest outputs count most.
+    assert found[:, 64:].equal(plain.dequantize()[:, 64:])
+
+
 def test_the_arguments_are_left_alone() -> None:
     x, weight = correlated_inputs(64, 24), torch.randn(24, 16)
     hessian = x.T @ x
