@@ -74,15 +74,20 @@ def _answer(chat: Chat, prompt: str, *, again: bool) -> Answer:
             interrupted=interrupted,
             reporter=waiting,
         )
-        for step in steps:
-            waiting.stop()
-            if isinstance(step, Text):
-                said += step.text
-                writer.write(step.text)
-            elif isinstance(step, Dropped):
-                console.print_dim(_dropped(step.turns))
-            else:
-                finish = step
+        try:
+            for step in steps:
+                waiting.stop()
+                if isinstance(step, Text):
+                    said += step.text
+                    writer.write(step.text)
+                elif isinstance(step, Dropped):
+                    console.print_dim(_dropped(step.turns))
+                else:
+                    finish = step
+        except BaseException:
+            if said:
+                writer.close()  # so that what reports it begins a line of its own
+            raise
         if said or finish.stats.new_tokens:
             writer.close()
     chat.last = finish
