@@ -240,6 +240,11 @@ class ConsoleReporter:
         self._animated = not quiet and is_rich(sys.stderr)
         self._progress: Progress | None = None  # while any task is drawn
 
+    @property
+    def animated(self) -> bool:
+        """Whether what moves is shown: on a terminal, and not when quiet."""
+        return self._animated
+
     def note(self, message: str) -> None:
         """Print one line, above the bars if there are any."""
         if self._quiet:

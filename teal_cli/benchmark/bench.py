@@ -93,18 +93,28 @@ def measure(
     prompt: Sequence[int],
     settings: Settings,
     thresholds_for: ThresholdsFor,
-    bandwidth: Bandwidth,
+    read_memory: Callable[[], Bandwidth],
     reporter: Reporter,
-) -> tuple[tuple[Row, ...], tuple[str, ...]]:
-    """Measure dense and sparse decoding, and the baselines, in turns.
+) -> tuple[Bandwidth, tuple[Row, ...], tuple[str, ...]]:
+    """Measure dense and sparse decoding, the baselines and the memory, in turns.
+
+    Args:
+        decoder: the model.
+        prompt: what is answered.
+        settings: how often, and how much.
+        thresholds_for: the thresholds of a sparsity.
+        read_memory: measures the memory's bandwidth; once a repeat, the fastest counts.
+        reporter: follows the runs.
 
     Returns:
-        The rows, and a sentence for every baseline that could not be had.
+        The bandwidth, the rows, and a sentence for every baseline that could not be had.
 
     Raises:
         UsageError: the prompt and the answer are longer than the model's context.
+        TealError: there is no memory to read.
     """
     settings.check(decoder.config)
+    reads = [read_memory()]
     session = Session(
         decoder,
         max_length=settings.length,
@@ -132,9 +142,18 @@ def measure(
             continue
         variants.append(variant)
         decodings[variant.label] = decoding
-    runs = alternate(decodings, settings.repeats, reporter)
-    found = rows(variants, runs, decoder.config, bandwidth, position=settings.mean_position)
-    return found, tuple(notes)
+    runs = alternate(
+        decodings, settings.repeats, reporter, beside=lambda: reads.append(read_memory())
+    )
+    bandwidth, found = rows(
+        variants,
+        runs,
+        decoder.config,
+        reads,
+        prompt_tokens=len(prompt),
+        position=settings.mean_position,
+    )
+    return bandwidth, found, tuple(notes)
 
 
 def _baseline(

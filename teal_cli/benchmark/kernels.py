@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from teal_cli.benchmark.bandwidth import Bandwidth
+from teal_cli.benchmark.bandwidth import Bandwidth, ceiling
 from teal_cli.benchmark.cost import head_bytes, matrix_bytes
 from teal_cli.benchmark.projections import CpuProjection, GpuProjection, Projection, linear
 from teal_cli.benchmark.result import SCHEMA
@@ -41,11 +41,11 @@ class KernelRow:
     time_us: Spread
     bytes_read: int  # of the weights that are kept
     bytes_per_s: float
-    bandwidth_share: float
     linear_us: Spread
     linear_dtype: str
     speedup: Spread  # over F.linear, from pairs of runs
     launch: dict[str, Any] | None  # a GPU kernel's
+    bandwidth_share: float = 0.0  # of the ceiling, which is known once every row is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,15 @@ def measure_kernels(
     decoder: Decoder,
     sparsities: Sequence[float],
     repeats: int,
-    bandwidth: Bandwidth,
+    read_memory: Callable[[], Bandwidth],
     reporter: Reporter,
-) -> tuple[tuple[KernelRow, ...], tuple[str, ...]]:
+) -> tuple[Bandwidth, tuple[KernelRow, ...], tuple[str, ...]]:
     """Measure every matrix at sparsity 0 and at each of `sparsities`, in turns with F.linear.
 
+    The memory is read beside every matrix.
+
     Returns:
-        The rows, and sentences that they need beside them.
+        The bandwidth, the rows, and sentences that they need beside them.
 
     Raises:
         UnsupportedError: the kernels cannot be used here.
@@ -81,14 +83,20 @@ def measure_kernels(
     levels = (0.0, *(value for value in sparsities if value > 0))
     names = (*MATRICES, "logits") if decoder.device.type == "cuda" else MATRICES
     rows: list[KernelRow] = []
+    reads: list[Bandwidth] = []
     with reporter.task("measuring kernels", total=len(names) * len(levels), unit="rows") as task:
         for name in names:
-            for row in _rows(decoder, name, levels, repeats, bandwidth):
+            reads.append(read_memory())
+            for row in _rows(decoder, name, levels, repeats):
                 rows.append(row)
                 task.advance()
             if name == "logits":
                 task.advance(len(levels) - 1)  # the lm_head is dense
-    return tuple(rows), () if decoder.device.type == "cuda" else (_ON_A_CPU,)
+    seen = {f"{row.kernel} {row.target_sparsity:.4g}": row.bytes_per_s for row in rows}
+    bandwidth = ceiling(reads, seen)
+    shared = (replace(row, bandwidth_share=row.bytes_per_s / bandwidth.bytes_per_s) for row in rows)
+    notes = () if decoder.device.type == "cuda" else (_ON_A_CPU,)
+    return bandwidth, tuple(shared), notes
 
 
 def require_kernels(device: torch.device) -> None:
@@ -107,9 +115,7 @@ def require_kernels(device: torch.device) -> None:
         ) from None
 
 
-def _rows(
-    decoder: Decoder, name: str, levels: Sequence[float], repeats: int, bandwidth: Bandwidth
-) -> list[KernelRow]:
+def _rows(decoder: Decoder, name: str, levels: Sequence[float], repeats: int) -> list[KernelRow]:
     dense, dtype = linear(decoder, name)
     on_gpu = decoder.device.type == "cuda"
     projection: Projection = (GpuProjection if on_gpu else CpuProjection)(decoder, name)
@@ -138,7 +144,6 @@ def _rows(
                 time_us=times,
                 bytes_read=size,
                 bytes_per_s=size / times.median * 1e6,
-                bandwidth_share=size / times.median * 1e6 / bandwidth.bytes_per_s,
                 linear_us=spread([theirs * 1e6 for _, theirs in runs]),
                 linear_dtype=str(dtype).removeprefix("torch."),
                 speedup=spread([theirs / ours for ours, theirs in runs]),

@@ -58,7 +58,7 @@ def draw(result: BenchResult, suffix: str) -> bytes:
             )
     axes.set_xticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
     axes.set_xlabel("bold: speed-up over teal dense", fontsize=8)
-    axes.set_ylabel("tokens per second")
+    axes.set_ylabel("tokens/s")
     axes.set_ylim(0, 1.08 * max(*ceilings, *(row.tokens_per_s.high for row in rows)))
     axes.hlines([], 0, 0, colors="#D55E00", label=_ceiling_label(result))
     axes.legend(loc="upper left", fontsize=8, frameon=False)

@@ -27,7 +27,7 @@ def card_table(card: Sequence[CardRow]) -> Table:
             _size(row.bytes.lm_head),
             _size(row.bytes.cache),
             _size(row.bytes.total),
-            f"{row.ceiling_tokens_per_s:.1f} tok/s",
+            f"{row.ceiling_tokens_per_s:.1f} tokens/s",
         ]
         for row in card
     ]
@@ -36,8 +36,8 @@ def card_table(card: Sequence[CardRow]) -> Table:
 def result_table(rows: Sequence[Row]) -> Table:
     """The measured figures, spreads in brackets."""
     references = [row.label for row in rows if row.kind != "sparse"]
-    columns = ["", "realised", "tokens/s", "ms/token", "first token", "read/token", "bandwidth"]
-    columns += [f"× {label}" for label in references]
+    columns = ["", "realised", "tokens/s", "ms/token", "prompt tokens/s", "first token"]
+    columns += ["read/token", "of ceiling", *(f"× {label}" for label in references)]
     table = []
     for row in rows:
         line = [
@@ -45,6 +45,7 @@ def result_table(rows: Sequence[Row]) -> Table:
             "" if row.realised_sparsity is None else f"{row.realised_sparsity:.3f}",
             _spread(row.tokens_per_s, 1),
             _spread(row.time_per_token_ms, 2),
+            _spread(row.prompt_tokens_per_s, 1),
             f"{row.time_to_first_token_ms.median:.0f} ms",
             _size(row.bytes_per_token),
             f"{row.bandwidth_share:.0%}",
@@ -56,21 +57,48 @@ def result_table(rows: Sequence[Row]) -> Table:
     return columns, table
 
 
-def heading(result: BenchResult) -> str:
-    """What was measured where, in one line."""
+def short_table(rows: Sequence[Row]) -> Table:
+    """The same for a terminal: spreads as shares of the median, and less that can be derived."""
+    references = [row.label for row in rows if row.kind != "sparse"]
+    columns = ["", "realised", "tokens/s", "prompt tokens/s", "first token", "ceiling"]
+    columns += [f"× {label}" for label in references]
+    return columns, [
+        [
+            row.label,
+            "" if row.realised_sparsity is None else f"{row.realised_sparsity:.3f}",
+            f"{row.tokens_per_s.median:.1f} ±{_half_spread(row.tokens_per_s):.0%}",
+            f"{row.prompt_tokens_per_s.median:.1f}",
+            f"{row.time_to_first_token_ms.median:.0f} ms",
+            f"{row.bandwidth_share:.0%}",
+            *(
+                f"{row.speedup[label].median:.2f}" if label in row.speedup else ""
+                for label in references
+            ),
+        ]
+        for row in rows
+    ]
+
+
+def backends(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each baseline: in what, and by what it was measured."""
+    return [f"{row.label}: {row.dtype}, {row.backend}" for row in rows if row.kind == "baseline"]
+
+
+def heading(result: BenchResult, spreads: str = "[p20–p80]") -> str:
+    """What was measured where, and how spreads are written, in one line."""
     model, machine, settings = result.model, result.environment, result.settings
     threads = f", {machine['threads']} threads" if machine["threads"] else ""
     weights = ", random weights" if model["weights"] == "random" else ""
     return (
         f"{model['name']}{weights}, {_weights_type(model)}, {machine['device_name']}{threads}: "
         f"{settings['tokens']} tokens after a prompt of {settings['prompt_tokens']}, "
-        f"median of {settings['repeats']} [p20–p80]"
+        f"median of {settings['repeats']} {spreads}"
     )
 
 
 def kernel_table(rows: Sequence[KernelRow]) -> Table:
     """What each matrix takes at each sparsity, spreads in brackets."""
-    columns = ["", "in → out", "realised", "µs", "GB/s", "bandwidth", "F.linear µs", "× F.linear"]
+    columns = ["", "in → out", "realised", "µs", "GB/s", "of ceiling", "F.linear µs", "× F.linear"]
     return columns, [
         [
             f"{row.kernel} {row.target_sparsity:.4g}" if row.target_sparsity else row.kernel,
@@ -166,6 +194,7 @@ def _csv(result: BenchResult) -> str:
         spreads = {
             "tokens_per_s": row.tokens_per_s,
             "time_per_token_ms": row.time_per_token_ms,
+            "prompt_tokens_per_s": row.prompt_tokens_per_s,
             "time_to_first_token_ms": row.time_to_first_token_ms,
             **{f"speedup_over_{label}": row.speedup.get(label) for label in references},
         }
@@ -208,6 +237,10 @@ def _weights_type(model: Mapping[str, Any]) -> str:
 
 def _spread(value: Spread, digits: int) -> str:
     return f"{value.median:.{digits}f} [{value.low:.{digits}f}–{value.high:.{digits}f}]"
+
+
+def _half_spread(value: Spread) -> float:
+    return (value.high - value.low) / 2 / value.median
 
 
 def _size(amount: int) -> str:

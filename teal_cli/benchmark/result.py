@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
-from teal_cli.benchmark.bandwidth import Bandwidth
+from teal_cli.benchmark.bandwidth import Bandwidth, ceiling
 from teal_cli.benchmark.cost import TokenBytes, token_bytes
 from teal_cli.benchmark.timing import Run, Spread, speedup, spread
 from teal_cli.model.config import ModelConfig
@@ -53,9 +53,10 @@ class Row:
     realised_sparsity: float | None
     tokens_per_s: Spread
     time_per_token_ms: Spread
+    prompt_tokens_per_s: Spread  # tokens of the prompt over the time to the first token
     time_to_first_token_ms: Spread
     bytes_per_token: int
-    bandwidth_share: float
+    bandwidth_share: float  # of the ceiling, at most 1
     speedup: dict[str, Spread]  # over each reference, from the pairs of one repeat
 
 
@@ -97,34 +98,50 @@ def rows(
     variants: Sequence[Variant],
     runs: Mapping[str, Sequence[Run]],
     config: ModelConfig,
-    bandwidth: Bandwidth,
+    reads: Sequence[Bandwidth],
     *,
+    prompt_tokens: int,
     position: int,
-) -> tuple[Row, ...]:
-    """The figures of every variant.
+) -> tuple[Bandwidth, tuple[Row, ...]]:
+    """The ceiling, and the figures of every variant.
 
     Args:
         variants: our dense decoding and the baselines are references to the others.
         runs: by label, as many for each.
         config: the model's.
-        bandwidth: the machine's.
+        reads: the machine's bandwidth as it was measured beside the runs.
+        prompt_tokens: tokens of the prompt.
         position: mean position of the decoded tokens, for the cache's bytes.
     """
     references = [variant.label for variant in variants if variant.kind != "sparse"]
-    found = []
-    for variant in variants:
-        mine = runs[variant.label]
-        realised = None
-        if variant.kind == "sparse":
-            realised = fmean(run.realised_sparsity or 0.0 for run in mine)
-        cost = token_bytes(
+    realised = {
+        variant.label: fmean(run.realised_sparsity or 0.0 for run in runs[variant.label])
+        for variant in variants
+        if variant.kind == "sparse"
+    }
+    sizes = {
+        variant.label: token_bytes(
             config,
             itemsize=variant.itemsize,
             kind=variant.quantization,
-            sparsity=realised or 0.0,
+            sparsity=realised.get(variant.label, 0.0),
             position=position,
-        )
+        ).total
+        for variant in variants
+    }
+    bandwidth = ceiling(
+        reads,
+        {
+            label: size / min(run.time_per_token_s for run in runs[label])
+            for label, size in sizes.items()
+        },
+    )
+    found = []
+    for variant in variants:
+        mine = runs[variant.label]
         times = spread([run.time_per_token_s for run in mine])
+        first = spread([run.time_to_first_token_s for run in mine])
+        size = sizes[variant.label]
         found.append(
             Row(
                 label=variant.label,
@@ -132,14 +149,13 @@ def rows(
                 dtype=variant.dtype,
                 backend=variant.backend,
                 target_sparsity=variant.target_sparsity,
-                realised_sparsity=realised,
-                tokens_per_s=Spread(1 / times.median, 1 / times.high, 1 / times.low),
+                realised_sparsity=realised.get(variant.label),
+                tokens_per_s=_rate(1, times),
                 time_per_token_ms=_milliseconds(times),
-                time_to_first_token_ms=_milliseconds(
-                    spread([run.time_to_first_token_s for run in mine])
-                ),
-                bytes_per_token=cost.total,
-                bandwidth_share=cost.total / times.median / bandwidth.bytes_per_s,
+                prompt_tokens_per_s=_rate(prompt_tokens, first),
+                time_to_first_token_ms=_milliseconds(first),
+                bytes_per_token=size,
+                bandwidth_share=size / times.median / bandwidth.bytes_per_s,
                 speedup={
                     label: speedup(mine, runs[label])
                     for label in references
@@ -147,7 +163,11 @@ def rows(
                 },
             )
         )
-    return tuple(found)
+    return bandwidth, tuple(found)
+
+
+def _rate(tokens: int, seconds: Spread) -> Spread:
+    return Spread(tokens / seconds.median, tokens / seconds.high, tokens / seconds.low)
 
 
 def _milliseconds(seconds: Spread) -> Spread:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,12 +54,21 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def alternate(
-    decodings: Mapping[str, Decoding], repeats: int, reporter: Reporter
+    decodings: Mapping[str, Decoding],
+    repeats: int,
+    reporter: Reporter,
+    beside: Callable[[], object] = lambda: None,
 ) -> dict[str, list[Run]]:
     """Run every decoding `repeats` times, in turns.
 
     Every repeat runs all of them, each time beginning with another, so that what the machine
     does besides meets all of them alike.
+
+    Args:
+        decodings: by label.
+        repeats: runs of each.
+        reporter: follows them.
+        beside: is called at the beginning of every repeat, for what is measured beside them.
     """
     names = list(decodings)
     runs: dict[str, list[Run]] = {name: [] for name in names}
@@ -69,6 +78,7 @@ def alternate(
             task.advance()
     with reporter.task("measuring", total=len(names) * repeats, unit="runs") as task:
         for repeat in range(repeats):
+            beside()
             first = repeat % len(names)
             for name in names[first:] + names[:first]:
                 runs[name].append(decodings[name].run())

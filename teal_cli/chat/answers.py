@@ -12,6 +12,7 @@ from typing import Protocol
 
 from teal_cli import console
 from teal_cli.chat.state import Chat
+from teal_cli.chat.waiting import Waiting
 from teal_cli.inference.conversation import Dropped, Text
 from teal_cli.inference.generate import Finish
 from teal_cli.inference.sampling import Sampler
@@ -62,22 +63,31 @@ def _answer(chat: Chat, prompt: str, *, again: bool) -> Answer:
     conversation = chat.conversation
     was_nearly_full = conversation.nearly_full
     writer, said = _writer(chat), ""
-    with _interrupt_flag() as interrupted, _silent_keys():
+    reporter = console.reporter()
+    waiting = Waiting(reporter)
+    wanted = reporter.animated and not chat.plain
+    with _interrupt_flag() as interrupted, _silent_keys(), waiting.shown(wanted):
         steps = conversation.answer(
             prompt,
             max_new_tokens=chat.max_tokens,
             again=again,
             interrupted=interrupted,
-            reporter=console.reporter(),
+            reporter=waiting,
         )
-        for step in steps:
-            if isinstance(step, Text):
-                said += step.text
-                writer.write(step.text)
-            elif isinstance(step, Dropped):
-                console.print_dim(_dropped(step.turns))
-            else:
-                finish = step
+        try:
+            for step in steps:
+                waiting.stop()
+                if isinstance(step, Text):
+                    said += step.text
+                    writer.write(step.text)
+                elif isinstance(step, Dropped):
+                    console.print_dim(_dropped(step.turns))
+                else:
+                    finish = step
+        except BaseException:
+            if said:
+                writer.close()  # so that what reports it begins a line of its own
+            raise
         if said or finish.stats.new_tokens:
             writer.close()
     chat.last = finish

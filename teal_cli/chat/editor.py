@@ -85,11 +85,20 @@ def _history() -> History:
 
 
 def _bindings() -> KeyBindings:
+    from prompt_toolkit.application import get_app, run_in_terminal
+    from prompt_toolkit.completion import CompleteEvent, get_common_complete_suffix
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import Condition, has_focus, is_searching
     from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.key_binding.bindings.completion import display_completions_like_readline
+    from prompt_toolkit.key_binding.bindings.search import abort_search
+    from prompt_toolkit.utils import get_cwidth
 
     bindings = KeyBindings()
+    at_prompt = has_focus(DEFAULT_BUFFER)  # not in the search of Ctrl-R and Ctrl-S
+    quoting = Condition(lambda: get_app().quoted_insert)  # after Ctrl-Q
 
-    @bindings.add("enter")
+    @bindings.add("enter", filter=at_prompt)
     def _send(event: Any) -> None:
         buffer = event.current_buffer
         if _is_open(buffer.text):
@@ -97,17 +106,36 @@ def _bindings() -> KeyBindings:
         else:
             buffer.validate_and_handle()
 
-    @bindings.add("escape", "enter")
+    @bindings.add("escape", "enter", filter=at_prompt)
     def _new_line(event: Any) -> None:
         event.current_buffer.insert_text("\n")
 
-    @bindings.add("c-c")
-    @bindings.add("<sigint>")
+    @bindings.add(
+        "c-c", filter=at_prompt & ~quoting, eager=True
+    )  # with a selection it begins other keys
+    @bindings.add("<sigint>", filter=at_prompt)
     def _clear(event: Any) -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()
         else:
             event.app.exit(exception=KeyboardInterrupt)
+
+    bindings.add("<sigint>", filter=is_searching)(abort_search)
+
+    @bindings.add("tab", filter=at_prompt)
+    def _complete(event: Any) -> None:
+        buffer = event.current_buffer
+        wanted = CompleteEvent(completion_requested=True)
+        found = list(buffer.completer.get_completions(buffer.document, wanted))
+        size = event.app.output.get_size()
+        widest = max((get_cwidth(one.display_text) for one in found), default=0)
+        rows = -(-len(found) // max(size.columns // (widest + 1), 1))
+        # What asks before it lists more than a page takes a Ctrl-C for an error of its own.
+        if rows < size.rows or get_common_complete_suffix(buffer.document, found):
+            display_completions_like_readline(event)
+        else:
+            text = f"{len(found)} names begin like this: type more of the one you want"
+            run_in_terminal(lambda: event.app.print_text(f"{text}\n"))
 
     return bindings
 

@@ -17,26 +17,35 @@ def talk(chat: Chat) -> None:
     if not chat.conversation.has_template:
         console.print_dim("This model has no chat template: it continues what you write.")
     read = editor.open_reader()
-    while True:
+    leaves = False
+    while not leaves:
         try:
-            line = read()
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        except KeyboardInterrupt:
-            console.print_dim("Ctrl-D or /bye leaves.")
-            continue
-        try:
-            if not _take_turn(chat, line):
-                return
-        except KeyboardInterrupt:
-            # Broken off anywhere: what the session holds is not to be relied on.
+            leaves = _go_on(chat, read)
+        except KeyboardInterrupt:  # between two prompts, or while another is being answered
             chat.session.reset()
-            console.print_dim("stopped")
-        except Exception as error:  # of a driver or for want of memory too: the next may work
-            if not isinstance(error, TealError):
-                chat.session.rewind(0)
-            console.report(error)
+
+
+def _go_on(chat: Chat, read: editor.Reader) -> bool:
+    """Read a turn and answer it; True where the user leaves."""
+    try:
+        line = read()
+    except EOFError:
+        print(file=sys.stderr)
+        return True
+    except KeyboardInterrupt:
+        console.print_dim("Ctrl-D or /bye leaves.")
+        return False
+    try:
+        return not _take_turn(chat, line)
+    except KeyboardInterrupt:
+        # Broken off anywhere: what the session holds is not to be relied on.
+        chat.session.reset()
+        console.print_dim("stopped")
+    except Exception as error:  # of a driver or for want of memory too: the next may work
+        if not isinstance(error, TealError):
+            chat.session.rewind(0)
+        console.report(error)
+    return False
 
 
 def _take_turn(chat: Chat, line: str) -> bool:

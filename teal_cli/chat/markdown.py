@@ -1,24 +1,23 @@
-"""Markdown on a terminal, shown as it comes: what was printed is never printed again.
+"""Markdown on a terminal, shown as it comes.
 
-A line of source is shown when it is complete, a long one as soon as it fills a line of the screen;
-a table when it ends, because its widths depend on all of it.
+A block is a line of source, or the lines of a table. The unfinished one is drawn over itself with
+every piece; what is above it, and what scrolled off, stays as it is.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from functools import cache
+from bisect import bisect_right
+from dataclasses import dataclass, field, replace
 
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
 from rich import box
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from teal_cli.inference.detokenizer import printable
+from teal_cli.chat.inline import inline
+from teal_cli.chat.live import LiveBlock, widest
 
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})\s*([\w+#.-]*)[^`]*$")
 _HEADING = re.compile(r"\s{0,3}#{1,6}\s+(.*?)[\s#]*$")
@@ -26,23 +25,23 @@ _RULE = re.compile(r"\s{0,3}([-*_])(\s*\1){2,}\s*$")
 _ITEM = re.compile(r"(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$")
 _QUOTE = re.compile(r"\s{0,3}>\s?(.*)$")
 _ROW = re.compile(r"\s*\|")
-_OPEN = re.compile(r"[*_`~\[<]")
 _DELIMITER = re.compile(r"\s*:?-+:?\s*$")
 
-# Lines of code that decide a line's colours, itself the last: they are coloured anew for each.
-_COLOUR_CONTEXT = 40
+# Lines of code before a line that decide its colours: they are coloured anew for each piece of it.
+_COLOUR_CONTEXT = 12
+_TAB = 8  # columns, as terminals have it
+_GAP = 3  # columns between those of a table
 _RULE_WIDTH = 40
-
-_STYLES = {"strong": "bold", "em": "italic", "s": "strike", "link": "underline"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A line of source: what stands before its first row and before the others, and its text."""
+    """A line of source: what stands before its first row and before the others, and the rest."""
 
     first: Text
     others: Text
-    text: Text
+    source: str
+    style: str = ""
 
 
 @dataclass(slots=True)
@@ -53,173 +52,234 @@ class _Code:
     language: str
     lines: list[str] = field(default_factory=list)
 
+    def is_closed_by(self, line: str) -> bool:
+        mark = line.strip()
+        return mark.startswith(self.fence) and not mark.strip(self.fence[0])
+
+
+@dataclass(slots=True)
+class _Table:
+    """Lines that may be a table, the last perhaps unfinished."""
+
+    lines: list[str] = field(default_factory=list)
+    widths: list[int] | None = None  # of the columns, once rows are on the screen for good
+    kept: int = 0  # lines that are
+
 
 class MarkdownWriter:
-    """Writes an answer, piece by piece, to a rich console."""
+    """Writes an answer, piece by piece, to a rich console on a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._live = LiveBlock(console)
         self._pending = ""  # the line of source that is not complete
-        self._shown: list[str] = []  # rows of it that are on the screen
-        self._laid_out = 0  # how much of it was there when its rows were last looked at
-        self._table: list[str] = []
+        self._final = 0  # how much of it is on the screen for good
+        self._part: _Line | None = None  # what kind of line that was
+        self._table: _Table | None = None
         self._code: _Code | None = None
+        self._dim = False
 
-    def write(self, text: str) -> None:
-        """Take the next piece, and show what it completes."""
-        *lines, self._pending = (self._pending + text).split("\n")
+    def write(self, text: str, *, dim: bool = False) -> None:
+        """Take the next piece, and show it; what is dim stands in lines of its own."""
+        if dim != self._dim:
+            self.close()
+            self._dim = dim
+        if self._live.resized:
+            self._begin_anew()
+        *lines, self._pending = (self._pending + text).expandtabs(_TAB).split("\n")
         for line in lines:
+            self._show(line)
             self._complete(line)
-            self._laid_out = 0
-        self._show_full_rows()
+        if self._pending.strip():
+            self._show(self._pending)
 
     def close(self) -> None:
-        """Show the rest."""
+        """End the line, and whatever is open."""
         if self._pending:
             self._complete(self._pending)
-        self._pending = ""
-        self._end_table()
+        self._live.commit()
+        self._pending, self._final = "", 0
+        self._part = self._table = self._code = None
 
     def _complete(self, line: str) -> None:
+        """Take a line that is shown as one to which nothing is added."""
+        if self._table is not None:
+            self._table.lines.append(line)
+            return
         if self._code is not None:
-            self._complete_code(self._code, line)
-            return
-        if _ROW.match(line):
-            self._table.append(line)
-            return
-        self._end_table()
-        if (fence := _FENCE.match(line)) and not self._shown:
+            self._code.lines.append(line)
+            if self._code.is_closed_by(line):
+                self._code = None
+        elif self._part is None and (fence := _FENCE.match(line)):
             self._code = _Code(fence[1], fence[2])
-            self._print(Text(line.strip(), style="dim"))
+        self._final, self._part = 0, None
+        self._live.commit()
+
+    def _show(self, line: str) -> None:
+        """Draw the block that ends with this line."""
+        if self._code is not None:
+            self._show_code(self._code, line)
+        elif self._part is None and _ROW.match(line):
+            self._table = self._table or _Table()
+            self._show_table(self._table, line)
         else:
-            self._print_rows(self._rows(_parse(line, self._console.width)))
-        self._shown = []
+            if self._table is not None:
+                self._table = None
+                self._live.commit()
+            self._show_line(line)
 
-    def _complete_code(self, code: _Code, line: str) -> None:
-        mark = line.strip()
-        if mark.startswith(code.fence) and not mark.strip(code.fence[0]):
-            self._code = None
-            self._print(Text(mark, style="dim"))
-            return
-        code.lines.append(line)
-        self._print(_coloured(code))
+    def _show_line(self, line: str) -> None:
+        parsed = self._parsed(line)
+        rows = self._rows(parsed)
+        if len(rows) > self._console.height:
+            end = self._scroll(parsed, len(rows) - self._console.height // 2)
+            self._final += line[self._final :].find(parsed.source) + end
+            self._part = parsed
+            rows = self._rows(self._parsed(line))
+        self._live.show(rows)
 
-    def _show_full_rows(self) -> None:
-        """Show the rows of the pending line that nothing to come can change."""
-        length, width = len(self._pending), self._console.width
-        if self._code is not None or self._table or length <= width:
+    def _parsed(self, line: str) -> _Line:
+        """What of a line can still change."""
+        if self._part is None:
+            return _parse(line, self._console.width)
+        return replace(self._part, first=self._part.others, source=line[self._final :])
+
+    def _scroll(self, line: _Line, count: int) -> int:
+        """Leave the first `count` rows of a line as they are; return how much of its source."""
+
+        def rows(end: int) -> int:
+            return len(self._rows(replace(line, source=line.source[:end])))
+
+        end = bisect_right(range(len(line.source)), count, key=rows) - 1
+        word = line.source.rfind(" ", 0, end) + 1
+        if word and rows(word) == rows(end):
+            end = word
+        self._live.show(self._rows(replace(line, source=line.source[:end])))
+        self._live.commit()
+        return end
+
+    def _show_code(self, code: _Code, line: str) -> None:
+        if code.is_closed_by(line):
+            text = Text(line.strip(), style="dim")
+        else:
+            text = _coloured(code, line)[self._final :]
+        self._live.show(_folded(self._styled(text), self._console.width), joined=True)
+
+    def _show_table(self, table: _Table, line: str) -> None:
+        lines = [*table.lines, line]
+        rows = self._table_rows(table, lines)
+        if len(rows) > self._console.height and table.lines[table.kept :]:
+            self._keep_rows(table)
+            rows = self._table_rows(table, lines)
+        self._live.show(rows)
+
+    def _keep_rows(self, table: _Table) -> None:
+        """Leave a table's complete rows as they are; its columns keep their widths."""
+        self._live.show(self._table_rows(table, table.lines))
+        self._live.commit()
+        table.widths = _widths(table.lines, self._console.width)
+        table.kept = len(table.lines)
+
+    def _begin_anew(self) -> None:
+        """Leave what is on the screen as it is, and go on below it at the screen's new width."""
+        self._live.commit()
+        if self._table is not None:
+            self._table.widths = _widths(self._table.lines, self._console.width)
+            self._table.kept = len(self._table.lines)
             return
-        if length < self._laid_out + width // 2:
-            return
-        self._laid_out = length
-        words = self._pending[: self._pending.rfind(" ") + 1].rstrip()
-        if _ROW.match(words) or _FENCE.match(words):
-            return
-        line = _parse(words, width)
-        # A mark that found no partner yet is left in the text, and may find one later.
-        if not _OPEN.search(line.text.plain):
-            self._print_rows(self._rows(line)[:-1])
+        if self._code is None:
+            self._part = self._parsed(self._pending)
+        self._final = len(self._pending)
 
     def _rows(self, line: _Line) -> list[Text]:
         """The rows of the screen that a line of source takes."""
-        width = max(self._console.width - line.others.cell_len, 1)
-        rows = line.text.wrap(self._console, width)
-        return [
-            Text.assemble(line.others if index else line.first, row)
-            for index, row in enumerate(rows or [Text()])
-        ]
-
-    def _print_rows(self, rows: list[Text]) -> None:
-        """Print those rows that are not on the screen yet."""
-        plain = [row.plain for row in rows]
-        same = 0
-        while same < min(len(plain), len(self._shown)) and plain[same] == self._shown[same]:
-            same += 1
-        for row in rows[same:]:
+        text, width = inline(line.source), self._console.width
+        text.stylize(line.style)
+        first, others = line.first, line.others
+        if others.cell_len > width // 2:  # too narrow for so deep an indentation
+            text, first, others = Text.assemble(first, text), Text(), Text()
+        rows = []
+        for index, words in enumerate(_wrapped(text, self._console, width - others.cell_len)):
+            row = Text.assemble(others if index else first, words)
             row.rstrip()
-            self._print(row)
-        self._shown = plain
+            rows += _folded(self._styled(row), width)
+        return rows
 
-    def _print(self, text: Text) -> None:
-        # A row fits already, and a longer line of code is the terminal's to wrap: so it can be
-        # copied whole.
-        self._console.print(text, soft_wrap=True)
-
-    def _end_table(self) -> None:
-        lines, self._table = self._table, []
-        if not lines:
-            return
-        rows = [_cells(line) for line in lines]
-        if len(rows) < 2 or not all(map(_DELIMITER.match, rows[1])):
-            for line in lines:
-                self._print(inline(line))
-            return
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for header, mark in zip(rows[0], rows[1] + ["-"] * len(rows[0]), strict=False):
+    def _table_rows(self, table: _Table, lines: list[str]) -> list[Text]:
+        widths = table.widths or _widths(lines, self._console.width)
+        if widths is None:
+            return [row for line in lines[table.kept :] for row in self._rows(_plain(line))]
+        cells = [_cells(line) for line in lines]
+        drawn = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=not table.kept
+        )
+        marks = cells[1] + ["-"] * len(cells[0])
+        for header, mark, width in zip(cells[0], marks, widths, strict=False):
             left, right = mark.startswith(":"), mark.endswith(":")
-            table.add_column(
+            drawn.add_column(
                 inline(header),
                 justify="center" if left and right else "right" if right else "left",
                 overflow="fold",
+                width=width,
             )
-        for row in rows[2:]:
-            table.add_row(*(inline(cell) for cell in row[: len(rows[0])]))
-        self._console.print(table)
+        for line_cells in cells[max(table.kept, 2) :]:
+            drawn.add_row(*(inline(cell) for cell in line_cells[: len(cells[0])]))
+        rows = []
+        for segments in self._console.render_lines(drawn, pad=False):
+            row = Text.assemble(*((text, style or "") for text, style, _ in segments))
+            row.rstrip()
+            rows.append(self._styled(row))
+        return rows
 
-
-def inline(source: str) -> Text:
-    """A piece of Markdown without blocks, as styled text that a terminal does not obey.
-
-    Entities and percent signs can spell control characters, so that the text is cleaned last.
-    """
-    text = Text()
-    styles: list[str] = []
-    target = ""
-    start = 0
-    for token in _parser().parseInline(source)[0].children or []:
-        kind, _, end = token.type.rpartition("_")
-        if kind in _STYLES and end == "open":
-            styles.append(_STYLES[kind])
-            if kind == "link":
-                target, start = str(token.attrs["href"]), len(text)
-        elif kind in _STYLES:
-            styles.remove(_STYLES[kind])
-            if kind == "link" and target.removeprefix("mailto:") != text.plain[start:]:
-                text.append(f" ({printable(target)})", style="dim")
-        else:
-            text.append(_content(token), style=" ".join(styles + _code_style(token)))
-    return text
-
-
-def _content(token: Token) -> str:
-    if token.type == "image":
-        return f"[{printable(token.content)}] ({printable(str(token.attrs['src']))})"
-    return printable(token.content)
-
-
-def _code_style(token: Token) -> list[str]:
-    return ["cyan"] if token.type == "code_inline" else []
+    def _styled(self, text: Text) -> Text:
+        if self._dim:
+            text.stylize("dim")
+        return text
 
 
 def _parse(line: str, width: int) -> _Line:
     """Tell what kind of line this is."""
     empty = Text()
     if heading := _HEADING.match(line):
-        text = inline(heading[1])
-        text.stylize("bold")
-        return _Line(empty, empty, text)
+        return _Line(empty, empty, heading[1], "bold")
     if _RULE.match(line):
-        return _Line(empty, empty, Text("─" * min(_RULE_WIDTH, width), style="dim"))
+        return _Line(Text("─" * min(_RULE_WIDTH, width), style="dim"), empty, "")
     if item := _ITEM.match(line):
         indent, mark, content = item.groups()
         first = Text(f"{indent}{'•' if mark in '-*+' else mark} ")
-        return _Line(first, Text(" " * first.cell_len), inline(content))
+        return _Line(first, Text(" " * first.cell_len), content)
     if quote := _QUOTE.match(line):
         bar = Text("│ ", style="dim")
-        return _Line(bar, bar, inline(quote[1]))
+        return _Line(bar, bar, quote[1])
+    if _FENCE.match(line):
+        return _Line(Text(line.strip(), style="dim"), empty, "")
+    return _plain(line)
+
+
+def _plain(line: str) -> _Line:
     content = line.lstrip()
-    indent_text = Text(" " * (len(line) - len(content)))
-    return _Line(indent_text, indent_text, inline(content))
+    indent = Text(" " * (len(line) - len(content)))
+    return _Line(indent, indent, content)
+
+
+def _wrapped(text: Text, console: Console, width: int) -> list[Text]:
+    """Rows of whole words that fit, however wide the terminal takes their characters to be."""
+    for room in range(width, 0, -1):
+        rows = list(text.wrap(console, room))
+        if all(widest(row.plain) <= width for row in rows):
+            break
+    return rows or [Text()]
+
+
+def _folded(text: Text, width: int) -> list[Text]:
+    """Rows as a terminal breaks a line that is too long, in the middle of words."""
+    starts, column = [0], 0
+    for index, character in enumerate(text.plain):
+        column += widest(character)
+        if column > width:
+            starts.append(index)
+            column = widest(character)
+    return list(text.divide(starts[1:]))
 
 
 def _cells(line: str) -> list[str]:
@@ -227,16 +287,28 @@ def _cells(line: str) -> list[str]:
     return [cell.replace("\\|", "|").strip() for cell in re.split(r"(?<!\\)\|", inner)]
 
 
-def _coloured(code: _Code) -> Text:
+def _widths(lines: list[str], room: int) -> list[int] | None:
+    """The columns' widths, made to fit; None where the lines are no table, or one too wide."""
+    cells = [_cells(line) for line in lines]
+    if len(cells) < 2 or not all(map(_DELIMITER.match, cells[1])):
+        return None
+    count = len(cells[0])
+    room -= _GAP * (count - 1)
+    if room < count:
+        return None
+    widths = [1] * count
+    for row in cells[:1] + cells[2:]:
+        for place, cell in enumerate(row[:count]):
+            widths[place] = max(widths[place], widest(inline(cell).plain))
+    while sum(widths) > room:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def _coloured(code: _Code, line: str) -> Text:
     """The last line of a block of code, coloured in the light of those before it."""
     if not code.language:
-        return Text(code.lines[-1])
-    lines = code.lines[-_COLOUR_CONTEXT:]
-    source = "\n".join(lines)
-    coloured = Syntax("", code.language, theme="ansi_dark").highlight(source).split("\n")
-    return coloured[len(lines) - 1] if len(coloured) >= len(lines) else Text(lines[-1])
-
-
-@cache
-def _parser() -> MarkdownIt:
-    return MarkdownIt("commonmark", {"html": False}).enable("strikethrough")
+        return Text(line)
+    lines = [*code.lines[-_COLOUR_CONTEXT:], line]
+    coloured = Syntax("", code.language, theme="ansi_dark").highlight("\n".join(lines)).split("\n")
+    return coloured[len(lines) - 1] if len(coloured) >= len(lines) else Text(line)

@@ -125,8 +125,8 @@ def bench(
 ) -> None:
     """Measure decoding speed, dense and sparse, against what the memory allows.
 
-    First what a token reads and the machine's bandwidth, then the same prompt answered by every
-    row in turns. Speed-ups are medians over pairs of runs.
+    The same prompt is answered by every row in turns, and the memory's bandwidth is measured
+    beside them: it sets the ceiling. Speed-ups are medians over pairs of runs.
     """
     if sparsity is None:
         sparsity = "0.25,0.4,0.5,0.65" if kernels or tune else "0.25,0.4,0.5"
@@ -200,7 +200,14 @@ def _measure(
     from teal_cli.store.artifacts import atomic_write
 
     decoder = tested.decoder
-    measured = bandwidth.measure_bandwidth(decoder.device)
+    measured, rows, notes = bench.measure(
+        decoder,
+        tested.prompt,
+        settings,
+        tested.thresholds_for,
+        lambda: bandwidth.measure_bandwidth(decoder.device),
+        reporter,
+    )
     card = result.cost_card(
         decoder.config,
         measured,
@@ -208,11 +215,6 @@ def _measure(
         quantization=decoder.weights.quantization,
         position=settings.mean_position,
         sparsities=settings.sparsities,
-    )
-    if not json:
-        _print_card(card, measured)
-    rows, notes = bench.measure(
-        decoder, tested.prompt, settings, tested.thresholds_for, measured, reporter
     )
     found = result.BenchResult(
         model=tested.description | {"shape": asdict(decoder.config)},
@@ -226,8 +228,10 @@ def _measure(
     if json:
         console.print_json(found)
     else:
-        console.print_table(*report.result_table(rows), title=report.heading(found))
-        for note in notes:
+        _print_card(card, measured)
+        title = report.heading(found, "± half of p20–p80").replace(": ", ":\n", 1)
+        console.print_table(*report.short_table(rows), title=title)
+        for note in (*report.backends(rows), *notes):
             print(note)
     if output is not None:
         atomic_write(output, report.render(found, output.suffix.lower()).encode())
@@ -263,9 +267,12 @@ def _run_kernels(
         found = tuning.TuneResult(model, machine, asdict(settings), rows, notes)
         table = report.tune_table(rows)
     else:
-        measured = bandwidth.measure_bandwidth(decoder.device)
-        timed, remarks = kernels.measure_kernels(
-            decoder, settings.sparsities, settings.repeats, measured, reporter
+        measured, timed, remarks = kernels.measure_kernels(
+            decoder,
+            settings.sparsities,
+            settings.repeats,
+            lambda: bandwidth.measure_bandwidth(decoder.device),
+            reporter,
         )
         found = kernels.KernelResult(model, machine, asdict(settings), measured, timed, remarks)
         table = report.kernel_table(timed)

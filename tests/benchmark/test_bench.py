@@ -21,7 +21,7 @@ from teal_cli.model.random_weights import SHAPES, random_decoder
 from teal_cli.progress import Silent
 
 PROMPT = [5, 9, 200, 31]
-BANDWIDTH = Bandwidth(30e9, "made up")
+BANDWIDTH = Bandwidth(3e15, "made up")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,12 @@ def test_measure_gives_a_row_for_everything_asked(
     def thresholds_for(session: Session, sparsity: float) -> Tensor:
         return torch.full((TINY.num_hidden_layers, 7), sparsity)
 
-    rows, notes = measure(decoder, PROMPT, settings, thresholds_for, BANDWIDTH, Silent())
+    reads = iter([Bandwidth(1.0, "slow"), BANDWIDTH, Bandwidth(2.0, "slow")])  # one more than runs
+    bandwidth, rows, notes = measure(
+        decoder, PROMPT, settings, thresholds_for, lambda: next(reads), Silent()
+    )
+    assert bandwidth == Bandwidth(BANDWIDTH.bytes_per_s, "made up, the fastest read")
+    assert next(reads, None) is None
     assert [row.label for row in rows] == ["dense", "sparse 0", "sparse 0.5", "transformers"]
     assert rows[0].realised_sparsity is None
     assert rows[1].realised_sparsity == pytest.approx(0, abs=0.01)
@@ -91,7 +96,9 @@ def test_measure_gives_a_row_for_everything_asked(
 def test_a_context_too_short_is_refused(decoder: Decoder) -> None:
     settings = Settings(tokens=100, prompt_tokens=100)
     with pytest.raises(UsageError, match="longer than this model's context of 128"):
-        measure(decoder, PROMPT, settings, lambda s, t: torch.zeros(3, 7), BANDWIDTH, Silent())
+        measure(
+            decoder, PROMPT, settings, lambda s, t: torch.zeros(3, 7), lambda: BANDWIDTH, Silent()
+        )
 
 
 def test_a_shape_that_does_not_fit_is_refused_before_it_is_made(

@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 
 import pytest
 from benchmark.subjects import made_up_result
 
 from teal_cli.benchmark import plot, report
+from teal_cli.benchmark.bandwidth import Bandwidth
 from teal_cli.benchmark.cost import token_bytes
+from teal_cli.benchmark.result import Variant, rows
+from teal_cli.benchmark.timing import Run
 from teal_cli.model.random_weights import SHAPES
 
 
@@ -28,6 +32,49 @@ def test_rows_hold_speed_share_and_paired_speedups() -> None:
     at_realised = token_bytes(config, itemsize=2, sparsity=0.49, position=82).total
     assert sparse.bytes_per_token == at_realised
     assert sparse.bandwidth_share == pytest.approx(at_realised / 0.06 / 30e9)
+
+
+def test_prompt_speed_is_its_tokens_over_the_time_to_the_first() -> None:
+    dense = made_up_result().rows[0]
+    assert dense.prompt_tokens_per_s.median == pytest.approx(32 / 0.2)
+    assert dense.time_to_first_token_ms.median == pytest.approx(200)
+
+
+@pytest.mark.parametrize(("fastest", "how"), [(30e9, "b, the fastest read"), (5e9, "row sparse")])
+def test_no_row_exceeds_the_ceiling(fastest: float, how: str) -> None:
+    config = SHAPES["tinyllama-1.1b"]
+    variants = [
+        Variant("dense", "dense", "float16", 2, "numba"),
+        Variant("sparse 0.5", "sparse", "float16", 2, "numba", 0.5),
+    ]
+    runs = {
+        "dense": [Run(0.2, 0.2)] * 3,
+        "sparse 0.5": [Run(0.2, t, 0.5) for t in (0.1, 0.09, 0.2)],
+    }
+    reads = [Bandwidth(4e9, "a"), Bandwidth(fastest, "b"), Bandwidth(3e9, "c")]
+    bandwidth, found = rows(variants, runs, config, reads, prompt_tokens=32, position=82)
+    assert how in bandwidth.how
+    assert bandwidth.bytes_per_s == max(fastest, found[1].bytes_per_token / 0.09)
+    assert all(0 < row.bandwidth_share <= 1 for row in found)
+
+
+def test_the_terminals_table_fits_a_hundred_columns() -> None:
+    result = made_up_result()
+    columns, lines = report.short_table(result.rows)
+    assert all(len(line) == len(columns) for line in lines)
+    widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
+    assert sum(widths) + 2 * (len(widths) - 1) <= 100
+    assert lines[1][0] == "sparse 0.5"
+    assert lines[1][2:6] == ["16.7 ±1%", "160.0", "200 ms", "62%"]
+    assert lines[1][-2:] == ["1.67", "2.50"]
+    assert report.backends(result.rows) == ["transformers: bfloat16, generate, static cache"]
+
+
+def test_speed_has_one_unit() -> None:
+    result = made_up_result()
+    for text in (report.render(result, ".md"), str(report.short_table(result.rows))):
+        assert "tokens/s" in text
+        assert not re.search(r"\btok/s|\bt/s|tokens per second", text)
 
 
 def test_table_has_a_column_for_each_reference() -> None:

@@ -47,3 +47,9 @@ def test_variants_take_turns_and_each_begins_a_repeat() -> None:
     assert log[:3] == ["warm a", "warm b", "warm c"]
     assert "".join(log[3:]) == "abc" + "bca" + "cab" + "abc"
     assert [len(runs[name]) for name in "abc"] == [4, 4, 4]
+
+
+def test_what_is_measured_beside_the_runs_meets_every_repeat() -> None:
+    log: list[str] = []
+    alternate({"a": Recorder("a", log)}, 3, Silent(), beside=lambda: log.append("memory"))
+    assert log[1:] == ["memory", "a"] * 3

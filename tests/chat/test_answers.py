@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from teal_cli.chat import answers, slash
 from teal_cli.chat.state import Chat
+from teal_cli.inference.conversation import Text
 from teal_cli.model.decoder import Decoder
 
 
@@ -117,3 +119,20 @@ def test_a_later_ctrl_c_breaks_off_what_does_not_end(
     monkeypatch.setattr(Decoder, "layer", stuck)
     with pytest.raises(KeyboardInterrupt):
         answers.answer(chat, "Hi")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_answer_that_fails_ends_its_line(
+    chat: Chat,
+    error: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*args: Any, **options: Any) -> Iterator[Text]:
+        yield Text("half a line")
+        raise error
+
+    monkeypatch.setattr(chat.conversation, "answer", fails)
+    with pytest.raises(error):
+        answers.answer(chat, "Hi")
+    assert capsys.readouterr().out == "half a line\n"

@@ -108,6 +108,61 @@ def test_commands_and_turns(start: Start, tmp_path: Path) -> None:
     leave(again)
 
 
+def test_ctrl_c_leaves_a_search_and_not_the_chat(start: Start) -> None:
+    pytest.importorskip("prompt_toolkit")
+    child = start("-n", "4")
+    child.send("earlier\r")
+    child.expect(ENDING)
+    for search in ("\x12", "\x13"):
+        child.expect(">>>")
+        child.send(search)
+        child.expect("I-search")
+        child.send("\x03")
+        child.send(f"still here {ord(search)}\r")
+        child.expect(f"still here {ord(search)}")
+        child.expect(ENDING)
+    child.expect(">>>")
+    child.send("\x03" * 20)  # held down
+    child.expect("Ctrl-D or /bye leaves")
+    child.send("/nothing\r")
+    child.expect("there is no command /nothing")
+    leave(child)
+
+
+def test_ctrl_z_suspends_and_the_chat_comes_back(home: Path, tiny_model: Path) -> None:
+    pexpect = pytest.importorskip("pexpect")
+    pytest.importorskip("prompt_toolkit")
+    shell = pexpect.spawn(
+        "bash", ["--norc", "-i"], env=environment(home), encoding="utf-8", timeout=60
+    )
+    shell.sendline(f"{sys.executable} -m teal_cli chat {tiny_model} -s 0 -n 4; echo left=$?")
+    shell.expect(">>>")
+    shell.send("\x1a")
+    shell.expect("Stopped")
+    shell.sendline("fg")
+    shell.expect(">>>")
+    shell.send("Hello\r")
+    shell.expect(ENDING)
+    shell.close(force=True)
+
+
+def test_a_spinner_waits_for_the_first_token_and_leaves_no_trace(start: Start) -> None:
+    pyte = pytest.importorskip("pyte")
+    child = start("-n", "4", "--seed", "1")
+    child.send("Hello\r")
+    child.expect(ENDING)
+    shown = child.before + child.after
+    assert "⠋" in shown
+    screen = pyte.Screen(200, 50)
+    pyte.Stream(screen).feed(shown)
+    assert not any("\u2800" <= cell <= "\u28ff" for row in screen.display for cell in row)
+    leave(child)
+    plain = start("-n", "4", "--plain")
+    plain.send("Hello\r")
+    plain.expect(ENDING)
+    assert "⠋" not in plain.before
+
+
 def test_a_plain_terminal_chats_too(start: Start) -> None:
     child = start("-n", "4", program=("-c", WITHOUT_EDITOR))
     assert "prompt_toolkit is not installed" in child.before
