@@ -18,7 +18,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from teal_cli.inference.detokenizer import printable
+from teal_cli.printable import printable
 
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})\s*([\w+#.-]*)[^`]*$")
 _HEADING = re.compile(r"\s{0,3}#{1,6}\s+(.*?)[\s#]*$")

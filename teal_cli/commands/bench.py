@@ -228,7 +228,7 @@ def _measure(
     else:
         console.print_table(*report.result_table(rows), title=report.heading(found))
         for note in notes:
-            print(note)
+            console.print_line(note)
     if output is not None:
         atomic_write(output, report.render(found, output.suffix.lower()).encode())
     if plot is not None:
@@ -274,7 +274,7 @@ def _run_kernels(
     else:
         console.print_table(*table, title=report.kernel_heading(found))
         for note in found.notes:
-            print(note)
+            console.print_line(note)
     if output is not None:
         atomic_write(output, report.render_kernels(found, output.suffix.lower()).encode())
 
