@@ -13,6 +13,7 @@ import glob
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,12 +37,13 @@ def atomic_write(
 ) -> None:
     """Write a file whole: `content`, or what it writes to the binary file it is given.
 
-    A `private` file is for the user alone, whatever the umask.
+    Through a link, the file that it leads to. One that is there keeps its mode; a new `private`
+    one is for the user alone, whatever the umask.
     """
+    path = _followed(path)
     with _disk_full_explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent)
-        temporary = Path(name)
+        descriptor, temporary = _beside(path)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 if callable(content):
@@ -50,13 +52,49 @@ def atomic_write(
                     file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            if not private:
-                temporary.chmod(0o666 & ~_umask())  # mkstemp's is 0600
+            temporary.chmod(_mode(path, 0o600 if private else 0o666 & ~_umask()))
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Raise the OSError that `atomic_write` would, but for a missing folder, which it makes."""
+    path = _followed(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    descriptor, temporary = _beside(path)
+    os.close(descriptor)
+    temporary.unlink()
+
+
+def _followed(path: Path) -> Path:
+    """The path with all links followed.
+
+    Raises:
+        OSError: they lead in a circle.
+    """
+    followed = Path(os.path.realpath(path))
+    if followed.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return followed
+
+
+def _beside(path: Path) -> tuple[int, Path]:
+    """A new temporary file, 0600, that can take `path`'s place: its descriptor and its name."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent)
+    return descriptor, Path(name)
+
+
+def _mode(path: Path, default: int) -> int:
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        return default
 
 
 @contextmanager
@@ -137,10 +175,12 @@ def lock(path: Path, reporter: Reporter) -> Iterator[None]:
         held.release()
 
 
-def write_manifest(path: Path, kind: str, payload: dict[str, Any]) -> None:
+def write_manifest(
+    path: Path, kind: str, payload: dict[str, Any], *, private: bool = False
+) -> None:
     """Write the JSON that says what an artifact is and what it was made from."""
     manifest = {"schema": SCHEMAS[kind], "kind": kind, "teal": __version__, **payload}
-    atomic_write(path, json.dumps(manifest, indent=2).encode())
+    atomic_write(path, json.dumps(manifest, indent=2).encode(), private=private)
 
 
 def read_manifest(path: Path, kind: str) -> dict[str, Any]:
