@@ -83,6 +83,8 @@ def explain(error: Exception) -> TealError:
         name = _name(error)
         sentence, hint = reason(error)
         return TealError(f"{sentence}: {name}" if name else sentence, hint=hint)
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's
+        return explain(OSError(errno.ELOOP, "", str(error).partition("'")[2].rstrip("'")))
     if isinstance(error, UnicodeEncodeError) and _is_no_text(error):
         return TealError(
             f"a name is not UTF-8 text: {error.object!r}",

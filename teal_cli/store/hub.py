@@ -10,7 +10,7 @@ from pathlib import Path
 
 from teal_cli.errors import AccessError, MissingError, TealError
 from teal_cli.progress import Reporter
-from teal_cli.store import demo, snapshot
+from teal_cli.store import demo, paths, snapshot
 from teal_cli.store.listing import NEEDED
 from teal_cli.store.models import DEMO, ModelRef
 from teal_cli.store.refusals import TransferError, Unreachable
@@ -50,10 +50,13 @@ def fetch(
         reporter: told what is fetched, how big it is, and where it lands.
 
     Raises:
+        UsageError: a local model's path is no text.
         MissingError: there is no such model, or it is not here and the Hub cannot be reached.
         AccessError: the model is gated, or the token is refused.
         TealError: the disk is too small, or the transfer broke off.
     """
+    if ref.path is not None:
+        paths.check_name(ref.path, "the model")
     if ref.kind == "gguf":
         assert ref.path is not None
         return Source(ref, None, ref.path, _stat_fingerprint([ref.path]))
