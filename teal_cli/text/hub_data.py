@@ -132,8 +132,13 @@ def _translated(path: str) -> Iterator[None]:
             f"the data set {path} cannot be loaded: {_first_line(error)}",
             hint="Name a configuration with --dataset org/name:config.",
         ) from None
-    except (datasets.exceptions.DatasetsError, OSError, RuntimeError) as error:
-        raise TealError(f"the data set {path} cannot be loaded: {_first_line(error)}") from None
+    except (
+        Exception
+    ) as error:  # of the client and its HTTP library too, where answers make no sense
+        raise TealError(
+            f"the data set {path} cannot be loaded: {_first_line(error)}",
+            hint="Try again, or name a local file, or --dataset pydoc (text that Python brings).",
+        ) from None
 
 
 def _first_line(error: Exception) -> str:
