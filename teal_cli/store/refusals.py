@@ -36,7 +36,8 @@ def explained(
     """What the user should read instead of the client's error; the system's pass unchanged."""
     from huggingface_hub import constants, errors
 
-    between = _BETWEEN.format(url=constants.ENDPOINT)
+    # A mirror's address may hold a password.
+    between = _BETWEEN.format(url=re.sub(r"//[^/]*@", "//", constants.ENDPOINT))
 
     causes = _causes(error)
     for cause in causes:
