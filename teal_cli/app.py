@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import io
 import logging
 import math
 import os
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from teal_cli import __version__, console
+from teal_cli import __version__, console, process
 from teal_cli.commands.bench import bench
 from teal_cli.commands.calibrate import calibrate
 from teal_cli.commands.chat import chat
@@ -27,6 +26,7 @@ from teal_cli.commands.convert import convert
 from teal_cli.commands.download import download
 from teal_cli.commands.eval import evaluate
 from teal_cli.commands.models import models
+from teal_cli.faults import explain
 from teal_cli.options import QuietOption, VerboseOption
 
 # An error this soon after Ctrl-C comes of it: torch, broken off while it reads, has one of its own.
@@ -44,22 +44,33 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 
 def main() -> None:
     """Run `teal` and exit with its code; every failure ends in one sentence."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a character shows "?"
-            stream.reconfigure(errors="replace")
+    process.open_streams()
+    process.hide(sys.argv, "--token")
+    code: int | str | None = 0
     try:
-        try:
+        with process.ended_by_signals():
             build()(prog_name="teal")
-        finally:
-            sys.stdout.flush()
+    except SystemExit as end:
+        code = end.code
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader has gone; what Python still holds for it has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        code = 130
     except Exception as error:
-        sys.exit(console.report(error))
+        code = _report(error)
+    lost = process.flush(sys.stdout)
+    if lost is not None and not code:
+        code = _report(lost)
+    process.flush(sys.stderr)
+    sys.exit(code)
+
+
+def _report(error: Exception) -> int:
+    """Print what happened, where anyone is left to read it; return the exit code."""
+    if isinstance(error, BrokenPipeError):
+        return 1
+    try:
+        return console.report(error)
+    except OSError:  # stderr takes nothing
+        return explain(error).exit_code
 
 
 def build() -> typer.Typer:

@@ -1,6 +1,7 @@
 """What the user sees: results on stdout; progress, notes and errors on stderr.
 
-Only this module draws. `rich` is imported when a progress bar is first shown.
+Only this module draws. `rich` is imported when a progress bar is first shown. What others wrote
+(names, paths, errors of templates and servers) is made printable here, once for all messages.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from teal_cli.faults import explain
+from teal_cli.printable import escaped, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -55,7 +57,7 @@ def reporter() -> ConsoleReporter:
 
 def print_json(document: Any) -> None:
     """Print exactly one JSON document on stdout; NaN and infinity become null."""
-    print(json.dumps(_plain(document), indent=2, ensure_ascii=False), flush=True)
+    print(escaped(json.dumps(_plain(document), indent=2, ensure_ascii=False)), flush=True)
 
 
 def _plain(value: Any) -> Any:
@@ -79,16 +81,17 @@ def print_table(
 
     A terminal that is too narrow gets it in parts, each with the first column; a pipe as it is.
     """
-    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    table = [[_one_line(cell) for cell in row] for row in (columns, *rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     if title:
-        print(styled(title, BOLD, sys.stdout))
+        print(styled(_one_line(title), BOLD, sys.stdout))
     for number, part in enumerate(_parts(widths)):
         lines = [
             "  ".join(
                 row[index].rjust(widths[index]) if index else row[index].ljust(widths[index])
                 for index in part
             ).rstrip()
-            for row in (columns, *rows)
+            for row in table
         ]
         if number:
             print()
@@ -111,20 +114,41 @@ def _parts(widths: Sequence[int]) -> list[list[int]]:
 
 def print_groups(groups: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> None:
     """Print titles on stdout, each with its rows below it, the cells of all rows lined up."""
-    columns = zip(*(row for _, rows in groups for row in rows), strict=True)
+    clean = [(_one_line(title), [[*map(_one_line, row)] for row in rows]) for title, rows in groups]
+    columns = zip(*(row for _, rows in clean for row in rows), strict=True)
     widths = [max(map(len, column)) for column in columns]
-    for title, rows in groups:
+    for title, rows in clean:
         print(styled(title, BOLD, sys.stdout))
         for row in rows:
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             print(f"  {'  '.join(cells)}".rstrip())
 
 
+def print_line(text: str, *, to_stderr: bool = False) -> None:
+    """Print text that others may have written a part of."""
+    print(printable(text), file=sys.stderr if to_stderr else sys.stdout, flush=True)
+
+
+def print_path(path: Path) -> None:
+    """Print a path on stdout: to a program byte for byte, to a person without what harms."""
+    if sys.stdout.isatty():
+        print_line(str(path))
+        return
+    sys.stdout.flush()
+    # A name need not be UTF-8, and then the text layer would print a "?" for it.
+    sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+    sys.stdout.flush()
+
+
 def print_error(message: str, hint: str | None = None) -> None:
-    """Print `error: message` and the next step on stderr."""
-    print(f"{styled('error:', _RED, sys.stderr)} {message}", file=sys.stderr)
+    """Print `error: message` and the next step on stderr.
+
+    Lines that follow the first are set in, so that none looks like a message of its own.
+    """
+    text = printable(message).strip().replace("\n", "\n  ")
+    print(f"{styled('error:', _RED, sys.stderr)} {text}", file=sys.stderr)
     if hint:
-        print(hint, file=sys.stderr)
+        print(printable(hint), file=sys.stderr)
 
 
 def report(error: Exception) -> int:
@@ -134,7 +158,7 @@ def report(error: Exception) -> int:
         The exit code that says as much.
     """
     if os.environ.get("TEAL_DEBUG") == "1":
-        traceback.print_exception(error)
+        print_line("".join(traceback.format_exception(error)).rstrip(), to_stderr=True)
     explained = explain(error)
     print_error(explained.message, explained.hint)
     return explained.exit_code
@@ -148,7 +172,7 @@ def end_line() -> None:
 
 def confirm(question: str) -> bool:
     """Ask on stderr; only "y" or "yes" is a yes."""
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"{_one_line(question)} [y/N] ", end="", file=sys.stderr, flush=True)
     try:
         return input().strip().lower() in ("y", "yes")
     except EOFError:
@@ -159,7 +183,7 @@ def confirm(question: str) -> bool:
 def print_dim(message: str) -> None:
     """Print a line of statistics on stderr, dim on a terminal; nothing when quiet."""
     if not _settings.quiet:
-        print(styled(message, _DIM, sys.stderr), file=sys.stderr, flush=True)
+        print(styled(printable(message), _DIM, sys.stderr), file=sys.stderr, flush=True)
 
 
 def is_rich(stream: TextIO) -> bool:
@@ -172,6 +196,11 @@ def styled(text: str, code: str, stream: TextIO) -> str:
     if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\x1b[{code}m{text}\x1b[0m"
+
+
+def _one_line(text: str) -> str:
+    """Text that others wrote, for a line that is shared with ours."""
+    return " ".join(printable(text).splitlines())
 
 
 def format_amount(amount: float, unit: str) -> str:
@@ -249,14 +278,18 @@ class ConsoleReporter:
         """Print one line, above the bars if there are any."""
         if self._quiet:
             return
+        line = _one_line(message)
         if self._progress is not None:
-            self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+            self._progress.console.print(
+                line, markup=False, emoji=False, highlight=False, soft_wrap=True
+            )
         else:
-            print(message, file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     @contextmanager
     def task(self, label: str, total: int | None = None, unit: str = "it") -> Iterator[Task]:
         """Show a piece of work until the block ends; an error leaves no closing line."""
+        label = _one_line(label)
         started = time.monotonic()
         if self._animated:
             with self._bar(label, total, unit) as bar:

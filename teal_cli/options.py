@@ -81,7 +81,8 @@ TokenOption = Annotated[
     str | None,
     typer.Option(
         "--token",
-        help="Access token for the Hub. [default: HF_TOKEN or the one stored by 'hf auth login']",
+        help="Access token for the Hub; in HF_TOKEN it stays out of the shell's history."
+        " [default: HF_TOKEN or the one stored by 'hf auth login']",
     ),
 ]
 OfflineOption = Annotated[

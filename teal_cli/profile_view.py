@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from teal_cli import console
 from teal_cli.model.sites import PROJECTIONS
+from teal_cli.printable import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -165,7 +166,7 @@ def _colours(value: float, low: float, high: float) -> str:
 def _text(content: str, style: str = "") -> Text:
     from rich.text import Text
 
-    return Text(content, style=style)
+    return Text(printable(content), style=style)
 
 
 def _print(lines: list[Text]) -> None:

@@ -61,6 +61,15 @@ class Faults:
 
 
 @dataclass
+class Raw:
+    """An answer of any kind in place of the Hub's."""
+
+    body: bytes = b""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Hub:
     """The server's repositories, faults and memory."""
 
@@ -71,6 +80,8 @@ class Hub:
     known_tokens: set[str] = field(default_factory=lambda: {"hf_good", "hf_other"})
     claimed_sizes: dict[str, int] = field(default_factory=dict)  # instead of the true ones
     faults: Faults = field(default_factory=Faults)
+    # Answers in place of the Hub's: to "listing", "tree", "small" and "large" files, and "cdn".
+    answers: dict[str, Raw] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     stalled: threading.Event = field(default_factory=threading.Event)
     closing: threading.Event = field(default_factory=threading.Event)
@@ -143,7 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
             )
         )
         faults = self.hub.faults
-        if faults.silent:
+        if (raw := self.hub.answers.get(_kind(path))) is not None:
+            self._raw(raw)
+        elif faults.silent:
             self.hub.closing.wait()
         elif faults.status is not None:
             self._refuse(faults.status, "", "out of order")
@@ -156,6 +169,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(match[1], *map(urllib.parse.unquote, match.group(2, 3)))
         else:
             self._refuse(404, "", "not found")
+
+    def _raw(self, raw: Raw) -> None:
+        self.send_response(raw.status)
+        for header, value in raw.headers.items():
+            self.send_header(header, value)
+        if "Content-Length" not in raw.headers:
+            self.send_header("Content-Length", str(len(raw.body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(raw.body)
+        self.close_connection = True
 
     def _repository(self, name: str, revision: str) -> Repository | None:
         """The repository at this revision; answers with the Hub's refusal if there is none."""
@@ -214,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(header, value)
             self.end_headers()
         else:
-            headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
+            headers["ETag"] = f'"{_git_sha1(content)}"'
             self._send(content, headers)
 
     def _bytes(self, path: str) -> None:
@@ -269,13 +293,25 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
+def _kind(path: str) -> str:
+    if path.startswith("/cdn/"):
+        return "cdn"
+    if match := _MODEL.match(path):
+        return "tree" if match[2] == "tree" else "listing"
+    return "large" if _is_large(path) else "small"
+
+
 def _is_large(path: str) -> bool:
     return path.endswith((".safetensors", ".bin", ".gguf"))
 
 
+def _git_sha1(content: bytes) -> str:
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
 def _sibling(path: str, content: bytes) -> dict[str, object]:
     entry: dict[str, object] = {"rfilename": path, "size": len(content)}
-    entry["blobId"] = hashlib.sha1(content).hexdigest()
+    entry["blobId"] = _git_sha1(content)
     if _is_large(path):
         digest = hashlib.sha256(content).hexdigest()
         entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 134}
@@ -284,7 +320,7 @@ def _sibling(path: str, content: bytes) -> dict[str, object]:
 
 def _tree_entry(path: str, content: bytes) -> dict[str, object]:
     entry: dict[str, object] = {"type": "file", "path": path, "size": len(content)}
-    entry["oid"] = hashlib.sha1(content).hexdigest()
+    entry["oid"] = _git_sha1(content)
     if _is_large(path):
         entry["lfs"] = {
             "oid": hashlib.sha256(content).hexdigest(),

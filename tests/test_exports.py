@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +33,61 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
         exports.check_figure(Path("x.png"))
     assert caught.value.hint is not None
     assert "teal-cli[plot]" in caught.value.hint
+
+
+def test_a_place_that_takes_no_file_is_found_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    (tmp_path / "file").touch()
+    for name, said in (
+        ("none/x.json", f"there is no folder {tmp_path / 'none'}"),
+        ("file/x.json", "there is no folder"),
+        ("folder.json", "this is a folder"),
+        ("loop.json", "the links lead in a circle"),
+        ("x" * 300 + ".json", "the name is too long"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            exports.check_table(tmp_path / name)
+    (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
+    (tmp_path / "old.json").write_text("old")
+    for name in ("x.json", "link.json", "old.json", "ü \udcff.json", "x" * 200 + ".json"):
+        exports.check_table(tmp_path / name)
+    assert (tmp_path / "old.json").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 5  # nothing was made
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may everything")
+def test_rights_are_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "x.json").touch(mode=0o400)
+    with pytest.raises(UsageError, match="permission denied"):
+        exports.check_table(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("command", ["bench", "eval"])
+def test_commands_refuse_it_before_any_model_is_looked_for(command: str, tmp_path: Path) -> None:
+    for options in (
+        ["--output", tmp_path / "none" / "x.json"],
+        ["--plot", tmp_path / "n" / "x.svg"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "teal_cli", command, "org/none", "--offline", *options],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2, done.stderr
+        assert "there is no folder" in done.stderr
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "teal_cli",
+            command,
+            "org/none",
+            "--offline",
+            "--output",
+            tmp_path / "x.json",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 3, done.stderr

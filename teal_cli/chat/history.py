@@ -31,7 +31,8 @@ class FileHistory(History):
         except OSError:
             return
         with suppress(OSError):
-            self._path.chmod(0o600)  # it may have been copied here
+            if not self._path.is_symlink():
+                self._path.chmod(0o600)  # it may have been copied here
             if len(lines) > _MOST:
                 lines = lines[-_KEPT:]
                 artifacts.atomic_write(self._path, b"\n".join([*lines, b""]), private=True)

@@ -8,7 +8,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.text import Text
 
-from teal_cli.inference.detokenizer import printable
+from teal_cli.printable import printable
 
 _STYLES = {"strong": "bold", "em": "italic", "s": "strike", "link": "underline"}
 

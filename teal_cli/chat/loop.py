@@ -58,7 +58,7 @@ def _take_turn(chat: Chat, line: str) -> bool:
         return True
     outcome = slash.run(chat, text)
     if outcome.text:
-        print(outcome.text, file=sys.stderr)
+        console.print_line(outcome.text, to_stderr=True)
     if outcome.retry and chat.conversation.last_prompt is not None:
         answers.answer(chat, chat.conversation.last_prompt, again=True)
     return not outcome.leave

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from teal_cli.chat.state import KEYS, Chat
 from teal_cli.errors import UsageError
-from teal_cli.inference.detokenizer import printable
 from teal_cli.inference.transcript import Transcript
+from teal_cli.printable import printable
 
 _KEYS_HELP = """\
 Enter sends. Several lines go between \"\"\" and \"\"\", or are pasted as they are.

@@ -232,7 +232,7 @@ def _measure(
         title = report.heading(found, "± half of p20–p80").replace(": ", ":\n", 1)
         console.print_table(*report.short_table(rows), title=title)
         for note in (*report.backends(rows), *notes):
-            print(note)
+            console.print_line(note)
     if output is not None:
         atomic_write(output, report.render(found, output.suffix.lower()).encode())
     if plot is not None:
@@ -281,7 +281,7 @@ def _run_kernels(
     else:
         console.print_table(*table, title=report.kernel_heading(found))
         for note in found.notes:
-            print(note)
+            console.print_line(note)
     if output is not None:
         atomic_write(output, report.render_kernels(found, output.suffix.lower()).encode())
 

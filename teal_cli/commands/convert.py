@@ -98,4 +98,4 @@ def convert(
             }
         )
     else:
-        print(folder)
+        console.print_path(folder)

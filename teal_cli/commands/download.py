@@ -41,4 +41,5 @@ def download(
             }
         )
     else:
-        print(path)
+        assert path is not None
+        console.print_path(path)

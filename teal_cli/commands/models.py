@@ -12,6 +12,7 @@ from teal_cli.errors import MissingError, UsageError
 from teal_cli.options import JsonOption, complete_stored
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from teal_cli.store.inventory import StoredModel
@@ -44,6 +45,7 @@ def models(remove: RemoveOption = None, yes: YesOption = False, json: JsonOption
         console.print_json([_document(model) for model in stored])
     elif stored:
         console.print_groups([(_title(model), _rows(model)) for model in stored])
+        console.print_line(_total(stored))
     else:
         console.print_dim("no models are stored yet; `teal chat` fetches the demo model")
 
@@ -58,7 +60,7 @@ def _remove(name: str, yes: bool) -> None:
         )
     for folder in model.owned:
         size = console.format_amount(inventory.folder_bytes(folder), "B")
-        print(f"{size:>9}  {folder}", file=sys.stderr)
+        console.print_line(f"{size:>9}  {folder}", to_stderr=True)
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(
@@ -98,10 +100,25 @@ def _rows(model: StoredModel) -> list[list[str]]:
         stage = f"calibrated: {methods}" if methods else "converted"
         size = console.format_amount(checkpoint.nbytes, "B")
         rows.append([checkpoint.folder.name, size, stage])
+    for item in model.others:
+        size = console.format_amount(item.nbytes, "B")
+        rows.append([item.path.name, size, item.what])
     if model.download is not None:
         size = console.format_amount(folder_bytes(model.download), "B")
         rows.append(["Hub's cache", size, "downloaded"])
     return rows
+
+
+def _total(stored: Sequence[StoredModel]) -> str:
+    """One line: what teal's own files take, and what is beside them in the Hub's cache."""
+    from teal_cli.store.inventory import folder_bytes
+
+    own = sum(folder_bytes(path) for model in stored for path in model.owned)
+    cached = sum(folder_bytes(model.download) for model in stored if model.download is not None)
+    total = f"total: {console.format_amount(own, 'B')}"
+    if not cached:
+        return total
+    return f"{total}, and {console.format_amount(cached, 'B')} in the Hub's cache"
 
 
 def _document(model: StoredModel) -> dict[str, Any]:
@@ -117,6 +134,9 @@ def _document(model: StoredModel) -> dict[str, Any]:
                 "methods": list(checkpoint.methods),
             }
             for checkpoint in model.checkpoints
+        ],
+        "others": [
+            {"path": item.path, "bytes": item.nbytes, "what": item.what} for item in model.others
         ],
         "download": model.download,
         "download_bytes": None if model.download is None else folder_bytes(model.download),

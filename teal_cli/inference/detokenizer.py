@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
+from teal_cli.printable import ESCAPE, UNSAFE
+
 _REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no character, or not yet
 _LONGEST_CHARACTER = 4  # bytes of UTF-8, and so byte tokens
-# A terminal obeys these: CSI, OSC and two-character escapes, then all control characters but
-# newline and tab (C0, DEL and C1).
-_ESCAPE = re.compile(
-    r"\x1b(?:\[[ -?]*[^ -?]|\][^\x07\x1b\n]*(?:\x07|\x1b\\|(?=\n))|[^\[\]])", re.DOTALL
-)
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _LONGEST_ESCAPE = 256
-
-
-def printable(text: str) -> str:
-    """The text without escape sequences and control characters, for text that others wrote."""
-    return _CONTROL.sub("", _ESCAPE.sub("", text))
 
 
 class Detokenizer:
@@ -53,7 +43,7 @@ class Detokenizer:
     def finish(self) -> str:
         """The rest; a character whose bytes did not all come is dropped."""
         pending = self._decode()[len(self._shown) :].rstrip(_REPLACEMENT)
-        text = self._printable(pending) + _CONTROL.sub("", self._held)
+        text = self._printable(pending) + UNSAFE.sub("", self._held)
         self._held = ""
         return text
 
@@ -63,10 +53,10 @@ class Detokenizer:
         )
 
     def _printable(self, text: str) -> str:
-        text = _ESCAPE.sub("", self._held + text)
+        text = ESCAPE.sub("", self._held + text)
         start = text.find("\x1b")
         if start >= 0 and len(text) - start < _LONGEST_ESCAPE:
             text, self._held = text[:start], text[start:]
         else:
             self._held = ""
-        return _CONTROL.sub("", text)
+        return UNSAFE.sub("", text)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.errors import MissingError, TealError
+from teal_cli.faults import reason
 from teal_cli.inference.conversation import Message
 from teal_cli.store import artifacts
 
@@ -35,9 +36,9 @@ class Transcript:
                 raise TealError(
                     f"{path} exists and is no conversation", hint="Choose another name."
                 )
-            artifacts.write_manifest(path, artifacts.CHAT, payload)
+            artifacts.write_manifest(path, artifacts.CHAT, payload, private=True)
         except OSError as error:
-            raise TealError(f"{path} cannot be written: {error.strerror}") from None
+            raise TealError(f"{path} cannot be written: {reason(error)[0]}") from None
 
     @classmethod
     def load(cls, path: Path) -> Transcript:
@@ -54,7 +55,7 @@ class Transcript:
                 raise TealError(f"{path} is too large for a conversation")
             content = json.loads(path.read_bytes())
         except OSError as error:
-            raise TealError(f"{path} cannot be read: {error.strerror}") from None
+            raise TealError(f"{path} cannot be read: {reason(error)[0]}") from None
         except (ValueError, RecursionError) as error:
             raise TealError(f"{path} is no conversation: {error}") from None
         if not isinstance(content, dict) or content.get("kind") != artifacts.CHAT:

@@ -13,6 +13,7 @@ import glob
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ CHECKPOINT, MANIFEST = "checkpoint", "manifest.json"  # a converted model: its k
 CHAT = "chat"
 SCHEMAS = {CHECKPOINT: 2, CHAT: 1}  # the format of each kind
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_TEMPORARY = ".partial-"
+_TEMPORARY, _LOCK = ".partial-", ".lock"
 _ELSEWHERE = "Or choose another place: TEAL_HOME for teal's files, HF_HOME for the Hub's cache."
 
 
@@ -36,12 +37,13 @@ def atomic_write(
 ) -> None:
     """Write a file whole: `content`, or what it writes to the binary file it is given.
 
-    A `private` file is for the user alone, whatever the umask.
+    Through a link, the file that it leads to. One that is there keeps its mode; a new `private`
+    one is for the user alone, whatever the umask.
     """
+    path = _followed(path)
     with _disk_full_explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent)
-        temporary = Path(name)
+        descriptor, temporary = _beside(path)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 if callable(content):
@@ -50,13 +52,49 @@ def atomic_write(
                     file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            if not private:
-                temporary.chmod(0o666 & ~_umask())  # mkstemp's is 0600
+            temporary.chmod(_mode(path, 0o600 if private else 0o666 & ~_umask()))
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Raise the OSError that `atomic_write` would, but for a missing folder, which it makes."""
+    path = _followed(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    descriptor, temporary = _beside(path)
+    os.close(descriptor)
+    temporary.unlink()
+
+
+def _followed(path: Path) -> Path:
+    """The path with all links followed.
+
+    Raises:
+        OSError: they lead in a circle.
+    """
+    followed = Path(os.path.realpath(path))
+    if followed.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return followed
+
+
+def _beside(path: Path) -> tuple[int, Path]:
+    """A new temporary file, 0600, that can take `path`'s place: its descriptor and its name."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent)
+    return descriptor, Path(name)
+
+
+def _mode(path: Path, default: int) -> int:
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        return default
 
 
 @contextmanager
@@ -110,37 +148,98 @@ def spent(folder: Path) -> Iterator[None]:
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files and folders that killed writers of `path` left beside it."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}{_TEMPORARY}*"):
-        if leftover.is_dir():
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
 
 
+def leftover_of(name: str) -> str | None:
+    """The artifact that a temporary file or folder of this name is for; None if it is none."""
+    artifact, mark, _ = name.rpartition(_TEMPORARY)
+    return artifact[1:] if mark and artifact.startswith(".") and artifact != "." else None
+
+
+def is_lock(name: str) -> str | None:
+    """The artifact that a file of this name locks; None if it is no lock."""
+    return name[1 : -len(_LOCK)] or None if name.startswith(".") and name.endswith(_LOCK) else None
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a folder or a link, under its lock; of a link, the link alone.
+
+    It loses its name first: whenever this is broken off, what is left looks like what it is, and
+    `discard` of the rest goes on.
+    """
+    if leftover_of(path.name) is None:
+        temporary = path.with_name(f".{path.name}{_TEMPORARY}removed")
+        if os.path.lexists(temporary):
+            _delete(temporary)
+        path.rename(temporary)
+        path = temporary
+    _delete(path)
+    _sync_folder(path.parent)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
-def lock(path: Path, reporter: Reporter) -> Iterator[None]:
+def lock(path: Path, reporter: Reporter, *, wait: bool = True) -> Iterator[None]:
     """Hold the artifact's lock; say once if another process holds it, then wait for it.
 
     The operating system releases the lock of a process that dies.
+
+    Raises:
+        TealError: another process holds it, and this one is not to `wait`.
     """
     from filelock import FileLock, Timeout
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        reporter.note(f"another process is making {path}; waiting for it")
-        held.acquire()
+    file = path.with_name(f".{path.name}{_LOCK}")
+    held, timeout_s = FileLock(file), 0
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(timeout=timeout_s)
+            break
+        except Timeout:
+            if not wait:
+                raise TealError(
+                    f"{path} is in use: {_holder(file)} is making it",
+                    hint="Run the same command again when that has ended.",
+                ) from None
+            reporter.note(f"another process is making {path}; waiting for it")
+            timeout_s = -1
+        except FileNotFoundError:  # while this one waited, the folder was removed
+            if path.parent.is_dir():
+                raise
     try:
         yield
     finally:
         held.release()
 
 
-def write_manifest(path: Path, kind: str, payload: dict[str, Any]) -> None:
+def _holder(lock: Path) -> str:
+    """Who holds a lock: its number, where the system tells."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        inode = lock.stat().st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            _, kind, _, _, number, place = line.split()[:6]
+            if kind == "FLOCK" and place.endswith(f":{inode}") and int(number) > 0:
+                return f"process {number}"
+    return "another process"
+
+
+def write_manifest(
+    path: Path, kind: str, payload: dict[str, Any], *, private: bool = False
+) -> None:
     """Write the JSON that says what an artifact is and what it was made from."""
     manifest = {"schema": SCHEMAS[kind], "kind": kind, "teal": __version__, **payload}
-    atomic_write(path, json.dumps(manifest, indent=2).encode())
+    atomic_write(path, json.dumps(manifest, indent=2).encode(), private=private)
 
 
 def read_manifest(path: Path, kind: str) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from teal_cli.errors import MissingError
+from teal_cli.errors import AccessError, MissingError, TealError
 from teal_cli.progress import Reporter
-from teal_cli.store import demo, local, snapshot
+from teal_cli.store import demo, local, paths, snapshot
+from teal_cli.store.listing import NEEDED
 from teal_cli.store.models import DEMO, ModelRef
+from teal_cli.store.refusals import TransferError, Unreachable
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,13 @@ def fetch(
         reporter: told what is fetched, how big it is, and where it lands.
 
     Raises:
+        UsageError: a local model's path is no text.
         MissingError: there is no such model, or it is not here and the Hub cannot be reached.
         AccessError: the model is gated, or the token is refused.
         TealError: the disk is too small, or the transfer broke off.
     """
+    if ref.path is not None:
+        paths.check_name(ref.path, "the model")
     if ref.kind == "gguf":
         assert ref.path is not None
         return Source(ref, None, ref.path, _stat_fingerprint(_whole(ref.path)))
@@ -69,22 +74,26 @@ def fetch(
         assert ref.path is not None
         return Source(ref, ref.path, None, _stat_fingerprint(_relevant(ref.path)))
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    reason = "no server must be asked (offline)"
+    folder = snapshot.cached(ref.name, ref.revision)
+    refusal: TealError | None = None
     if not offline:
         try:
-            return _hub_source(ref, snapshot.download(ref.name, ref.revision, token, reporter))
-        except snapshot.Unreachable as unreachable:
-            reason = str(unreachable)
-    folder = snapshot.cached(ref.name, ref.revision)
+            found = snapshot.download(ref.name, ref.revision, token, folder, reporter)
+            return _hub_source(ref, found)
+        except (Unreachable, TransferError, MissingError, AccessError) as error:
+            refusal = error
     if folder is not None:
-        if not offline:
-            reporter.note(f"{reason}; using the copy of {ref.name} that is here")
+        if refusal is not None:
+            reporter.note(f"{refusal}; using the copy of {ref.name} that is here")
         return _hub_source(ref, folder)
+    if refusal is not None and not isinstance(refusal, Unreachable):
+        raise refusal
     if ref.name == DEMO and ref.revision is None:
         return demo_source(demo.demo_gguf(reporter, offline=offline), ref)
     raise MissingError(
-        f"{ref.name} is not on this machine, and {reason}",
-        hint=f"Run `teal download {ref.name}` where there is a network, or name a local folder.",
+        f"{ref.name} is not on this machine, and {refusal or 'no server must be asked (offline)'}",
+        hint=(refusal and refusal.hint)
+        or f"Run `teal download {ref.name}` where there is a network, or name a local folder.",
     )
 
 
@@ -112,7 +121,7 @@ def _whole(gguf: Path) -> list[Path]:
 
 def _relevant(folder: Path) -> list[Path]:
     # A local index may give its shards any name.
-    patterns = [*snapshot.NEEDED, "*.safetensors"]
+    patterns = [*NEEDED, "*.safetensors"]
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 

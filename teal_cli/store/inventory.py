@@ -1,11 +1,14 @@
-"""What is stored: every model with its checkpoints, profiles and downloads; and its removal."""
+"""What is stored: every model with its checkpoints, profiles and downloads; and its removal.
+
+Everything below teal's folders belongs to a model by its slug: what was made for it, and what
+killed runs left. So nothing is there that is not listed, and all that is listed can be removed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,9 +16,13 @@ from datetime import datetime
 from pathlib import Path
 
 from teal_cli.errors import MissingError, TealError
+from teal_cli.printable import printable
 from teal_cli.progress import Reporter
 from teal_cli.store import artifacts, local, models, paths
 from teal_cli.store.artifacts import CHECKPOINT, MANIFEST
+from teal_cli.store.models import ModelRef
+
+_HALF_DONE = "being made, or left by a run that was killed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,15 @@ class StoredCheckpoint:
     methods: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class StoredItem:
+    """Anything else that is stored of a model, and what it is, in words."""
+
+    path: Path
+    nbytes: int
+    what: str
+
+
 @dataclass(slots=True)
 class StoredModel:
     """A model that is here in some form; `download` is its folder in the Hub's cache."""
@@ -34,38 +50,37 @@ class StoredModel:
     name: str
     slug: str | None = None  # None where teal has stored nothing of it
     checkpoints: list[StoredCheckpoint] = field(default_factory=list)
+    others: list[StoredItem] = field(default_factory=list)
     download: Path | None = None
     last_used: datetime | None = None
 
     @property
     def owned(self) -> list[Path]:
-        """Everything of it that teal has stored, and may remove."""
-        if self.slug is None:
-            return []
-        folders = [
-            paths.model_dir(self.slug),
-            paths.profile_dir(self.slug),
-            paths.cache_dir() / "calibration" / self.slug,
-        ]
-        if self.name == models.DEMO:
-            folders.append(paths.cache_dir() / "demo")
-        return [folder for folder in folders if folder.exists()]
+        """Everything of it that teal has stored, and may remove; of a link, the link."""
+        found = [path for slug, path in _entries() if slug == self.slug]
+        if self.slug == _DEMO_SLUG and os.path.lexists(_demo_dir()):
+            found.append(_demo_dir())
+        return found
+
+
+_DEMO_SLUG = ModelRef("hub", models.DEMO).slug
 
 
 def stored_models() -> list[StoredModel]:
     """All models that are here, by name; those that are only downloaded too."""
-    found: dict[str, StoredModel] = {}
-    for folder in _folders(paths.model_dir("x").parent):
-        model = _stored_model(folder)
-        found[model.name] = model
+    found = _own_models()
+    named = {model.name: model for model in reversed(found)}
     for name, download in _downloads():
-        found.setdefault(name, StoredModel(name)).download = download
-    return sorted(found.values(), key=lambda model: model.name.lower())
+        if name not in named:
+            found.append(StoredModel(name))
+            named[name] = found[-1]
+        named[name].download = download
+    return sorted(found, key=lambda model: model.name.lower())
 
 
 def names() -> list[str]:
     """What `find` accepts of what teal has stored; quick, for the shell's completion."""
-    return [_stored_model(folder).name for folder in _folders(paths.model_dir("x").parent)]
+    return [model.name for model in _own_models()]
 
 
 def find(text: str) -> StoredModel:
@@ -74,69 +89,163 @@ def find(text: str) -> StoredModel:
     Raises:
         MissingError: there is none of this name.
     """
-    path = os.path.realpath(os.path.expanduser(text))
+    name, path = models.ALIASES.get(text, text), os.path.realpath(os.path.expanduser(text))
     with contextlib.suppress(TealError, OSError):  # a folder may stand for the file in it
         path = str(local.model_at(Path(path))[1])
-    for model in stored_models():
-        if models.ALIASES.get(text, text) in (model.name, model.slug) or path == model.name:
+    # Where a manifest is gone, the folder's name is all that says what it was made for.
+    slugs = (name, ModelRef("hub", name).slug, ModelRef("folder", path, Path(path)).slug)
+    stored = stored_models()
+    for model in stored:
+        if model.name in (name, path) or printable(model.name) == name:
+            return model
+    for model in stored:
+        if model.slug is not None and (model.slug in slugs or printable(model.slug) == name):
             return model
     raise MissingError(f"no model {text!r} is stored", hint="`teal models` lists what is.")
 
 
 def remove(model: StoredModel, reporter: Reporter) -> int:
-    """Delete what teal has stored of a model; return its bytes. Downloads stay."""
+    """Delete what teal has stored of a model; return its bytes. Downloads stay.
+
+    What a run that is killed leaves is listed, and removed by the next.
+
+    Raises:
+        TealError: another process is making something of it.
+    """
     nbytes = sum(map(folder_bytes, model.owned))
-    for checkpoint in model.checkpoints:
-        with artifacts.lock(checkpoint.folder, reporter):
-            # First what makes it look whole, in case the rest is interrupted.
-            (checkpoint.folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(checkpoint.folder)
-    for folder in model.owned:
-        shutil.rmtree(folder)
+    with contextlib.ExitStack() as held:
+        for made in _locked(model.owned):
+            held.enter_context(artifacts.lock(made, reporter, wait=False))
+        for path in model.owned:
+            artifacts.discard(path)
     models.forget(model.slug)
     return nbytes
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder, those behind links left out."""
+    """Bytes of a file, or of all files below a folder, those behind links left out."""
+    if folder.is_symlink():
+        return 0
     total = 0
-    for parent, _, files in os.walk(folder):
-        for name in files:
+    files = os.walk(folder) if folder.is_dir() else [(folder.parent, (), (folder.name,))]
+    for parent, _, names_ in files:
+        for name in names_:
             with contextlib.suppress(OSError):  # another process has just removed it
                 status = os.lstat(os.path.join(parent, name))
                 total += status.st_size if stat.S_ISREG(status.st_mode) else 0
     return total
 
 
-def _stored_model(folder: Path) -> StoredModel:
-    slug = folder.name
-    model = StoredModel(slug, slug, last_used=models.last_time(slug))
-    for manifest in sorted(folder.glob(f"[!.]*/{MANIFEST}")):
-        with contextlib.suppress(TealError):  # damaged: it keeps the folder's name
-            content = artifacts.read_manifest(manifest, CHECKPOINT)
-            name, parts = str(content["model"]), slug.split("@")
-            # Of a revision that was asked for, the folder's name ends in a mark.
-            marked = len(parts) == 2 and parts[0] == name.replace("/", "--")
-            model.name = f"{name}@{parts[1]}" if marked else name
-        profile = paths.profile_path(slug, manifest.parent.name)
-        model.checkpoints.append(
-            StoredCheckpoint(manifest.parent, folder_bytes(manifest.parent), _methods(profile))
-        )
+def _roots() -> tuple[Path, Path, Path]:
+    """The folders that hold checkpoints, profiles and half-done calibrations by slug."""
+    return (
+        paths.model_dir("x").parent,
+        paths.profile_dir("x").parent,
+        paths.cache_dir() / "calibration",
+    )
+
+
+def _demo_dir() -> Path:
+    return paths.cache_dir() / "demo"
+
+
+def _entries() -> Iterator[tuple[str, Path]]:
+    """All that is stored by slug, what killed runs left of it too."""
+    for root in _roots():
+        for path in _children(root):
+            yield artifacts.leftover_of(path.name) or path.name, path
+
+
+def _children(folder: Path) -> list[Path]:
+    """What a folder holds but for locks; nothing where there is none."""
+    try:
+        found = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in found if not artifacts.is_lock(name)]
+
+
+def _own_models() -> list[StoredModel]:
+    """What teal has stored; folders that hold locks alone are none."""
+    slugs = {slug for slug, path in _entries() if _holds_anything(path)}
+    if _holds_anything(_demo_dir()):
+        slugs.add(_DEMO_SLUG)
+    return [_stored_model(slug) for slug in sorted(slugs)]
+
+
+def _holds_anything(path: Path) -> bool:
+    if path.is_symlink() or not path.is_dir():
+        return os.path.lexists(path)
+    return any(map(_holds_anything, _children(path)))
+
+
+def _locked(owned: list[Path]) -> Iterator[Path]:
+    """What processes lock while they make it, in these folders."""
+    for folder in owned:
+        for lock in sorted(folder.glob(".*")):
+            if (name := artifacts.is_lock(lock.name)) is not None:
+                yield lock.with_name(name)
+
+
+def _stored_model(slug: str) -> StoredModel:
+    name = models.DEMO if slug == _DEMO_SLUG else slug
+    model = StoredModel(name, slug, last_used=models.last_time(slug))
+    checkpoints, profiles, calibrations = (root / slug for root in _roots())
+    for folder in _children(checkpoints):
+        if not (folder / MANIFEST).is_file():
+            _add(model, folder, "not a checkpoint")
+            continue
+        with contextlib.suppress(TealError, KeyError):  # damaged: it keeps the folder's name
+            content = artifacts.read_manifest(folder / MANIFEST, CHECKPOINT)
+            model.name = _name(str(content["model"]), slug)
+        methods = _header(paths.profile_path(slug, folder.name))[1]
+        model.checkpoints.append(StoredCheckpoint(folder, folder_bytes(folder), methods))
+    made = {checkpoint.folder.name for checkpoint in model.checkpoints}
+    for profile in _children(profiles):
+        if profile.suffix != ".safetensors" or artifacts.leftover_of(profile.name):
+            _add(model, profile, "not a profile")
+        elif profile.stem not in made:
+            name, methods = _header(profile)
+            if name and model.name == slug:
+                model.name = _name(name, slug)
+            _add(model, profile, f"profile without its checkpoint: {', '.join(methods) or '?'}")
+    for work in _children(calibrations):
+        _add(model, work, "a calibration that is not finished")
+    for name, path in _entries():
+        if name == slug and (path.name != slug or path.is_symlink() or not path.is_dir()):
+            _add(model, path, "a link" if path.is_symlink() else "a file")
+    if slug == _DEMO_SLUG:
+        for file in _children(_demo_dir()):
+            _add(model, file, "fetched")
     return model
 
 
-def _methods(profile: Path) -> tuple[str, ...]:
-    """The allocation methods in a profile, from its header alone; empty if it cannot be read."""
+def _add(model: StoredModel, path: Path, what: str) -> None:
+    if not _holds_anything(path):
+        return
+    what = _HALF_DONE if artifacts.leftover_of(path.name) else what
+    model.others.append(StoredItem(path, folder_bytes(path), what))
+
+
+def _name(name: str, slug: str) -> str:
+    """A model's name; of a revision that was asked for, the folder's name ends in a mark."""
+    parts = slug.split("@")
+    marked = len(parts) == 2 and parts[0] == name.replace("/", "--")
+    return f"{name}@{parts[1]}" if marked else name
+
+
+def _header(profile: Path) -> tuple[str, tuple[str, ...]]:
+    """Whose a profile is and its methods, from its header alone; empty if it cannot be read."""
     if not profile.is_file():
-        return ()
+        return "", ()
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(profile, framework="numpy") as file:
             header = json.loads((file.metadata() or {})["teal"])
-            return (*map(str, header["methods"]), "uniform")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-        return ()
+            return str(header.get("model", "")), (*map(str, header["methods"]), "uniform")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "", ()
 
 
 def _downloads() -> Iterator[tuple[str, Path]]:

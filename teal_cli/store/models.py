@@ -38,6 +38,7 @@ SHORT_NAMES = {
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
 }
+_LONGEST_BYTES = 100  # of a local model's name in its folder's
 # The Hub's own rule.
 _HUB_ID = re.compile(r"(?=.{3,96}$)(?!.*(?:--|\.\.))\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
 # How browsers, llama.cpp and ollama name a model of the Hub.
@@ -64,7 +65,9 @@ class ModelRef:
     def slug(self) -> str:
         """A folder name of its own for every model (and revision that was asked for)."""
         if self.path is not None:
-            return f"{self.path.name}-{_short_hash(str(self.path))}"
+            # A name need not be text, and may be as long as the file system allows.
+            name = os.fsencode(self.path.name)[:_LONGEST_BYTES].decode("utf-8", "ignore")
+            return f"{name}-{_short_hash(str(self.path))}"
         slug = self.name.replace("/", "--")
         return f"{slug}@{_short_hash(self.revision)}" if self.revision else slug
 

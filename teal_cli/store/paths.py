@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from teal_cli.errors import UsageError
+
 
 def data_dir() -> Path:
     """Converted checkpoints and sparsity profiles."""
@@ -41,8 +43,24 @@ def profile_path(slug: str, checkpoint: str) -> Path:
     return profile_dir(slug) / f"{checkpoint}.safetensors"
 
 
+def check_name(path: Path, what: str) -> None:
+    """Refuse a path that is no text: the libraries that read weights and tokenizers take none.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{what} is a name that is not UTF-8 text: {path}",
+            hint="Rename it, or make a link to it with a plain name in a folder with one.",
+        ) from None
+
+
 def _folder(kind: str) -> Path:
     if home := os.environ.get("TEAL_HOME"):
+        check_name(Path(home), "TEAL_HOME")
         return Path(home).expanduser() / kind
     import platformdirs
 

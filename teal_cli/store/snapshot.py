@@ -9,45 +9,23 @@ in the main thread, so that Ctrl-C ends a download at once.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fnmatch
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from teal_cli.errors import AccessError, MissingError, TealError, UnsupportedError
+from teal_cli.errors import MissingError, TealError, UnsupportedError
 from teal_cli.progress import Reporter, Task
 from teal_cli.store import artifacts, local
+from teal_cli.store.access import access_token
+from teal_cli.store.listing import NEEDED, File, NonsenseError, read_listing
+from teal_cli.store.refusals import AGAIN, TransferError, explained, is_transport, wait
 
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoSibling
-
-# What the decoder and the tokenizer read; never pickles, other frameworks or other precisions.
-NEEDED = [
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-    "quantize_config.json",  # GPTQ and AWQ of 2023
-    "quant_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-    "tekken.json",
-    "vocab.json",
-    "merges.txt",
-]
-_SHA256 = re.compile("[0-9a-f]{64}")
-_TIMEOUT_S = 6  # for the listing; the client itself would wait without end
-_AGAIN = "Run the same command again: it continues where it stopped."
-
-
-class Unreachable(Exception):
-    """The Hub does not answer."""
+_LONGEST_WAIT_S = 600
+_MOST_PAGES = 200  # of a list of files; the Hub has a thousand on each
+_SPARE_BYTES = 1 << 20
+_FILE_NAME = re.compile(r"(?!.*\.\.)[^/\\\x00-\x1f]{0,200}")
 
 
 def cached(name: str, revision: str | None) -> Path | None:
@@ -67,40 +45,38 @@ def cached(name: str, revision: str | None) -> Path | None:
     return path if whole else None
 
 
-def download(name: str, revision: str | None, token: str | None, reporter: Reporter) -> Path:
+def download(
+    name: str, revision: str | None, token: str | None, here: Path | None, reporter: Reporter
+) -> Path:
     """The snapshot of the Hub's present commit, complete; what is missing is fetched.
 
+    `here` is the snapshot that `cached` found.
+
     Raises:
-        Unreachable: the Hub does not answer, or is out of order.
+        Unreachable: the Hub does not answer, is out of order, or is none.
         MissingError: there is no such model or revision, or it holds no safetensors.
         UnsupportedError: it is an adapter.
         AccessError: the model is gated, or the token is refused.
-        TealError: the disk is too small, or the transfer broke off.
+        TransferError: the transfer broke off, or brought something else.
+        TealError: the disk is too small.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    here = cached(name, revision)
+    sent = access_token(token)
     try:
-        info = HfApi(token=token).model_info(
-            name, revision=revision, files_metadata=True, timeout=_TIMEOUT_S
-        )
+        listing = read_listing(name, revision, sent)
     except Exception as error:
-        raise _explained(error, name, revision, token, listing=True) from error
-    files = [
-        file
-        for file in info.siblings or []
-        if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in NEEDED)
-    ]
-    names = {file.rfilename for file in files}
+        raise explained(error, name, revision, sent, listing=True) from error
+    names = {file.name for file in listing.files}
     weights = any(name.endswith(".safetensors") for name in names)
-    if not weights and any(f.rfilename == "adapter_config.json" for f in info.siblings or []):
+    if not weights and "adapter_config.json" in listing.others:
         raise UnsupportedError(
             f"{name} holds an adapter (LoRA), not a model",
             hint="Merge it with its model first, by peft's merge_and_unload(), "
             "and name the folder of the result.",
         )
     if "config.json" not in names or not weights:
-        pattern = local.gguf_pattern(file.rfilename for file in info.siblings or [])
+        pattern = local.gguf_pattern(listing.others)
         raise MissingError(
             f"{name} holds no model in the safetensors format",
             hint="It has GGUF files: fetch the one you want and name it as the model, for example "
@@ -108,11 +84,11 @@ def download(name: str, revision: str | None, token: str | None, reporter: Repor
             if pattern
             else "Choose a repository with config.json and model.safetensors in it.",
         )
-    if here is not None and here.name == info.sha and all((here / n).is_file() for n in names):
+    whole = here is not None and all((here / file.name).is_file() for file in listing.files)
+    if here is not None and here.name == listing.commit and whole:
         return here
-    assert info.sha is not None
+    missing = _Missing(Path(constants.HF_HUB_CACHE), name, listing.commit, listing.files)
     try:
-        missing = _Missing(Path(constants.HF_HUB_CACHE), name, info.sha, files)
         artifacts.check_free_space(missing.cache, missing.nbytes)
         kept = f" (the other {missing.kept_bytes / 1e6:,.1f} MB are here)"
         reporter.note(
@@ -120,21 +96,26 @@ def download(name: str, revision: str | None, token: str | None, reporter: Repor
             f"{kept if missing.kept_bytes else ''} → {missing.cache}"
         )
         with reporter.task("Downloading", missing.nbytes, "B") as task:
-            _announce_waits(reporter)
+            _watch_answers(reporter)
             for file in missing.large:
-                missing.fetch(file, token, task, reporter)
+                missing.fetch(file, sent, task, reporter)
             missing.remove_leftovers()
             folder = snapshot_download(
                 name,
                 revision=revision,
-                token=token,
+                token=sent,
                 allow_patterns=NEEDED,
-                tqdm_class=_bar(task),
+                tqdm_class=_bar(task, missing.small_bytes),
             )
+        missing.check(Path(folder))
+    except TransferError:
+        missing.forget_list()
+        raise
     except TealError:
         raise
     except Exception as error:
-        raise _explained(error, name, revision, token, listing=False) from error
+        missing.forget_list()
+        raise explained(error, name, revision, sent, listing=False) from error
     return Path(folder)
 
 
@@ -145,16 +126,16 @@ class _Missing:
     `fetch` serves, before the client looks after the rest.
     """
 
-    def __init__(self, cache: Path, name: str, commit: str, files: list[RepoSibling]) -> None:
+    def __init__(self, cache: Path, name: str, commit: str, files: Sequence[File]) -> None:
         from huggingface_hub import constants
         from huggingface_hub.file_download import are_symlinks_supported, repo_folder_name
 
         self.cache, self._name, self._commit = cache, name, commit
-        folder = repo_folder_name(repo_id=name, repo_type="model")
-        self._blobs, self._locks = cache / folder / "blobs", cache / ".locks" / folder
-        snapshot = cache / folder / "snapshots" / commit
-        absent = [file for file in files if not (snapshot / file.rfilename).exists()]
-        absent = [file for file in absent if not (self._blobs / _digest(file)).exists()]
+        self._folder = cache / repo_folder_name(repo_id=name, repo_type="model")
+        self._blobs, self._locks = self._folder / "blobs", cache / ".locks" / self._folder.name
+        snapshot = self._folder / "snapshots" / commit
+        absent = [file for file in files if not (snapshot / file.name).exists()]
+        absent = [file for file in absent if not (self._blobs / file.digest).exists()]
         self._absent = absent
         # Without symlinks the client would copy the blob; there, it fetches the files itself.
         # So it does what plain HTTP does not serve.
@@ -163,15 +144,48 @@ class _Missing:
             file
             for file in absent
             if linked
-            and file.lfs is not None
-            and _SHA256.fullmatch(file.lfs.sha256)  # it becomes a file's name
-            and (file.size or 0) <= constants.MAX_HTTP_DOWNLOAD_SIZE
+            and file.sha256 is not None
+            and (file.nbytes or 0) <= constants.MAX_HTTP_DOWNLOAD_SIZE
         ]
         self.kept_bytes = sum(_size(self._partial(file)) for file in self.large)
-        self.nbytes = sum(file.size or 0 for file in absent) - self.kept_bytes
+        self.nbytes = sum(file.nbytes or 0 for file in absent) - self.kept_bytes
 
-    def _partial(self, file: RepoSibling) -> Path:
-        return self._blobs / f"{_digest(file)}.teal.incomplete"
+    @property
+    def small_bytes(self) -> int | None:
+        """The bytes of all but the large files; None where the Hub does not say."""
+        sizes = [file.nbytes for file in self._absent if file not in self.large]
+        return None if None in sizes else sum(filter(None, sizes))
+
+    def check(self, folder: Path) -> None:
+        """Make sure that what came by the client is what is listed.
+
+        A large file's SHA-256 is looked at before it becomes a blob.
+
+        Raises:
+            TransferError: it is not; what is wrong is removed, and comes anew next time.
+        """
+        for file in self._absent:
+            path = folder / file.name
+            if not path.is_file():
+                raise TransferError(f"{file.name} of {self._name} did not come in", hint=AGAIN)
+            wrong = file.nbytes not in (None, path.stat().st_size)
+            if not wrong and file.git_sha1 is not None:
+                content = path.read_bytes()
+                header = f"blob {len(content)}\0".encode()
+                digest = hashlib.sha1(header + content, usedforsecurity=False)
+                wrong = digest.hexdigest() != file.git_sha1
+            if wrong:
+                path.resolve().unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+                raise TransferError(f"{file.name} of {self._name} came in damaged", hint=AGAIN)
+
+    def forget_list(self) -> None:
+        """Remove the client's own list of the commit's files; it would never ask for another."""
+        with contextlib.suppress(OSError):
+            (self._folder / "trees" / f"{self._commit}.json").unlink()
+
+    def _partial(self, file: File) -> Path:
+        return self._blobs / f"{file.digest}.teal.incomplete"
 
     def remove_leftovers(self) -> None:
         """Remove what the client, when it was killed, left of missing files: it never looks again.
@@ -181,24 +195,26 @@ class _Missing:
         from filelock import FileLock, Timeout
 
         for file in self._absent:
-            for leftover in self._blobs.glob(f"{_digest(file)}.????????.incomplete"):
-                held = FileLock(self._locks / f"{_digest(file)}.lock", timeout=0)
+            for leftover in self._blobs.glob(f"{file.digest}.????????.incomplete"):
+                held = FileLock(self._locks / f"{file.digest}.lock", timeout=0)
                 with contextlib.suppress(Timeout), held:
                     leftover.unlink(missing_ok=True)
 
-    def fetch(self, file: RepoSibling, token: str | None, task: Task, reporter: Reporter) -> None:
+    def fetch(
+        self, file: File, token: str | Literal[False], task: Task, reporter: Reporter
+    ) -> None:
         """Fetch one large file, or the rest of it, and put it among the cache's blobs."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
 
-        blob, partial = self._blobs / _digest(file), self._partial(file)
-        url = hf_hub_url(self._name, file.rfilename, revision=self._commit)
-        with artifacts.lock(self._locks / _digest(file), reporter):
+        blob, partial = self._blobs / file.digest, self._partial(file)
+        url = hf_hub_url(self._name, file.name, revision=self._commit)
+        with artifacts.lock(self._locks / file.digest, reporter):
             if blob.exists():  # another process has fetched it while this one waited
                 return
             partial.parent.mkdir(parents=True, exist_ok=True)
-            if _size(partial) > (file.size or 0):
+            if _size(partial) > (file.nbytes or 0):
                 partial.unlink()
             with partial.open("ab") as opened:
                 while True:
@@ -209,25 +225,20 @@ class _Missing:
                             opened,
                             resume_size=start_bytes,
                             headers=build_hf_headers(token=token),
-                            expected_size=file.size,
-                            tqdm_class=_bar(task),
+                            expected_size=file.nbytes,
+                            tqdm_class=_bar(task, _rest(file, start_bytes)),
                         )
                         break
                     except Exception as error:
                         # A line that breaks now and then gets there, as long as bytes come.
-                        if not _is_transport(error) or opened.tell() == start_bytes:
+                        if not is_transport(error) or opened.tell() == start_bytes:
                             raise
-            with reporter.task(f"Checking {file.rfilename}", _size(partial), "B") as check:
-                damaged = _sha256(partial, check) != _digest(file)
+            with reporter.task(f"Checking {file.name}", _size(partial), "B") as check:
+                damaged = _sha256(partial, check) != file.digest
             if damaged:
                 partial.unlink()
-                raise TealError(f"{file.rfilename} of {self._name} came in damaged", hint=_AGAIN)
+                raise TransferError(f"{file.name} of {self._name} came in damaged", hint=AGAIN)
             partial.replace(blob)
-
-
-def _digest(file: RepoSibling) -> str:
-    """The file's name among the cache's blobs: its SHA-256, or git's name of a small file."""
-    return file.lfs.sha256 if file.lfs is not None else str(file.blob_id)
 
 
 def _size(path: Path) -> int:
@@ -243,8 +254,15 @@ def _sha256(path: Path, task: Task) -> str:
     return digest.hexdigest()
 
 
-def _bar(task: Task) -> type:
-    """A stand-in for the client's progress bars that hands the bytes that arrive on to `task`."""
+def _rest(file: File, start_bytes: int) -> int | None:
+    return None if file.nbytes is None else file.nbytes - start_bytes
+
+
+def _bar(task: Task, most_bytes: int | None) -> type:
+    """A stand-in for the client's progress bars that hands the bytes that arrive on to `task`.
+
+    Beyond `most_bytes` it breaks off what would fill the disk, as a few bytes can unpack to many.
+    """
     from huggingface_hub.utils import tqdm
 
     counted = ("huggingface_hub.http_get", "huggingface_hub.snapshot_download")
@@ -252,111 +270,47 @@ def _bar(task: Task) -> type:
     class Bar(tqdm):
         def __init__(self, *args: Any, name: str | None = None, **kwargs: Any) -> None:
             self._counts = name in counted
+            self._arrived_bytes = 0
             super().__init__(*args, **{**kwargs, "disable": True})
 
         def update(self, n: float | None = 1) -> bool | None:
             if self._counts and n:
+                self._arrived_bytes += int(n)
+                if most_bytes is not None and self._arrived_bytes > most_bytes + _SPARE_BYTES:
+                    raise NonsenseError("a file is longer than it should be")
                 task.advance(int(n))
             return None
 
     return Bar
 
 
-def _announce_waits(reporter: Reporter) -> None:
-    """Have the client say when it waits because the Hub asks it to, which may last minutes."""
+def _watch_answers(reporter: Reporter) -> None:
+    """Have the client say when it waits because the Hub asks it to, which may last minutes.
+
+    And have it give up where that would be for hours, where a list goes on without end, and where
+    a header that names a file of its cache names one elsewhere.
+    """
     from huggingface_hub.utils import get_session
 
+    pages = 0
+
     def look(response: Any) -> None:
-        wait = _wait(response.headers)
-        if response.status_code == 429 and wait:
-            reporter.note(f"the Hub asks to wait {wait}; the download goes on then")
+        nonlocal pages
+        waits_s = wait(response.headers)
+        if response.status_code == 429 and waits_s is not None:
+            if waits_s > _LONGEST_WAIT_S:
+                raise TransferError(f"the Hub asks to wait {waits_s} s", hint=f"Then: {AGAIN}")
+            reporter.note(f"the Hub asks to wait {waits_s} s; the download goes on then")
+        for header in ("ETag", "X-Linked-Etag", "X-Repo-Commit"):
+            named = response.headers.get(header, "").removeprefix("W/")
+            if response.request.method == "HEAD" and not _FILE_NAME.fullmatch(named):
+                raise NonsenseError(f"its header {header} is no name")
+        pages += "/tree/" in response.url.path
+        if pages > _MOST_PAGES:
+            raise NonsenseError("its list of files does not end")
 
     session = get_session()
     session.event_hooks = {
         **session.event_hooks,
         "response": [*session.event_hooks.get("response", ()), look],
     }
-
-
-def _wait(headers: Any) -> str:
-    """How long the Hub wants no more requests, by either of its headers; empty if it says not."""
-    found = re.fullmatch(r"\d+", headers.get("Retry-After", "")) or re.search(
-        r"(?<=;t=)\d+", headers.get("RateLimit", "")
-    )
-    return f"{found[0]} s" if found else ""
-
-
-def _explained(
-    error: Exception, name: str, revision: str | None, token: str | None, *, listing: bool
-) -> Exception:
-    """What the user should read instead of the client's error; others pass unchanged."""
-    from huggingface_hub import errors
-
-    causes = _causes(error)
-    for cause in causes:
-        if isinstance(cause, errors.HfHubHTTPError):
-            return _refusal(cause, name, revision, token, listing=listing)
-    if any(isinstance(e, OSError) and e.errno in artifacts.DISK_FULL for e in causes):
-        return TealError(
-            f"the disk filled up while {name} came in", hint=f"Free some space. {_AGAIN}"
-        )
-    if any(isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EROFS) for e in causes):
-        return TealError(
-            f"Hugging Face's cache cannot be written ({error})",
-            hint="Choose another place for it with HF_HOME, or fix its rights.",
-        )
-    if any(_is_transport(e) or isinstance(e, errors.LocalEntryNotFoundError) for e in causes):
-        if listing:
-            reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
-            return Unreachable(f"the Hub cannot be reached ({reason})")
-        return TealError(f"the connection broke off while {name} came in", hint=_AGAIN)
-    if any("consistency check" in str(e).lower() for e in causes):
-        return TealError(f"a file of {name} came in damaged", hint=_AGAIN)
-    return error
-
-
-def _refusal(
-    error: Any, name: str, revision: str | None, token: str | None, *, listing: bool
-) -> Exception:
-    """The sentence for an HTTP status that the Hub answered with."""
-    from huggingface_hub import errors
-
-    url = f"https://huggingface.co/{name}"
-    status = error.response.status_code
-    if isinstance(error, errors.GatedRepoError) or status == 403:
-        return AccessError(
-            f"access to {name} is restricted",
-            hint=f"Accept its terms at {url}, then log in with `hf auth login` or pass --token.",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return MissingError(f"{name} has no revision {revision!r}", hint=f"See {url}/commits.")
-    if status == 401 and (token or "Invalid" in str(error)):
-        return AccessError("the Hub refused the access token", hint="Log in: `hf auth login`.")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return MissingError(
-            f"there is no model {name!r} on the Hub, or it is private",
-            hint="Check the spelling; for a private model log in with `hf auth login` or pass "
-            "--token.",
-        )
-    if status == 429:
-        reason = f"asks to wait {_wait(error.response.headers)}".rstrip()
-    else:
-        reason = "is out of order" if listing and status >= 500 else "failed"
-    if listing and (status == 429 or status >= 500):
-        return Unreachable(f"the Hub {reason} ({status})")
-    return TealError(f"the Hub {reason} ({status}) while {name} came in", hint=_AGAIN)
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    return chain
-
-
-def _is_transport(error: BaseException) -> bool:
-    """A failed connection; by name, as the client's HTTP library has changed with its versions."""
-    named = any(base.__name__ == "TransportError" for base in type(error).__mro__)
-    return named or isinstance(error, (ConnectionError, TimeoutError))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from teal_cli.errors import MissingError, TealError, UsageError
+from teal_cli.store.access import access_token
 from teal_cli.text.files import text_of
 
 WIKITEXT_2 = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -71,8 +73,9 @@ def _reachable() -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
+    token = access_token(None)
     try:
-        HfApi().dataset_info(WIKITEXT_2.partition(":")[0], timeout=_PROBE_S)
+        HfApi(token=token).dataset_info(WIKITEXT_2.partition(":")[0], timeout=_PROBE_S)
     except Exception as error:
         # The client raises its HTTP library's errors, which has changed between versions; an
         # answer of any kind means that the server is there.
@@ -82,17 +85,27 @@ def _reachable() -> bool:
 
 @contextmanager
 def network(online: bool) -> Iterator[None]:
-    """Without a network, let the libraries go to their cache at once instead of retrying."""
+    """Without a network, let the libraries go to their cache at once instead of retrying.
+
+    With one, they find the token that has been checked.
+    """
     import datasets.config
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    token_before = os.environ.get("HF_TOKEN")
     if not online:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    elif token := access_token(None):
+        os.environ["HF_TOKEN"] = token
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        if token_before is not None:
+            os.environ["HF_TOKEN"] = token_before
+        else:
+            os.environ.pop("HF_TOKEN", None)
 
 
 @contextmanager
@@ -119,8 +132,13 @@ def _translated(path: str) -> Iterator[None]:
             f"the data set {path} cannot be loaded: {_first_line(error)}",
             hint="Name a configuration with --dataset org/name:config.",
         ) from None
-    except (datasets.exceptions.DatasetsError, OSError, RuntimeError) as error:
-        raise TealError(f"the data set {path} cannot be loaded: {_first_line(error)}") from None
+    except (
+        Exception
+    ) as error:  # of the client and its HTTP library too, where answers make no sense
+        raise TealError(
+            f"the data set {path} cannot be loaded: {_first_line(error)}",
+            hint="Try again, or name a local file, or --dataset pydoc (text that Python brings).",
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -60,3 +60,15 @@ def test_damage_is_left_out(tmp_path: Path) -> None:
     path.mkdir()
     assert entries(path) == []
     FileHistory(path).store_string("lost")  # nowhere to put it: the chat goes on
+
+
+def test_through_a_link_the_mode_of_its_target_stays(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text('"one"\n')
+    target.chmod(0o640)
+    link.symlink_to(target)
+    history = FileHistory(link)
+    history.store_string("two")
+    assert list(history.load_history_strings()) == ["two", "one"]
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o640

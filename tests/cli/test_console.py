@@ -15,6 +15,7 @@ import pytest
 
 from teal_cli import console
 from teal_cli.console import ConsoleReporter, format_amount, format_rate, format_seconds
+from teal_cli.errors import TealError
 from teal_cli.options import parse_sparsities
 
 SCRIPT = """
@@ -33,11 +34,11 @@ console.print_dim("statistics")
 """
 
 
-def terminal(*, term: str = "xterm", **environment: str) -> str:
-    """What the script writes to a terminal."""
+def terminal(script: str = SCRIPT, *, term: str = "xterm", **environment: str) -> str:
+    """What a script writes to a terminal."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", script],
         stdout=follower,
         stderr=follower,
         env={**os.environ, "TERM": term, "COLUMNS": "80", **environment},
@@ -180,3 +181,73 @@ def test_bad_sparsities_are_usage_errors(text: str) -> None:
     with pytest.raises(Exception, match=r"is not") as error:
         parse_sparsities(text)
     assert getattr(error.value, "exit_code", None) == 2
+
+
+HOSTILE = "evil\x1b[2J\x1b]0;title\x07\u202egnp.exe\x9b31m[bold]:fire:\x7f"
+SHOWN = "evilgnp.exe31m[bold]:fire:"
+
+
+def test_text_of_others_is_made_printable_wherever_it_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_settings", console._Settings())
+    monkeypatch.setenv("TEAL_DEBUG", "1")
+    reporter = ConsoleReporter()
+    reporter.note(HOSTILE)
+    with reporter.task(HOSTILE, 1):
+        pass
+    console.print_dim(HOSTILE)
+    console.print_line(HOSTILE)
+    console.print_table([HOSTILE, "x"], [[HOSTILE, HOSTILE]], title=HOSTILE)
+    console.print_groups([(HOSTILE, [[HOSTILE, HOSTILE]])])
+    console.report(TealError(HOSTILE, hint=HOSTILE))
+    console.report(ValueError(HOSTILE))
+    console.print_json({HOSTILE: [HOSTILE]})
+    out, err = capsys.readouterr()
+    assert not set(out + err) & set("\x1b\x07\u202e\x9b\x7f")
+    assert out.count(SHOWN) == 1 + 4 + 3
+    assert err.count(SHOWN) >= 1 + 2 + 1 + 2 + 1
+    assert json.loads(out[out.index("{\n") :]) == {HOSTILE: [HOSTILE]}
+
+
+def test_a_line_of_others_looks_like_no_message_of_ours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console.report(TealError("the template says: x\nerror: the disk is full\nx"))
+    ConsoleReporter().note("reading a\nerror: b")
+    console.print_table(["a\nerror: b", "c"], [["d\ne", "f"]])
+    out, err = capsys.readouterr()
+    assert err == (
+        "error: the template says: x\n  error: the disk is full\n  x\nreading a error: b\n"
+    )
+    assert out == "a error: b  c\nd e         f\n"
+
+
+def test_a_bar_shows_text_of_others_as_it_is() -> None:
+    script = f"""
+import time
+from teal_cli import console
+reporter = console.reporter()
+with reporter.task({HOSTILE!r}, 3) as task:
+    reporter.note({HOSTILE!r})
+    time.sleep(0.3)
+    task.advance(3)
+"""
+    out = terminal(script)
+    assert out.count(SHOWN) >= 3
+    assert not set(out) & set("\x07\u202e\x9b\x7f")
+    assert "\x1b[2J" not in out
+
+
+def test_a_path_goes_to_a_program_byte_for_byte() -> None:
+    path = Path(os.fsdecode(b"/models/caf\xe9\x1b[2J"))
+    script = f"""
+import sys
+from pathlib import Path
+from teal_cli import console
+sys.stdout.reconfigure(errors="replace")
+console.print_path(Path({str(path)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert done.stdout == b"/models/caf\xe9\x1b[2J\n"
+    assert "\x1b[2J" not in terminal(script)

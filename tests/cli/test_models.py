@@ -48,7 +48,9 @@ def test_what_is_stored_is_listed_and_removed(run: Run, tiny_model: Path, teal_h
 
     code, out, err = run("models")
     assert (code, err) == (0, "")
-    title, row = out.splitlines()
+    title, row, total = out.splitlines()
+    assert total.startswith("total: ")
+    assert total.endswith(" kB")
     assert title.startswith(f"{tiny_model}, last used 20")
     form, _, unit, stage = row.split()
     assert (form, unit, stage) == ("float16", "kB", "converted")

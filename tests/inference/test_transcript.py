@@ -30,6 +30,18 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_conversation_is_the_users_alone_and_keeps_its_mode(tmp_path: Path) -> None:
+    path, link = tmp_path / "talk.json", tmp_path / "link.json"
+    link.symlink_to(path)
+    Transcript("m", MESSAGES).save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    for mode in (0o600, 0o640):
+        path.chmod(mode)
+        Transcript("m", MESSAGES).save(link)
+        assert path.stat().st_mode & 0o777 == mode
+    assert link.is_symlink()
+
+
 def test_another_file_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "notes.json"
     path.write_text('{"mine": 1}')

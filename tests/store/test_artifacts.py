@@ -58,6 +58,35 @@ def current_umask() -> int:
     return mask
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_a_file_that_is_written_over_keeps_its_mode(mode: int, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    for private in (False, True):
+        artifacts.atomic_write(path, b"new", private=private)
+        assert path.stat().st_mode & 0o777 == mode
+    artifacts.atomic_write(tmp_path / "new", b"new", private=True)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
+
+
+def test_through_a_link_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "file", tmp_path / "link"
+    link.symlink_to("there/file")
+    for content in (b"new", b"over it"):  # at first the link leads to nothing
+        artifacts.atomic_write(link, content)
+        assert link.is_symlink()
+        assert target.read_bytes() == content
+        target.chmod(0o600)
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in target.parent.iterdir()] == ["file"]
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        artifacts.atomic_write(tmp_path / "loop", b"")
+    assert (tmp_path / "loop").is_symlink()
+
+
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     def fail(file: BinaryIO) -> None:
         file.write(b"half")

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from teal_cli.errors import MissingError
+from teal_cli.errors import MissingError, TealError
 from teal_cli.progress import Silent
 from teal_cli.store import artifacts, inventory, models, paths
 from teal_cli.store.models import DEMO, ModelRef
@@ -137,3 +143,163 @@ def test_removal_takes_what_is_ours_alone(hub_cache: Path) -> None:
         ("sensitivity", "greedy", "uniform")
     ]
     assert not list((paths.data_dir() / "models").glob(f"*{HUB.slug}"))
+
+
+def everything(ref: ModelRef) -> None:
+    """All that teal may store of a model, finished and not."""
+    folder = convert(ref)
+    calibrate(ref)
+    models.remember(ref)
+    (folder.parent / ".float32.partial-abc").mkdir()
+    (folder.parent / ".float32.partial-abc" / "shard").write_bytes(bytes(50))
+    half_done = paths.cache_dir() / "calibration" / ref.slug / "float16"
+    half_done.mkdir(parents=True)
+    (half_done / "state").write_bytes(bytes(70))
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_removal_that_is_broken_off_anywhere_is_finished_by_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = 0
+
+    def dying(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any, **options: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            real(*arguments, **options)
+
+        return call
+
+    places = 0
+    while True:
+        everything(HUB)
+        places, left = places + 1, places + 1
+        model = inventory.find(HUB.name)
+        with monkeypatch.context() as patch:
+            for name in ("rename", "unlink", "rmdir"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            try:
+                inventory.remove(model, Silent())
+            except Killed:
+                pass
+            else:
+                break
+        for stored in inventory.stored_models():
+            assert inventory.find(HUB.name).slug == stored.slug == HUB.slug
+            inventory.remove(stored, Silent())
+        assert inventory.stored_models() == []
+        assert not [p for p in paths.data_dir().rglob("*") if p.is_file()]
+    assert places > 12
+    assert inventory.stored_models() == []
+
+
+def test_what_is_being_made_is_not_removed() -> None:
+    everything(HUB)
+    model = inventory.find(HUB.name)
+    for made in (model.checkpoints[0].folder, paths.profile_path(HUB.slug, "float16")):
+        code = (
+            "import sys, time; from pathlib import Path; from teal_cli.store import artifacts; "
+            "from teal_cli.progress import Silent\n"
+            "with artifacts.lock(Path(sys.argv[1]), Silent()): print('ready', flush=True); "
+            "time.sleep(60)"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(made)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        number = process.pid if sys.platform == "linux" else r"\d+"
+        with pytest.raises(TealError, match=f"is in use: (process {number}|another process)"):
+            inventory.remove(model, Silent())
+        assert len(model.owned) == 3
+        assert (model.checkpoints[0].folder / "model.safetensors").exists()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    inventory.remove(model, Silent())
+    assert model.owned == []
+
+
+def test_who_waits_for_a_removal_makes_the_folder_anew() -> None:
+    path = convert(HUB)
+    notes = threading.Event()
+
+    class Reporter(Silent):
+        def note(self, message: str) -> None:
+            notes.set()
+
+    def make() -> None:
+        with artifacts.lock(path, Reporter()), artifacts.atomic_dir(path) as temporary:
+            (temporary / "file").write_text("new")
+
+    maker = threading.Thread(target=make)
+    with artifacts.lock(path, Silent()):
+        maker.start()
+        assert notes.wait(30)
+        artifacts.discard(path.parent)
+    maker.join(30)
+    assert (path / "file").read_text() == "new"
+
+
+def test_all_that_is_there_is_listed_and_can_be_removed(tmp_path: Path) -> None:
+    calibrate(ModelRef("hub", "org/profile-alone"))
+    convert(ModelRef("folder", "/x/.hidden", Path("/x/.hidden")))
+    odd = Path(os.fsdecode(b"/x/caf\xe9 \x1b[2J\nname"))
+    convert(ModelRef("folder", str(odd), odd))
+    long = Path("/x") / ("ü" * 120)
+    convert(ModelRef("folder", str(long), long))
+    store = paths.data_dir() / "models"
+    (store / "no-manifest" / "float16").mkdir(parents=True)
+    (store / "no-manifest" / "float16" / "shard").write_bytes(bytes(10))
+    (store / ".org--killed.partial-removed").mkdir()
+    (store / ".org--killed.partial-removed" / "shard").write_bytes(bytes(20))
+    (store / "stray").write_text("a file")
+    (store / "to-nothing").symlink_to(tmp_path / "nothing")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("kept")
+    (store / "linked").symlink_to(tmp_path / "elsewhere")
+    (paths.data_dir() / "profiles" / "odd-profile").mkdir(parents=True)
+    (paths.data_dir() / "profiles" / "odd-profile" / "notes.txt").write_text("mine")
+    demo = paths.cache_dir() / "demo"
+    demo.mkdir(parents=True)
+    (demo / "model.gguf").write_bytes(bytes(3000))
+    for locked in ("locks-alone", "org--killed"):
+        (store / locked).mkdir()
+        (store / locked / ".float16.lock").touch()
+
+    found = {model.name: model for model in inventory.stored_models()}
+    assert set(found) == {
+        *("org--profile-alone", "/x/.hidden", str(odd), str(long), "no-manifest", "org--killed"),
+        *("stray", "to-nothing", "linked", "odd-profile", DEMO),
+    }
+    whats = {name: [item.what for item in model.others] for name, model in found.items()}
+    assert whats["org--profile-alone"] == [
+        "profile without its checkpoint: sensitivity, greedy, uniform"
+    ]
+    assert whats["no-manifest"] == ["not a checkpoint"]
+    assert whats["org--killed"] == ["being made, or left by a run that was killed"]
+    assert whats["linked"] == ["not a checkpoint", "a link"]
+    assert whats[DEMO] == ["fetched"]
+    assert found[DEMO].others[0].nbytes == 3000
+    for name in [*found, "demo"][:-1]:
+        inventory.remove(inventory.find(name), Silent())
+        assert name not in inventory.names()
+    assert inventory.stored_models() == []
+    assert (tmp_path / "elsewhere" / "kept").read_text() == "kept"
+    assert inventory.names() == []
+
+
+def test_two_models_of_one_name_are_both_listed() -> None:
+    convert(ModelRef("hub", "org/name"))
+    other = paths.model_dir("another") / "float16"
+    artifacts.write_manifest(other / "manifest.json", "checkpoint", {"model": "org/name"})
+    assert [model.name for model in inventory.stored_models()] == ["org/name", "org/name"]
+    for _ in range(2):
+        inventory.remove(inventory.find("org/name"), Silent())
+    assert inventory.stored_models() == []
