@@ -200,8 +200,8 @@ def chat(
     sampling = Sampling(**(sampling_defaults(stored, defaults, given) | given), seed=seed)
     if missing := left_out(stored):
         reporter.note(
-            "the model's generation_config.json asks for what teal leaves out, so answers may "
-            f"differ from its author's: {', '.join(missing)}"
+            f"left out of the model's generation_config.json: {', '.join(missing)}; "
+            "its author's answers may differ"
         )
 
     @cache

@@ -96,7 +96,7 @@ def sampling_defaults(
     sample = stored.get("do_sample")
     if sample not in (None, True, False):
         if "temperature" not in given:
-            raise _wrong(f"has do_sample {reprlib.repr(sample)}", "temperature")
+            raise _unusable("do_sample", sample, "temperature")
         sample = None
     names: tuple[str, ...] = ("repetition_penalty",)
     if sample and any(name in stored for name in _DRAWING):
@@ -108,19 +108,19 @@ def sampling_defaults(
     for name, value in own.items():
         number = isinstance(value, int if name == "top_k" else (int, float))
         if not number or isinstance(value, bool) or not -_LARGEST < value < _LARGEST:
-            raise _wrong(f"has {name} {reprlib.repr(value)}", name)
+            raise _unusable(name, value, name)
         try:
             Sampling(**{name: value})
         except UsageError as error:
-            raise _wrong(f"is wrong: {error}", name) from None
+            raise _unusable(name, value, name) from error
     return chosen | own
 
 
-def _wrong(what: str, name: str) -> TealError:
-    """The error for a stored setting; the option of the same name takes its place."""
-    option = f"--{name.replace('_', '-')}"
+def _unusable(name: str, value: Any, setting: str) -> TealError:
+    """The error for a stored value; the option of a setting takes its place."""
     return TealError(
-        f"the model's generation_config.json {what}", hint=f"Say what you want with {option}."
+        f"the model's generation_config.json has {name} {reprlib.repr(value)}",
+        hint=f"Say what you want with --{setting.replace('_', '-')}.",
     )
 
 
