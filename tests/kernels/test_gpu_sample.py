@@ -206,7 +206,7 @@ def test_a_penalty_counts_what_was_there_and_what_is_chosen(device: str) -> None
         expected = processor(torch.tensor([tokens]), logits.cpu()[None])[0]
         assert _choose(chooser, choice) == chooser.history[position] == expected.argmax()
         torch.testing.assert_close(chooser.penalised.cpu(), expected, rtol=0, atol=0)
-        torch.testing.assert_close(penalised(logits, tokens, 2.5).cpu(), expected, rtol=0, atol=0)
+        torch.testing.assert_close(penalised(logits.cpu(), tokens, 2.5), expected, rtol=0, atol=0)
         tokens.append(int(chooser.history[position]))
     assert len(set(tokens[4:])) > 3
     # A beginning forgets the tokens of another, and 1 is no penalty.
