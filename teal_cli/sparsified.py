@@ -111,10 +111,10 @@ class _Threshold:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
-        keep = x.abs().float() > self._level
+        drop = x.abs().float() <= self._level
         if self._rows.mask is not None:
-            keep |= self._rows.mask.to(x.device)
-        return (torch.where(keep, x, 0), *args[1:])
+            drop &= ~self._rows.mask.to(x.device)
+        return (torch.where(drop, 0, x), *args[1:])
 
 
 def _find(name: Path | str) -> Profile:

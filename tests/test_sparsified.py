@@ -121,6 +121,14 @@ def test_zeroes_the_profiles_share_in_any_dtype(profile: Profile, dtype: torch.d
     assert 0.4 < (after[:, SPARSE_FROM:] == 0).float().mean() < 0.6
 
 
+def test_what_is_not_a_number_is_kept(profile: Profile) -> None:
+    model = hf_model("llama")
+    teal_cli.sparsify(model, profile, 0.5, "uniform", sparse_from=0)
+    x = torch.full((1, 3, model.config.hidden_size), 1e-6)
+    x[0, 1, 2] = torch.nan
+    assert projection(model, 1, "up")(x).isnan().any(-1).tolist() == [[False, True, False]]
+
+
 def test_cached_steps_and_padding_know_their_positions(profile: Profile) -> None:
     model = hf_model("llama").double()
     teal_cli.sparsify(model, profile, 0.5)

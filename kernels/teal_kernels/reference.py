@@ -22,7 +22,7 @@ def sparse_project(
 
     TEAL (arXiv 2408.14690, eq. 1 and section 4.4), with one threshold for each of P matrices that
     stand side by side: y[offsets[p]:offsets[p + 1]] = sum of x[i] * weight[i, ...] over the
-    channels i with abs(x[i]) > thresholds[p].
+    channels i but those with abs(x[i]) <= thresholds[p]; a NaN is none of those.
 
     Args:
         x: [K] floating point.
@@ -44,7 +44,7 @@ def sparse_project(
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     y = torch.empty(weight.shape[1], dtype=wide, device=x.device)
     for p, (start, end) in enumerate(pairwise(offsets)):
-        kept = torch.where(x.float().abs() > thresholds[p], x, 0)
+        kept = torch.where(x.float().abs() <= thresholds[p], 0, x)
         y[start:end] = kept.to(wide) @ weight[:, start:end].to(wide)
     if bias is not None:
         y += bias.to(wide)

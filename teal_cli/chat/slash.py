@@ -160,7 +160,7 @@ COMMANDS = {
         _Command("/help", "this list", _help),
         _Command("/clear", "forget what was said; the system message stays", _clear),
         _Command("/sparsity [X]", "change the sparsity at once, or show it", _sparsity),
-        _Command("/set KEY VALUE", f"change {', '.join(KEYS)}", _set),
+        _Command("/set KEY VALUE", "change how answers are made; alone, lists the keys", _set),
         _Command("/show", "show the model and what is set", _show),
         _Command("/stats", "show what the answers took so far", _stats),
         _Command("/save FILE", "store the conversation", _save),

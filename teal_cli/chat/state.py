@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from teal_cli.inference.session import Session
     from teal_cli.sparsity.profile import Profile
 
-SAMPLING_KEYS = ("temperature", "top-k", "top-p", "seed")
+SAMPLING_KEYS = ("temperature", "top-k", "top-p", "min-p", "repetition-penalty", "seed")
 KEYS = (*SAMPLING_KEYS, "max-tokens")
 
 

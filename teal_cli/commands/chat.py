@@ -25,6 +25,7 @@ from teal_cli.options import (
 
 if TYPE_CHECKING:
     from teal_cli.inference.conversation import Conversation, Overflow
+    from teal_cli.inference.sampling import Sampling
     from teal_cli.inference.session import Session
     from teal_cli.model.checkpoint import Checkpoint
     from teal_cli.sparsity.profile import Profile
@@ -67,7 +68,8 @@ TopKOption = Annotated[
     int | None,
     typer.Option(
         "--top-k",
-        help="Choose among the K likeliest tokens; 0 is all. [default: the model's own, else 0]",
+        help="Choose among the K likeliest tokens; 0 or -1 is all."
+        " [default: the model's own, else 0]",
     ),
 ]
 TopPOption = Annotated[
@@ -76,6 +78,22 @@ TopPOption = Annotated[
         "--top-p",
         help="Choose among the likeliest tokens whose probabilities sum to P."
         " [default: the model's own, else 0.9]",
+    ),
+]
+MinPOption = Annotated[
+    float | None,
+    typer.Option(
+        "--min-p",
+        help="Choose among the tokens with at least this share of the likeliest one's"
+        " probability; 0 is all. [default: the model's own, else 0]",
+    ),
+]
+RepetitionPenaltyOption = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        help="Make tokens that the conversation has already less likely; 1 is no penalty."
+        " [default: the model's own, else 1]",
     ),
 ]
 AnswerSeedOption = Annotated[
@@ -120,6 +138,8 @@ def chat(
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
     seed: AnswerSeedOption = None,
     max_tokens: MaxTokensOption = 512,
     context: ContextOption = None,
@@ -150,13 +170,19 @@ def chat(
     from teal_cli.chat.answers import answer
     from teal_cli.chat.loop import talk
     from teal_cli.chat.state import Chat
-    from teal_cli.inference.defaults import chat_defaults
+    from teal_cli.inference.defaults import chat_defaults, left_out, sampling_defaults
     from teal_cli.inference.device import pick_device
     from teal_cli.inference.sampling import Sampling
     from teal_cli.inference.session import Session
     from teal_cli.store import models
 
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     Sampling(**given)  # refuse a bad value before anything is downloaded
     target_device = pick_device(device)
@@ -173,13 +199,21 @@ def chat(
     if context is not None and context > limit:  # told before a profile is made
         raise UsageError(f"--context {context} is beyond this model's context of {limit} tokens")
 
+    defaults, stored = chat_defaults(checkpoint.config), checkpoint.generation_defaults()
+    sampling = Sampling(**(sampling_defaults(stored, defaults, given) | given), seed=seed)
+    if missing := left_out(stored):
+        reporter.note(
+            f"left out of the model's generation_config.json: {', '.join(missing)}; "
+            "its author's answers may differ"
+        )
+
     @cache
     def profile() -> Profile:
         return pipeline.ensure_profile(
             checkpoint, device=device, offline=offline, reporter=reporter
         )
 
-    target = chat_defaults(checkpoint.config).sparsity if sparsity is None else sparsity
+    target = defaults.sparsity if sparsity is None else sparsity
     if target > 0:
         profile()  # made before the weights take up memory
     session = Session(
@@ -192,7 +226,7 @@ def chat(
         model=checkpoint.name,
         weights=checkpoint.folder.name,
         session=session,
-        conversation=_conversation(checkpoint, session, given, seed, system, overflow),
+        conversation=_conversation(checkpoint, session, sampling, system, overflow),
         profile=profile,
         method=method,
         sparsity=0.0,
@@ -210,23 +244,20 @@ def chat(
 def _conversation(
     checkpoint: Checkpoint,
     session: Session,
-    given: dict[str, Any],
-    seed: int | None,
+    sampling: Sampling,
     system: str | None,
     overflow: Overflow,
 ) -> Conversation:
-    """A conversation that samples as the user says, else as the model's author does."""
+    """An empty conversation with a model."""
     from teal_cli.inference.conversation import Conversation
-    from teal_cli.inference.defaults import chat_defaults, sampling_defaults, stop_token_ids
-    from teal_cli.inference.sampling import Sampler, Sampling
+    from teal_cli.inference.defaults import stop_token_ids
+    from teal_cli.inference.sampling import Sampler
 
     tokenizer = checkpoint.tokenizer()
-    defaults = chat_defaults(checkpoint.config)
-    chosen = sampling_defaults(checkpoint.generation_defaults(), defaults) | given
     return Conversation(
         session,
         tokenizer,
-        Sampler(Sampling(**chosen, seed=seed)),
+        Sampler(sampling),
         stop_token_ids=stop_token_ids(checkpoint.eos_token_ids, tokenizer),
         system=system,
         overflow=overflow,

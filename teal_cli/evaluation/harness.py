@@ -198,6 +198,8 @@ class TealLM(TemplateLM):
             temperature=float(given.get("temperature") or 1.0) if given["do_sample"] else 0.0,
             top_k=int(given.get("top_k") or 0),
             top_p=float(given.get("top_p") or 1.0),
+            min_p=float(given.get("min_p") or 0.0),
+            repetition_penalty=float(given.get("repetition_penalty") or 1.0),
             seed=_SAMPLING_SEED,
         )
         stops = [stop for stop in given["until"] if stop]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,37 @@ from teal_cli.model.config import ModelConfig
 
 # Below this size a model loses the thread sooner, to sparsity as to temperature.
 _SMALL_MODEL_WEIGHTS = 1_000_000_000
-_LARGEST = 1e9  # no temperature or top-k is beyond it
+_LARGEST = 1e9  # no temperature, top-k or penalty is beyond it
+_DRAWING = ("temperature", "top_k", "top_p", "min_p")  # settings that a greedy answer does not use
+
+# What else of transformers' settings changes the text, with the value that changes nothing; those
+# of the second table only where tokens are drawn.
+_LEFT_OUT = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "constraints": None,
+    "diversity_penalty": 0,
+    "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "force_words_ids": None,
+    "frequency_penalty": 0,
+    "guidance_scale": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0,
+    "presence_penalty": 0,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "watermarking_config": None,
+}
+_LEFT_OUT_DRAWING = {"epsilon_cutoff": 0, "eta_cutoff": 0, "top_h": None, "typical_p": 1}
 _MARK = "teal-mark"  # stands for an answer where a template is looked at
 
 
@@ -38,32 +69,59 @@ def chat_defaults(config: ModelConfig) -> ChatDefaults:
     return ChatDefaults(sparsity=0.4, temperature=0.7, top_p=0.9)
 
 
+def left_out(generation_defaults: Mapping[str, Any]) -> list[str]:
+    """What a generation_config.json asks for that changes the text and that teal has not."""
+    neutral = _LEFT_OUT | (_LEFT_OUT_DRAWING if generation_defaults.get("do_sample") else {})
+    return [
+        f"{name} {reprlib.repr(generation_defaults[name])}"
+        for name, value in neutral.items()
+        if generation_defaults.get(name) not in (None, [], {}, value)
+    ]
+
+
 def sampling_defaults(
-    generation_defaults: Mapping[str, Any], defaults: ChatDefaults
+    generation_defaults: Mapping[str, Any], defaults: ChatDefaults, given: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Temperature, top-k and top-p: the model's own where its author chose any, else ours.
+    """Settings of `Sampling`: the model's own where its author chose any, else ours.
 
     Args:
         generation_defaults: the content of generation_config.json, perhaps empty.
         defaults: what to fall back on.
+        given: the settings that the user decides; what is stored of these is not looked at.
 
     Raises:
         TealError: the author's choice is none that can be followed.
     """
-    names = ("temperature", "top_k", "top_p")
-    chosen = {n: generation_defaults[n] for n in names if generation_defaults.get(n) is not None}
-    if not generation_defaults.get("do_sample") or not chosen:
-        return {"temperature": defaults.temperature, "top_p": defaults.top_p}
-    for name, value in chosen.items():
+    stored = {name: value for name, value in generation_defaults.items() if value is not None}
+    sample = stored.get("do_sample")
+    if sample not in (None, True, False):
+        if "temperature" not in given:
+            raise _unusable("do_sample", sample, "temperature")
+        sample = None
+    names: tuple[str, ...] = ("repetition_penalty",)
+    if sample and any(name in stored for name in _DRAWING):
+        chosen, names = {"temperature": 1.0}, (*names, *_DRAWING)
+    else:
+        temperature = defaults.temperature if sample is None or sample else 0.0
+        chosen = {"temperature": temperature, "top_p": defaults.top_p}
+    own = {name: stored[name] for name in names if name in stored and name not in given}
+    for name, value in own.items():
         number = isinstance(value, int if name == "top_k" else (int, float))
         if not number or isinstance(value, bool) or not -_LARGEST < value < _LARGEST:
-            raise TealError(f"the model's generation_config.json has {name} {value!r}")
-    chosen = {"temperature": 1.0, **chosen}
-    try:
-        Sampling(**chosen)
-    except UsageError as error:
-        raise TealError(f"the model's generation_config.json is wrong: {error}") from None
-    return chosen
+            raise _unusable(name, value, name)
+        try:
+            Sampling(**{name: value})
+        except UsageError as error:
+            raise _unusable(name, value, name) from error
+    return chosen | own
+
+
+def _unusable(name: str, value: Any, setting: str) -> TealError:
+    """The error for a stored value; the option of a setting takes its place."""
+    return TealError(
+        f"the model's generation_config.json has {name} {reprlib.repr(value)}",
+        hint=f"Say what you want with --{setting.replace('_', '-')}.",
+    )
 
 
 def stop_token_ids(eos_token_ids: Iterable[int], tokenizer: Any) -> frozenset[int]:

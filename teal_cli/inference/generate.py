@@ -77,6 +77,7 @@ def generate(
 
     Raises:
         UsageError: the prompt leaves no room in the context.
+        TealError: the logits are not finite.
     """
     if len(prompt_tokens) >= session.max_length:
         raise UsageError(
@@ -94,7 +95,7 @@ def generate(
         elapsed = time.perf_counter() - started
         yield Finish("interrupted", Stats(len(prompt_tokens), reused, 0, elapsed, 0.0, None))
         return
-    token = sampler.sample(logits)
+    token = sampler.sample(logits, session.tokens)
     first = last = time.perf_counter()
     count = 0
     with closing(session.decode(token, sampler, max_new_tokens - 1)) as following:

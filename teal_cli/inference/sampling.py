@@ -1,40 +1,65 @@
-"""From logits to the next token: greedy, temperature, top-k and top-p."""
+"""From logits to the next token: greedy, or drawn with what transformers calls warpers."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from teal_cli.errors import UsageError
+from teal_cli.errors import TealError, UsageError
 
 # Top-p needs the likeliest tokens in order, and they nearly always lie within the first 1024:
 # sorting a vocabulary of 49 152 takes a Zen 3 core 4 ms, finding 1024 of them 0.6 ms.
 _FIRST_CANDIDATES = 1024
+
+# Temperatures and penalties are held between this and its inverse, so that no product with a logit
+# leaves float32; a temperature below it counts as 0. The device's sampler has the same bounds.
+_LEAST = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen.
 
-    Applied in this order: `temperature` (0 is greedy), `top_k` (0 is all tokens), `top_p` (the
-    smallest set of tokens whose probabilities, renormalised after top-k, reach it; 1 is all).
+    Applied in this order, which is transformers': `repetition_penalty` (logits of the tokens in
+    the sequence so far are divided by it, or multiplied where negative; 1 is none), `temperature`
+    (0 is greedy, and nothing below is used), `top_k` (-1 and 0 are all tokens), `top_p` (the
+    smallest set of tokens whose probabilities, renormalised after top-k, reach it; 1 is all),
+    `min_p` (tokens with this share of the likeliest one's probability; 0 is all).
     The same `seed` gives the same tokens; None is a new one each time.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
+        if not 0.0 <= self.temperature < math.inf:
             raise UsageError(f"temperature must be 0 or more, got {self.temperature:g}")
-        if not 0 <= self.top_k < 2**31:
-            raise UsageError(f"top-k must be 0 or more, and below 2^31, got {self.top_k}")
+        if not -1 <= self.top_k < 2**31:
+            raise UsageError(
+                f"top-k must be 1 or more, and below 2^31, or 0 or -1 for all, got {self.top_k}"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise UsageError(f"top-p must be above 0 and at most 1, got {self.top_p:g}")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise UsageError(f"min-p must be from 0 to 1, got {self.min_p:g}")
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise UsageError(
+                f"repetition-penalty must be above 0, got {self.repetition_penalty:g}",
+                hint="1 is none, 1.1 a usual one.",
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, without a draw."""
+        return self.temperature < _LEAST or self.top_k == 1
 
 
 class Sampler:
@@ -49,45 +74,90 @@ class Sampler:
             # torch takes 64 bits; Python's remainder folds every other integer into them.
             self._generator.manual_seed(sampling.seed % 2**64)
 
-    def sample(self, logits: Tensor) -> int:
-        """The next token id, from logits [vocab_size] of any float dtype on any device."""
-        if self.sampling.temperature == 0:
-            return int(logits.argmax())
-        probabilities, tokens = candidates(logits, self.sampling)
+    def sample(self, logits: Tensor, tokens: Sequence[int] = ()) -> int:
+        """The next token id.
+
+        Args:
+            logits: [vocab_size], of any float dtype on any device.
+            tokens: the sequence so far, for a repetition penalty.
+
+        Raises:
+            TealError: the logits have a NaN, or infinity, or nothing that is finite.
+        """
+        logits = penalised(logits, tokens, self.sampling.repetition_penalty)
+        largest, likeliest = logits.max(dim=-1)  # NaN, if there is one
+        if not largest.isfinite():
+            raise not_finite()
+        if self.sampling.greedy:
+            return int(likeliest)
+        probabilities, chosen_from = candidates(logits, self.sampling)
         # Drawn on the CPU, so that a seed means the same on every device.
         choice = torch.multinomial(probabilities.cpu(), 1, generator=self._generator)
-        return int(tokens[int(choice)])
+        return int(chosen_from[int(choice)])
 
     def draw_seed(self) -> int:
         """A seed in [0, 2^63) for noise that is made elsewhere; another each time."""
         return int(torch.randint(2**63 - 1, (), generator=self._generator))
 
 
+def not_finite() -> TealError:
+    """The error where the logits leave nothing to choose from."""
+    return TealError(
+        "the logits are not finite, so there is no next token",
+        hint="An activation has overflowed float16, or a weight is damaged: try --dtype bfloat16"
+        " or float32; if the answer was sparse, less --sparsity.",
+    )
+
+
+def penalised(logits: Tensor, tokens: Sequence[int], penalty: float) -> Tensor:
+    """Logits [vocab_size], float32 those of `tokens` made less likely by a penalty above 1.
+
+    The repetition penalty of CTRL (arXiv 1909.05858, section 4.1), as transformers has it.
+    """
+    if penalty == 1 or not tokens:
+        return logits
+    penalty = min(max(penalty, _LEAST), 1 / _LEAST)
+    seen = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
+    logits = logits.float()
+    values = logits[seen]
+    return logits.index_put((seen,), torch.where(values < 0, values * penalty, values / penalty))
+
+
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The tokens that may come next, and their probabilities.
 
     Args:
-        logits: [vocab_size].
-        sampling: a temperature above 0.
+        logits: [vocab_size], penalised; the largest is finite.
+        sampling: one that is not greedy.
 
     Returns:
         Probabilities [C] float32, which sum to 1, and token ids [C] int64; the likeliest first
-        where top-k or top-p is set.
+        where top-p is set.
     """
+    temperature = min(sampling.temperature, 1 / _LEAST)
     # The largest logit is taken off first: a tiny temperature would turn it into infinity.
-    scaled = (logits.float() - logits.max().float()) / sampling.temperature
-    if sampling.top_k:
-        values, tokens = scaled.topk(min(sampling.top_k, scaled.numel()))
-        log_total = torch.logsumexp(values, dim=-1)
-    elif sampling.top_p == 1.0:
-        return torch.softmax(scaled, dim=-1), torch.arange(scaled.numel(), device=logits.device)
-    else:
-        values, tokens = scaled.topk(min(_FIRST_CANDIDATES, scaled.numel()))
-        log_total = torch.logsumexp(scaled, dim=-1)
-        if torch.exp(values - log_total).sum() < sampling.top_p:
-            values, tokens = scaled.sort(descending=True)
+    logits = logits.float() - logits.max().float()
+    tokens = torch.arange(logits.numel(), device=logits.device)
+    if 0 < sampling.top_k < logits.numel():
+        # Those that tie with the last one stay.
+        tokens = (logits >= logits.topk(sampling.top_k).values[-1]).nonzero().flatten()
+        logits = logits[tokens]
+    if sampling.top_p < 1.0:
+        reached = _reaching(logits / temperature, sampling.top_p)
+        logits, tokens = logits[reached], tokens[reached]
+    if sampling.min_p > 0.0:
+        likely = logits >= temperature * math.log(sampling.min_p)
+        logits, tokens = logits[likely], tokens[likely]
+    return torch.softmax(logits / temperature, dim=-1), tokens
+
+
+def _reaching(scores: Tensor, top_p: float) -> Tensor:
+    """Indices of the likeliest scores [C] whose probabilities sum to top_p, the largest first."""
+    log_total = torch.logsumexp(scores, dim=-1)
+    values, order = scores.topk(min(_FIRST_CANDIDATES, scores.numel()))
+    if torch.exp(values - log_total).sum() < top_p:
+        values, order = scores.sort(descending=True)
     probabilities = torch.exp(values - log_total)
     before = probabilities.cumsum(-1) - probabilities
-    kept = int((before < sampling.top_p).sum())
-    probabilities = probabilities[:kept]
-    return probabilities / probabilities.sum(), tokens[:kept]
+    before[0] = -1.0  # the likeliest stays, however small top_p is
+    return order[before < top_p]

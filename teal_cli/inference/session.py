@@ -12,7 +12,7 @@ from torch import Tensor
 from teal_cli.errors import UsageError
 from teal_cli.faults import is_out_of_memory
 from teal_cli.inference.launches import stored_launches
-from teal_cli.inference.sampling import Sampler
+from teal_cli.inference.sampling import Sampler, not_finite
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import PROJECTIONS, SITE_OF
@@ -64,18 +64,24 @@ class _ChoosingStep(Protocol):
         temperature: float,
         top_k: int,
         top_p: float,
+        min_p: float,
+        repetition_penalty: float,
         seed: int,
+        tokens: Sequence[int],
     ) -> None:
-        """Set the first token, and how those after it are chosen."""
+        """Set the first token, those before it, and how those after it are chosen."""
 
     def advance(self) -> None:
         """Run the current token and choose the next, without waiting for either."""
 
     def chosen(self, position: int) -> int:
-        """The token chosen after the one at `position`, one of the last two; waits for it."""
+        """The token chosen after the one at `position`, one of the last two; waits for it.
 
-    def take_back(self) -> None:
-        """Uncount the last `advance`; `start` comes before the next."""
+        Negative where the logits are not finite.
+        """
+
+    def take_back(self, position: int) -> None:
+        """Uncount what ran from `position` on, if anything; `start` comes before the next."""
 
 
 class _DecoderStep:
@@ -112,7 +118,7 @@ class _DecoderStep:
         assert self._thresholds is not None
         columns = [i for i, name in enumerate(PROJECTIONS) if SITE_OF[name] == site]
         levels = self._thresholds[layer, columns[0] : columns[-1] + 1]
-        kept = (x.abs().float() > levels[:, None]).sum(-1)
+        kept = (~(x.abs().float() <= levels[:, None])).sum(-1)
         self._kept[layer, columns[0] : columns[-1] + 1] += kept
 
 
@@ -263,13 +269,16 @@ class Session:
 
         Yields:
             The token that follows those appended so far; it is not appended itself yet.
+
+        Raises:
+            TealError: the logits are not finite.
         """
         end = min(self.position + most, self.max_length)
         if isinstance(self._step, _ChoosingStep):
             yield from self._decode_ahead(self._step, token, sampler, end)
             return
         while self.position < end:
-            token = sampler.sample(self.step(token))
+            token = sampler.sample(self.step(token), self.tokens)
             yield token
 
     def _decode_ahead(
@@ -285,22 +294,25 @@ class Session:
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
             seed=sampler.draw_seed(),
+            tokens=self.tokens,
         )
-        step.advance()
-        ahead = False
         try:
+            step.advance()
             while self.position < end:
-                if ahead := self.position + 1 < end:
+                if self.position + 1 < end:
                     step.advance()
                 chosen = step.chosen(self.position)
+                if chosen < 0:
+                    raise not_finite()
                 self.tokens.append(token)
                 self._steps += 1
                 token = chosen
                 yield token
         finally:
-            if ahead:
-                step.take_back()
+            step.take_back(self.position)
 
     def rewind(self, position: int) -> None:
         """Forget the tokens from `position` on."""

@@ -221,13 +221,13 @@ class Decoder:
 
 
 def threshold(x: Tensor, level: float | Tensor, dense_rows: int = 0) -> Tensor:
-    """Zero the channels with abs(x) <= level, but not in the first `dense_rows` rows.
+    """Zero the channels with abs(x) <= level, but not in the first `dense_rows` rows; keep NaN.
 
     TEAL (arXiv 2408.14690, eq. 1), compared in float32: float16 would round the level.
     """
-    keep = x.abs().float() > level
-    keep[:dense_rows] = True
-    return torch.where(keep, x, 0)
+    drop = x.abs().float() <= level
+    drop[:dense_rows] = False
+    return torch.where(drop, 0, x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +74,31 @@ def test_without_a_name_it_is_the_last_model(chat: Chat, tiny_model: Path) -> No
     assert (code, out) == (0, expected)
 
 
+def test_the_authors_settings_count_unless_an_option_does(
+    chat: Chat, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "tiny-authored")
+    settings = {"do_sample": True, "top_k": "many", "repetition_penalty": 0.02, "num_beams": 4}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    arguments = (model, "-p", "Hello", "-n", "8", "-s", "0", "-t", "0")
+    code, out, said = chat(*arguments)
+    assert (code, out) == (1, "")
+    assert "generation_config.json has top_k 'many'" in said
+    assert "--top-k" in said
+
+    code, penalised, said = chat(*arguments, "--top-k", "-1")
+    assert code == 0
+    assert "num_beams 4" in said
+    assert "top_k" not in said
+    code, plain, _ = chat(*arguments, "--top-k", "-1", "--repetition-penalty", "1")
+    assert (code, plain == penalised) == (0, False)
+    _, dense, _ = chat(tiny_model, *arguments[1:])
+    assert dense == plain
+    code, _, said = chat(*arguments, "--min-p", "2")
+    assert code == 2
+    assert "min-p must be from 0 to 1" in said
+
+
 def test_dense_needs_no_profile_and_says_so(chat: Chat, base_model: Path) -> None:
     code, _, said = chat(base_model, "-p", "Once upon", "-n", "4", "-s", "0")
     assert code == 0
@@ -88,7 +115,7 @@ def test_dense_needs_no_profile_and_says_so(chat: Chat, base_model: Path) -> Non
         ([], b"", 2, "the prompt is empty"),
         ([], b"\xff\xfe", 2, "not UTF-8"),
         (["-p", "x", "--method", "astrology"], b"", 2, "astrology"),
-        (["-p", "x", "--top-k", "-1"], b"", 2, "top-k"),
+        (["-p", "x", "--top-k", "-2"], b"", 2, "top-k"),
         (["-p", "x", "--device", "cuda:99"], b"", 5, "CUDA"),
     ],
     ids=["long", "context", "short-context", "empty", "bytes", "method", "top-k", "device"],

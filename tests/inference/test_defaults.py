@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 
 from teal_cli.errors import TealError
-from teal_cli.inference.defaults import chat_defaults, sampling_defaults, stop_token_ids
+from teal_cli.inference.defaults import (
+    chat_defaults,
+    left_out,
+    sampling_defaults,
+    stop_token_ids,
+)
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.random_weights import SHAPES
 
@@ -33,6 +38,89 @@ def test_defaults_follow_the_size_and_the_model() -> None:
     }
 
 
+LARGE = chat_defaults(SHAPES["llama-2-7b"])
+OURS = {"temperature": 0.7, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ({"do_sample": False}, {"temperature": 0.0, "top_p": 0.9}),
+        ({"do_sample": 0, "temperature": 0.6}, {"temperature": 0.0, "top_p": 0.9}),
+        # What a greedy answer does not use is not looked at; transformers' penalty is used by all.
+        (
+            {"do_sample": False, "top_p": "x", "min_p": -1, "repetition_penalty": 1.1},
+            {"temperature": 0.0, "top_p": 0.9, "repetition_penalty": 1.1},
+        ),
+        ({"do_sample": None, "temperature": None}, OURS),
+        ({"do_sample": True}, OURS),
+        ({"do_sample": True, "temperature": None, "top_k": None}, OURS),
+        ({"repetition_penalty": 1.05}, {**OURS, "repetition_penalty": 1.05}),
+        (
+            {"do_sample": True, "repetition_penalty": 1.05},
+            {**OURS, "repetition_penalty": 1.05},
+        ),
+        ({"do_sample": True, "top_k": -1}, {"temperature": 1.0, "top_k": -1}),
+        (
+            {"do_sample": True, "temperature": None, "min_p": 0.05, "top_k": 0, "top_p": 1},
+            {"temperature": 1.0, "min_p": 0.05, "top_k": 0, "top_p": 1},
+        ),
+    ],
+    ids=str,
+)
+def test_what_the_author_says_is_done(stored: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert sampling_defaults(stored, LARGE) == expected
+
+
+def test_what_is_given_is_not_looked_for() -> None:
+    stored = {"do_sample": True, "temperature": "hot", "top_k": True, "repetition_penalty": -1}
+    given = {"temperature": 0.0, "top_k": 5, "repetition_penalty": 1.2}
+    assert "top_k" not in sampling_defaults(stored, LARGE, given)
+    for name in given:
+        some = {key: value for key, value in given.items() if key != name}
+        with pytest.raises(TealError, match=name.replace("_", ".")) as error:
+            sampling_defaults(stored, LARGE, some)
+        assert error.value.hint == f"Say what you want with --{name.replace('_', '-')}."
+    assert sampling_defaults({"do_sample": "no"}, LARGE, {"temperature": 0.0}) == OURS
+
+
+def test_what_is_left_out_is_named() -> None:
+    stored = {
+        "no_repeat_ngram_size": 3,
+        "num_beams": 4,
+        "bad_words_ids": [[5], [6, 7]],
+        "suppress_tokens": [],
+        "forced_bos_token_id": None,
+        "encoder_repetition_penalty": 1.0,
+        "typical_p": 0.9,
+        "temperature": 0.4,
+        "eos_token_id": [1, 2],
+        "transformers_version": "5.0",
+    }
+    named = ["bad_words_ids [[5], [6, 7]]", "no_repeat_ngram_size 3", "num_beams 4"]
+    assert left_out(stored) == named
+    assert left_out({**stored, "do_sample": True}) == [*named, "typical_p 0.9"]
+    assert left_out({}) == []
+
+
+def test_no_setting_of_transformers_is_passed_over() -> None:
+    """All that its processors of logits read is done here, or named as left out."""
+    import inspect
+    import re
+
+    from transformers import GenerationMixin
+
+    source = inspect.getsource(GenerationMixin._get_logits_processor)
+    read = set(re.findall(r"generation_config\.([a-z]\w+)", source))
+    ours = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+    harmless = {"max_length", "num_return_sequences", "remove_invalid_values", "renormalize_logits"}
+    harmless |= {"use_cache"}
+    asked = dict.fromkeys(read - ours - harmless, 7)
+    assert len(asked) > 15
+    named = {text.split()[0] for text in left_out({"do_sample": True, **asked})}
+    assert named == set(asked)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -42,6 +130,12 @@ def test_defaults_follow_the_size_and_the_model() -> None:
         {"temperature": -1},
         {"temperature": math.nan},
         {"temperature": 10**400},
+        {"do_sample": "yes", "temperature": 0.4},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": math.nan},
+        {"repetition_penalty": "1.1"},
+        {"min_p": 1.5},
+        {"min_p": False},
         {"top_k": 1.5},
         {"top_k": -2},
         {"top_k": {}},

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from teal_cli.errors import UsageError
+from teal_cli.errors import TealError, UsageError
 from teal_cli.inference import session as session_module
 from teal_cli.inference.generate import Finish, Token, generate
-from teal_cli.inference.sampling import Sampler, Sampling
+from teal_cli.inference.sampling import Sampler, Sampling, penalised
 from teal_cli.inference.session import Session
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import PROJECTIONS, SITE_OF
@@ -228,6 +228,46 @@ def test_an_answer_of_nothing_has_no_speed(decoder: Decoder) -> None:
     first, _ = run(session, PROMPT, max_new_tokens=1)
     tokens, finish = run(session, PROMPT, max_new_tokens=9, stop_token_ids=first)
     assert (tokens, finish.stats.new_tokens, finish.stats.tokens_per_s) == ([], 0, None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_penalty_is_over_prompt_and_answer(decoder: Decoder, backend: str) -> None:
+    """In a following turn too: of all that the model sees."""
+    session = Session(decoder, max_length=80, backend=backend)  # type: ignore[arg-type]
+    sampling = Sampling(repetition_penalty=1.4)
+    prompt, plain = [*PROMPT], [*PROMPT]
+    for _ in range(2):
+        expected = list(prompt)
+        for _ in range(6):
+            with torch.inference_mode():
+                logits = decoder.logits(decoder.forward(torch.tensor(expected)))[-1]
+            expected.append(int(penalised(logits, expected, 1.4).argmax()))
+        steps = generate(session, prompt, Sampler(sampling), max_new_tokens=6)
+        answer = [step.id for step in steps if isinstance(step, Token)]
+        assert [*prompt, *answer] == expected
+        prompt = [*expected, 7, 7]
+    plain += run(Session(decoder, max_length=80), plain, max_new_tokens=6)[0]
+    assert plain != prompt[: len(plain)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_that_are_not_finite_are_an_error(
+    decoder: Decoder, backend: str, temperature: float
+) -> None:
+    """From the prompt on, or from a token in the midst of an answer."""
+    session = Session(decoder, max_length=60, backend=backend)  # type: ignore[arg-type]
+    sampler = Sampler(Sampling(temperature, seed=1))
+    steps = generate(session, PROMPT, sampler, max_new_tokens=9)
+    heard = [next(steps), next(steps)]
+    session.cache.values[1, 0, 4, 3] = torch.nan
+    with pytest.raises(TealError, match="logits are not finite"):
+        next(steps)
+    assert len(heard) == 2
+    with pytest.raises(TealError, match="logits are not finite"):
+        next(generate(session, [*session.tokens, 1, 2], sampler, max_new_tokens=9))
+    session.reset()
+    assert run(session, PROMPT, max_new_tokens=4)[1].reason == "length"
 
 
 def test_a_following_turn_computes_only_what_is_new(decoder: Decoder) -> None:

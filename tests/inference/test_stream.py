@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from teal_cli.errors import TealError
 from teal_cli.inference import session as sessions
 from teal_cli.inference.generate import Finish, Token, generate
-from teal_cli.inference.sampling import Sampler, Sampling, candidates
+from teal_cli.inference.sampling import Sampler, Sampling, candidates, penalised
 from teal_cli.inference.session import Session
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
@@ -103,6 +104,63 @@ def test_an_interrupted_answer_ends_where_it_was_heard(decoder: Decoder) -> None
     assert device.realised_sparsity() == pytest.approx(host.realised_sparsity())
 
 
+@pytest.mark.parametrize("where", ["advance", "chosen"])
+def test_an_answer_broken_off_between_launches_counts_for_nothing(
+    decoder: Decoder, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, host = _session(decoder, "auto"), _session(decoder, "reference")
+    steps = generate(device, PROMPT, Sampler(Sampling()), max_new_tokens=9)
+    said = [next(steps) for _ in range(3)]
+    monkeypatch.setattr(device._step, where, _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    monkeypatch.undo()
+    theirs = generate(host, PROMPT, Sampler(Sampling()), max_new_tokens=9)
+    assert said == [next(theirs) for _ in range(3)]
+    assert device.tokens == host.tokens
+    assert device.realised_sparsity() == pytest.approx(host.realised_sparsity())
+    prompt = [*PROMPT, 3, 9]
+    expected, _ = _answer(host, prompt, max_new_tokens=5)
+    assert _answer(device, prompt, max_new_tokens=5)[0] == expected
+
+
+def _interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_penalty_is_the_host_loops(decoder: Decoder) -> None:
+    device, host = _session(decoder, "auto", 40), _session(decoder, "reference", 40)
+    sampling = Sampling(repetition_penalty=1.5)
+    said, _ = _answer(host, PROMPT, sampling, max_new_tokens=8)
+    assert said != _answer(_session(decoder, "reference"), PROMPT, max_new_tokens=8)[0]
+    assert _answer(device, PROMPT, sampling, max_new_tokens=8)[0] == said
+    # After an answer that was taken back, and without the tokens that it had seen.
+    steps = generate(device, PROMPT, Sampler(sampling), max_new_tokens=9)
+    for _ in range(3):
+        next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    prompt = PROMPT[:4]
+    expected, _ = _answer(host, prompt, sampling, max_new_tokens=8)
+    assert _answer(device, prompt, sampling, max_new_tokens=8)[0] == expected
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, interpreted
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(decoder: Decoder, temperature: float) -> None:
+    device = _session(decoder, "auto")
+    steps = generate(device, PROMPT, Sampler(Sampling(temperature)), max_new_tokens=9)
+    said = [next(steps)]
+    device.cache.values[0, 0, 4, 3] = torch.nan
+    with pytest.raises(TealError, match="logits are not finite"):
+        said += list(steps)
+    assert len(said) == 1
+    assert device.tokens == PROMPT
+    device.reset()
+    host = _session(decoder, "reference")
+    expected, _ = _answer(host, PROMPT, max_new_tokens=4)
+    assert _answer(device, PROMPT, max_new_tokens=4)[0] == expected
+
+
 def test_an_abandoned_answer_leaves_the_session_in_order(decoder: Decoder) -> None:
     device, host = _session(decoder, "auto"), _session(decoder, "reference")
     for session in (device, host):
@@ -151,9 +209,9 @@ def test_a_seed_repeats_the_answer(decoder: Decoder, options: dict[str, float]) 
 
 def test_what_is_drawn_is_a_candidate(decoder: Decoder) -> None:
     device, host = _session(decoder, "auto"), _session(decoder, "reference")
-    sampling = Sampling(2.0, top_k=5, top_p=0.8, seed=3)
+    sampling = Sampling(2.0, top_k=5, top_p=0.8, min_p=0.3, repetition_penalty=1.3, seed=3)
     tokens, _ = _answer(device, PROMPT, sampling, max_new_tokens=5)
     logits: Tensor = host.prefill(PROMPT)
     for token in tokens:
-        assert token in candidates(logits, sampling)[1]
+        assert token in candidates(penalised(logits, host.tokens, 1.3), sampling)[1]
         logits = host.step(token)

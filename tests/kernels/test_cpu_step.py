@@ -110,6 +110,21 @@ def test_int4(group: int, threads: int) -> None:
     assert torch.equal(step.kept, exact.kept)
 
 
+@pytest.mark.parametrize("level", [None, 0.3], ids=["dense", "sparse"])
+@pytest.mark.parametrize("group", [None, 0, 64], ids=["float", "int8", "int4"])
+def test_what_is_not_a_number_reaches_the_logits(group: int | None, level: float | None) -> None:
+    """Of one cached value, which no norm comes to see before it is a channel of o's input."""
+    small = Small(hidden=136, inner=192, head_dim=64)
+    if group is not None:
+        small.quantize(dict.fromkeys(MATRICES, group))
+    step = small.step(threads=2)
+    step.set_thresholds(None if level is None else torch.full((2, 7), level))
+    for position in range(3):
+        assert step(position, position).isfinite().all()
+    small.values[1, 0, 1, 5] = torch.nan
+    assert step(3, 3).isnan().all()
+
+
 def test_layers_that_differ_are_refused() -> None:
     small = Small(hidden=48, inner=72, head_dim=12)
     small.quantize({"down": 0})

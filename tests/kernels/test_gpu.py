@@ -72,6 +72,15 @@ def test_ties_are_dropped(device: str) -> None:
     assert y.tolist() == [0.0, 0.0, 0.75, 0.0]
 
 
+@pytest.mark.parametrize("level", [-torch.inf, 0.5])
+def test_what_is_not_a_number_is_kept(level: float, device: str) -> None:
+    from teal_kernels import gpu
+
+    x = torch.tensor([0.1, torch.nan, 2.0], device=device)
+    weight, levels = torch.ones(3, 4, device=device), torch.tensor([level], device=device)
+    assert gpu.sparse_project(x, weight, (0, 4), levels).isnan().all()
+
+
 def test_dropped_rows_are_never_used(device: str) -> None:
     from teal_kernels import gpu
 

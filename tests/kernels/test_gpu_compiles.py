@@ -110,11 +110,11 @@ def test_all_kernels_compile(
         regimes = launch.REGIMES if kind is None else (launch.DENSE, launch.SPARSE)
     for regime in regimes:
         step.expect(regime)
-        for choice in (None, Choice(), Choice(top_k=True, top_p=True)):
+        for choice in (None, Choice(), Choice(True, True, True, True)):
             step.launch_all(choice)
     kernels = {"embed_kernel", "norm_project_kernel", "attention_kernel", "combine_project_kernel"}
     kernels |= {"activate_project_kernel", "logits_kernel", "best_kernel", "advance_kernel"}
-    assert set(compiler.compiled) == kernels | {"peak_kernel", "select_kernel"}
+    assert set(compiler.compiled) == kernels | {"peak_kernel", "select_kernel", "penalise_kernel"}
 
 
 def test_what_prefill_dequantizes_with_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

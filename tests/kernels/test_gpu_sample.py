@@ -5,13 +5,14 @@ On a CUDA device, or in Triton's interpreter (see `../inference/test_stream_inte
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from teal_cli.inference.sampling import Sampling, candidates
+from teal_cli.inference.sampling import Sampler, Sampling, candidates, penalised
 
 pytestmark = pytest.mark.gpu
 
@@ -51,13 +52,14 @@ def _draws(chooser: Any, choice: Any, count: int) -> Tensor:
     return chooser.history[:count].long()
 
 
-def _left(chooser: Any, levels: int) -> list[int]:
+def _left(chooser: Any, choice: Any) -> list[int]:
     """The tokens that the selections left, by their last level's bins."""
+    levels = 4 * choice.selections
     prefix, rest = chooser.state[levels - 1].tolist()
     amounts = chooser.bins[levels - 1].cpu()
     reached = amounts.flip(0).cumsum(0).flip(0) >= rest
     cut = prefix * 256 + int(reached.sum()) - 1
-    bits = chooser.logits.cpu().view(torch.int32).long() & 0xFFFFFFFF
+    bits = chooser._scores(choice).cpu().view(torch.int32).long() & 0xFFFFFFFF
     keys = torch.where(bits >> 31 == 1, 0xFFFFFFFF - bits, bits | 0x80000000)
     return (keys >= cut).nonzero().flatten().tolist()
 
@@ -81,8 +83,8 @@ def test_leaves_what_the_host_leaves(
     token = _choose(chooser, choice)
     _, tokens = candidates(logits, Sampling(0.7, top_k, top_p))
     expected = sorted(tokens.tolist())
-    if any(choice):
-        assert _left(chooser, 4 * sum(choice)) == expected
+    if choice.selections:
+        assert _left(chooser, choice) == expected
     assert token in expected
 
 
@@ -158,10 +160,112 @@ def test_greedy_takes_the_first_of_the_likeliest(
 def test_ties_at_the_cut_stay(device: str) -> None:
     logits = torch.tensor([1.0, 5.0, 3.0, 3.0, -2.0, 3.0, 0.0, -0.5], device=device)
     chooser = _chooser(logits)
-    _choose(chooser, chooser.set(1.0, 2, 1.0, 0))
-    assert _left(chooser, 4) == [1, 2, 3, 5]
-    _choose(chooser, chooser.set(1.0, 0, 0.85, 0))  # 5 alone has 0.70, one 3 more 0.80
-    assert _left(chooser, 4) == [1, 2, 3, 5]
+    for top_k, top_p in ((2, 1.0), (0, 0.85)):  # 5 alone has 0.70, one 3 more 0.80
+        choice = chooser.set(1.0, top_k, top_p, 0)
+        _choose(chooser, choice)
+        assert _left(chooser, choice) == [1, 2, 3, 5]
+    assert candidates(logits, Sampling(1.0, 2))[1].tolist() == [1, 2, 3, 5]
+
+
+def test_min_p_leaves_what_the_host_leaves(device: str) -> None:
+    logits = _logits(300, 1.0, device)
+    for options in ({}, {"top_k": 3}, {"top_p": 0.02}):
+        sampling = Sampling(3.0, min_p=0.6, **options)  # type: ignore[arg-type]
+        chooser = _chooser(logits, 60)
+        choice = chooser.set(3.0, sampling.top_k, sampling.top_p, 5, 0.6)
+        assert choice.min_p
+        expected = set(candidates(logits, sampling)[1].tolist())
+        # Each has a fifth of the probability or more: one of 10^5 seeds misses one of 4.
+        assert 1 < len(expected) <= 4
+        assert set(_draws(chooser, choice, 60).tolist()) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_min_p_cuts_at_its_share_exactly(temperature: float, device: str) -> None:
+    edge = torch.tensor(temperature * math.log(0.5))
+    below = torch.nextafter(edge, torch.tensor(-torch.inf))
+    logits = torch.stack([edge, torch.tensor(0.0), below, edge]).to(device)
+    chooser = _chooser(logits, 60)
+    drawn = _draws(chooser, chooser.set(temperature, 0, 1.0, 5, 0.5), 60)
+    assert set(drawn.tolist()) == {0, 1, 3}
+    assert candidates(logits, Sampling(temperature, min_p=0.5))[1].tolist() == [0, 1, 3]
+
+
+def test_a_penalty_counts_what_was_there_and_what_is_chosen(device: str) -> None:
+    """Greedily on logits that stay: against transformers' own, token by token."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = _logits(300, 1.5, device)
+    logits[11] = 0.0
+    largest = logits.topk(6).indices.tolist()
+    tokens = [largest[1], 11, largest[1], int(logits.argmin())]
+    processor = RepetitionPenaltyLogitsProcessor(2.5)
+    chooser = _chooser(logits, 24)
+    choice = chooser.set(0.0, 0, 1.0, 3, repetition_penalty=2.5, tokens=tokens)
+    for position in range(12):
+        expected = processor(torch.tensor([tokens]), logits.cpu()[None])[0]
+        assert _choose(chooser, choice) == chooser.history[position] == expected.argmax()
+        torch.testing.assert_close(chooser.penalised.cpu(), expected, rtol=0, atol=0)
+        torch.testing.assert_close(penalised(logits.cpu(), tokens, 2.5), expected, rtol=0, atol=0)
+        tokens.append(int(chooser.history[position]))
+    assert len(set(tokens[4:])) > 3
+    # A beginning forgets the tokens of another, and 1 is no penalty.
+    choice = chooser.set(0.0, 0, 1.0, 3, repetition_penalty=2.5, tokens=[2])
+    chooser.launch(choice)
+    seen = torch.zeros(300, dtype=torch.bool).index_fill(0, torch.tensor([2, largest[0]]), True)
+    assert torch.equal(chooser.seen.cpu().bool(), seen)
+    assert not any(chooser.set(0.0, 0, 1.0, 3, repetition_penalty=1.0, tokens=tokens))
+
+
+def test_what_is_cut_is_cut_of_penalised_logits(device: str) -> None:
+    logits = _logits(300, 2.0, device)
+    tokens = logits.topk(3).indices.tolist()
+    for top_k, top_p, min_p in ((5, 1.0, 0.0), (0, 0.7, 0.0), (9, 0.9, 0.0), (0, 1.0, 0.3)):
+        sampling = Sampling(0.9, top_k, top_p, min_p, 3.0)
+        chooser = _chooser(logits)
+        choice = chooser.set(0.9, top_k, top_p, 5, min_p, 3.0, tokens)
+        token = _choose(chooser, choice)
+        left = candidates(penalised(logits, tokens, 3.0), sampling)[1].tolist()
+        assert token in left
+        assert sorted(left) != sorted(candidates(logits, sampling)[1].tolist())
+        if choice.selections:
+            assert _left(chooser, choice) == sorted(left)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1e-50},
+        {"temperature": 5e-324, "top_p": 5e-324, "min_p": 5e-324},
+        {"temperature": 1e300, "top_k": 4, "min_p": 0.5},
+        {"top_k": -1, "top_p": 1e-50},
+        {"top_k": 2**31 - 1, "top_p": 1 - 1e-16},
+        {"min_p": 1.0},
+        {"repetition_penalty": 1e-300},
+        {"repetition_penalty": 1e300, "temperature": 1e-29, "min_p": 1e-300},
+    ],
+    ids=str,
+)
+def test_extremes_are_the_hosts(settings: dict[str, Any], device: str) -> None:
+    logits, tokens = _logits(300, 3.0, device), [4, 9, 250]
+    sampling = Sampling(**{"temperature": 0.8, **settings})
+    chooser = _chooser(logits)
+    choice = chooser.set(
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        7,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        tokens,
+    )
+    token = _choose(chooser, choice)
+    scores = penalised(logits, tokens, sampling.repetition_penalty)
+    if sampling.greedy:
+        assert token == Sampler(sampling).sample(logits, tokens) == scores.argmax()
+    else:
+        assert token in candidates(scores, sampling)[1]
+        assert Sampler(sampling).sample(logits, tokens) in candidates(scores, sampling)[1]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40])
@@ -173,16 +277,36 @@ def test_a_tiny_temperature_is_greedy(temperature: float, device: str) -> None:
         assert _choose(chooser, choice) == int(logits.argmax())
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, interpreted
-def test_strange_logits_still_give_a_token(device: str) -> None:
-    ruled_out = torch.full((40,), -torch.inf, device=device)
-    ruled_out[[3, 17]] = torch.tensor([1.0, 2.0], device=device)
-    broken = torch.full((40,), torch.nan, device=device)
-    for top_k, top_p in ((0, 1.0), (9, 1.0), (0, 0.9)):
-        chooser = _chooser(ruled_out)
-        assert _choose(chooser, chooser.set(1.0, top_k, top_p, 2)) in (3, 17)
-        chooser = _chooser(broken)
-        assert 0 <= _choose(chooser, chooser.set(1.0, top_k, top_p, 2)) < 40
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, interpreted
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 9, 1.0, 0.1), (1.0, 0, 0.9, 0.0)],
+    ids=["greedy", "plain", "top-k and min-p", "top-p"],
+)
+def test_logits_that_are_not_finite_give_no_token(
+    temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, device: str
+) -> None:
+    vocab = 300  # of two programs
+
+    def history(logits: Tensor) -> int:
+        chooser = _chooser(logits.to(device))
+        choice = chooser.set(temperature, top_k, top_p, 2, min_p, penalty, [3, 4])
+        assert 0 <= _choose(chooser, choice) < vocab  # what runs ahead stays in the vocabulary
+        return int(chooser.history[0])
+
+    ruled_out = torch.full((vocab,), -torch.inf)
+    assert history(ruled_out) == -1
+    ruled_out[[3, 277]] = torch.tensor([1.0, 2.0])
+    assert history(ruled_out) in (3, 277)
+    broken = _logits(vocab, 1.0, "cpu")
+    assert history(broken) >= 0
+    for index in (3, 200, 299):
+        for value in (torch.nan, torch.inf):
+            some = broken.clone()
+            some[index] = value
+            assert history(some) == -1
+    assert history(torch.full((vocab,), torch.nan)) == -1
 
 
 def test_advancing_notes_token_position_and_counts(device: str) -> None:
@@ -194,4 +318,4 @@ def test_advancing_notes_token_position_and_counts(device: str) -> None:
         chooser.position.fill_(position)
         assert _choose(chooser, choice) == chooser.history[position] == logits.argmax()
         assert chooser.position.item() == position + 1
-    assert chooser.kept_before[:, 2, 6].tolist() == [4, 5]
+    assert [int(chooser.counts_before(position)[2, 6]) for position in (5, 6)] == [4, 5]

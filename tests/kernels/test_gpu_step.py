@@ -5,6 +5,8 @@ On a CUDA device, or on the CPU in Triton's interpreter (see `test_gpu_interpret
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import pytest
@@ -265,14 +267,155 @@ def test_advancing_runs_ahead_of_the_reader(device: str) -> None:
     step.advance()
     assert [step.chosen(13), step.chosen(14)] == expected[1:]
     assert torch.equal(step.kept, counts[2])
-    step.take_back()
+    step.take_back(14)
     assert torch.equal(step.kept, counts[1])
     step.start(expected[1], 14)
     step.advance()
     assert step.chosen(14) == expected[2]
     assert torch.equal(step.kept, counts[2])
-    step.take_back()
+    step.take_back(15)  # what did not run
+    assert torch.equal(step.kept, counts[2])
+    step.take_back(14)
     assert torch.equal(step.kept, counts[1])
+
+
+def test_two_steps_are_taken_back(device: str) -> None:
+    """Where the host is broken off while it waits for the older one."""
+    step, _ = _step(_decoder("llama", device, num_hidden_layers=1), 40)
+    step.set_thresholds(torch.full((1, 7), 0.3, device=device))
+    token = int(step(3, 12).argmax())
+    before = step.kept
+    step.start(token, 13)
+    step.advance()
+    step.advance()
+    step.take_back(13)
+    assert torch.equal(step.kept, before)
+
+
+class _Breaker:
+    """Launches as a step does, until so many launches are done."""
+
+    def __init__(self, step: Any, error: BaseException) -> None:
+        self.left: float = math.inf
+        self._launch, self._error = step._launch, error
+        step._launch = step.chooser._launch = self
+
+    def __call__(self, *arguments: Any, **constants: Any) -> None:
+        if self.left == 0:
+            raise self._error
+        self.left -= 1
+        self._launch(*arguments, **constants)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["float", "deterministic"])
+def test_a_step_that_is_broken_off_leaves_nothing_behind(deterministic: bool, device: str) -> None:
+    """Before each launch of the chain; on CUDA before each of the first run and of the capture."""
+    decoder = _decoder("qwen3", device, num_hidden_layers=1)
+    levels = torch.full((1, 7), 0.3, device=device)
+    whole, cache = _step(decoder, 40, deterministic=deterministic)
+    step, other = _step(decoder, 40, deterministic=deterministic)
+    other.keys.copy_(cache.keys)
+    other.values.copy_(cache.values)
+    settings: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "min_p": 0.01, "seed": 3}
+    settings |= {"repetition_penalty": 1.2, "tokens": [4, 3]}
+    for each in (whole, step):
+        each.set_thresholds(levels)
+    first = whole(7, 9)
+    whole.start(3, 10, **settings)
+    whole.advance()
+    chosen, expected, counts = whole.chosen(10), whole.logits.clone(), whole.kept
+
+    breaker = _Breaker(step, KeyboardInterrupt())
+    _close(step(7, 9), first)
+    before = step.kept
+
+    def advance(launches: float) -> None:
+        """As for the first time: launch by launch, and on CUDA then captured."""
+        step._graphs.clear()
+        step.start(3, 10, **settings)
+        breaker.left = launches
+        try:
+            step.advance()
+        finally:
+            breaker.left = math.inf
+
+    for launches in itertools.count():
+        try:
+            advance(launches)
+        except KeyboardInterrupt:
+            with pytest.raises(RuntimeError, match="start again"):
+                step.advance()
+            assert torch.equal(step.kept, before)
+            if device == "cuda":
+                assert not torch.cuda.is_current_stream_capturing()
+                assert torch.cuda.current_stream() == torch.cuda.default_stream()
+            _close(step(3, 10), expected)
+            assert torch.equal(step.kept, counts)
+            step.take_back(10)
+        else:
+            break
+    assert launches == 15 * (1 if device == "cpu" else 2)  # 7 up to the logits, 8 for the choice
+    assert step.chosen(10) == chosen
+    _close(step.logits, expected)
+    assert torch.equal(step.kept, counts)
+
+
+def test_a_capture_that_is_refused_is_left(device: str) -> None:
+    """What a capture does not allow ends it with an error of its own, on another stream."""
+    if device == "cpu":
+        return
+    step, _ = _step(_decoder("llama", device, num_hidden_layers=1), 40)
+    expected, launch = step(3, 10), step._launch
+
+    def waiting(*arguments: Any, **constants: Any) -> None:
+        launch(*arguments, **constants)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream().synchronize()
+
+    step._graphs.clear()
+    step._launch = waiting
+    with pytest.raises(RuntimeError):
+        step(3, 10)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    step._launch = launch
+    for _ in range(2):  # launched, then replayed
+        _close(step(3, 10), expected)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("kind", ["float", "deterministic", "int8", "int4"])
+@pytest.mark.parametrize("where", ["value", "bias"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, interpreted
+def test_what_is_not_a_number_reaches_the_logits(
+    where: str, kind: str, sparse: bool, device: str
+) -> None:
+    """In the input of o alone, so that no norm spreads it; or in that of all that follows."""
+    from teal_kernels.gpu import Launch
+
+    config = ModelConfig.from_dict(
+        {**_BASE, **_FAMILIES["qwen2"], "num_hidden_layers": 1, "intermediate_size": 64}
+    )
+    stored = {"int8": Quantization(0), "int4": Quantization(64)}.get(kind)
+    decoder = random_decoder(config, device=device, dtype=torch.float32, seed=1, kind=stored)
+    step, cache = _step(decoder, 40, deterministic=kind == "deterministic")
+    levels = torch.full((1, 7), 0.3, device=device) if sparse else None
+    step.set_thresholds(levels)
+    if sparse:
+        launch = Launch(32, 64, 1, slots=16, more=8)
+        step.launches = step.launches._replace(qkv=launch, o=launch, gate_up=launch, down=launch)
+    assert step(3, 10).isfinite().all()
+    broken = torch.inf if where == "value" else torch.nan
+    if where == "value":
+        cache.values[0, 1, 4, 2] = broken
+    else:
+        decoder.weights.layers[0].qkv_bias[-1] = broken
+    other = decoder.new_cache(40)
+    other.keys.copy_(cache.keys)
+    other.values.copy_(cache.values)
+    tokens = torch.tensor([3], device=device)
+    hidden = decoder.forward(tokens, cache=other, position=10, thresholds=levels)
+    assert decoder.logits(hidden).isnan().all()
+    assert step(3, 10).isnan().all()
 
 
 def test_what_a_caller_can_get_wrong(device: str) -> None:

@@ -47,6 +47,12 @@ def test_a_channel_equal_to_the_threshold_is_dropped() -> None:
     assert y.tolist() == [0.0, 0.0, 0.75]
 
 
+@pytest.mark.parametrize("level", [-math.inf, 0.5, math.inf])
+def test_what_is_not_a_number_is_kept(level: float) -> None:
+    x, weight = torch.tensor([0.1, math.nan, 0.2]), torch.ones(3, 2)
+    assert reference.sparse_project(x, weight, (0, 2), torch.tensor([level])).isnan().all()
+
+
 def test_the_threshold_is_compared_in_float32() -> None:
     x = torch.tensor([0.1], dtype=torch.float16)  # 0.0999756 in float16
     above = torch.tensor([0.1])  # would round to the same float16 number

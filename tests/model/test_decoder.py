@@ -122,6 +122,12 @@ def test_threshold_zero_is_exact_and_infinity_drops_everything() -> None:
         assert decoder.layer(index, hidden, thresholds=levels).equal(hidden)
 
 
+@pytest.mark.parametrize("level", [-torch.inf, 0.5])
+def test_threshold_keeps_what_is_not_a_number(level: float) -> None:
+    x = torch.tensor([[0.1, torch.nan, 2.0]])
+    assert threshold(x, level).isnan().tolist() == [[False, True, False]]
+
+
 def test_threshold_compares_in_float32() -> None:
     level = 0.1  # float16 rounds it to 0.09998, which is an input's value
     x = torch.tensor([[0.1, -0.1, 0.2, 0.0]], dtype=torch.float16)

@@ -62,16 +62,16 @@ def add_bias(dtype, bias, part):
 
 @compiled
 def _compact(x, start, stop, threshold, matrix, layer, rows, factors):
-    """List the channels of x[start:stop] with abs(x) > threshold: addresses of rows, and values.
+    """List the channels of x[start:stop] but those with abs(x) <= threshold, so that NaN stays.
 
-    The list is filled up to whole blocks, and a block to fetch ahead, with a row that counts for
-    nothing.
+    They are listed as addresses of rows, and values, and filled up to whole blocks, and a block to
+    fetch ahead, with a row that counts for nothing.
     """
     count, base = 0, matrix.addresses[layer]
     for i in range(start, stop):
         rows[count] = base + i * matrix.stride
         factors[count] = x[i]
-        count += abs(x[i]) > threshold
+        count += not abs(x[i]) <= threshold
     last = rows[max(count - 1, 0)]
     for i in range(count, (count + ROWS - 1) // ROWS * ROWS + ROWS):
         rows[i] = last

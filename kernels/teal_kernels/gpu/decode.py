@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from teal_kernels.gpu.handover import _fixed, _read, _wait, _zero
+from teal_kernels.gpu.handover import _add, _fixed, _read, _wait, _zero
 from teal_kernels.gpu.tiles import _accumulate, _columns, _fetch_ahead, _pack, _sum_int8, _words
 
 # Rows of small tables, aligned or not by layer: one compilation serves all layers.
@@ -233,7 +233,7 @@ def combine_project_kernel(
             offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
             mask_n = offs_n < N * PACK
             bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-            tl.atomic_add(y_ptr + offs_n, _fixed(y_ptr, bias), mask=mask_n, sem="relaxed")
+            _add(y_ptr + offs_n, bias, mask_n)
     if row < K:  # always; see the module's docstring
         maxima = tl.load(maxima_ptr + heads, mask=mask_sh, other=float("-inf"))
         sums = tl.load(sums_ptr + heads, mask=mask_sh, other=0.0)

@@ -13,8 +13,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Deterministic accumulators are int64: sums of integers do not depend on their order. 36 bits are
-# fraction, so that the residual stream may reach 1e8 and the error of a sum stays near 1e-11.
+# fraction, so that the residual stream may reach 6.7e7 and the error of a sum stays near 1e-11.
 _FIXED_POINT = tl.constexpr(float(1 << 36))
+_LARGEST = tl.constexpr(float(1 << 26))
+# What cannot be held, infinity and NaN, sets the sum to this. Nothing that is added to it
+# afterwards brings it back below a half of it in size, which is where sums are read as NaN.
+_LOST = tl.constexpr((1 << 63) - 1)
 
 
 @triton.jit
@@ -30,6 +34,7 @@ def _read(ptr, mask):
     value = tl.load(ptr, mask=mask, other=0)
     if value.dtype == tl.int64:
         value = value.to(tl.float32) * (1.0 / _FIXED_POINT)
+        value = tl.where(tl.abs(value) < _LARGEST, value, float("nan"))
     return value
 
 
@@ -37,8 +42,19 @@ def _read(ptr, mask):
 def _fixed(ptr, value):
     """A float32 value as the accumulator behind ptr holds it."""
     if ptr.dtype.element_ty == tl.int64:
-        value = (value * _FIXED_POINT).to(tl.int64)
+        held = tl.abs(value) < _LARGEST
+        value = tl.where(held, (tl.where(held, value, 0.0) * _FIXED_POINT).to(tl.int64), _LOST)
     return value
+
+
+@triton.jit
+def _add(ptr, value, mask):
+    """Add float32 values to the accumulators at ptr."""
+    value = _fixed(ptr, value)
+    if value.dtype == tl.int64:
+        tl.atomic_max(ptr, value, mask=mask & (value == _LOST), sem="relaxed")
+        mask = mask & (value != _LOST)
+    tl.atomic_add(ptr, value, mask=mask, sem="relaxed")
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def _sparse_project_kernel(
         threshold = tl.where(offs_n < bound_1, threshold, tl.load(thresholds_ptr + 1))
     if BLOCKS > 2:
         threshold = tl.where(offs_n < bound_2, threshold, tl.load(thresholds_ptr + 2))
-    keep = (tl.abs(x)[:, None] > threshold[None, :]) & mask_k[:, None] & mask_n[None, :]
+    keep = ~(tl.abs(x)[:, None] <= threshold[None, :]) & mask_k[:, None] & mask_n[None, :]
 
     rows = w_ptr + offs_k.to(tl.int64)[:, None] * stride_wk
     w = tl.load(rows + offs_n[None, :], mask=keep, other=0.0).to(tl.float32)

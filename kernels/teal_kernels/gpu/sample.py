@@ -1,131 +1,41 @@
-# mypy: allow-untyped-defs
-# Triton reads annotations of a kernel's parameters as types of its own.
 """Choosing the next token on the device, so that no step waits for the host.
 
-Top-k and top-p each leave the tokens whose logits reach a cut; the largest of what is left, with
-Gumbel noise added, is the choice.
+Top-k, top-p and min-p each leave the tokens whose logits reach a cut; the largest of what is left,
+with Gumbel noise added, is the choice. A repetition penalty changes the logits before all of that.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from teal_kernels.gpu.handover import _wait
-from teal_kernels.gpu.radix import BINS, LEVELS, _descend, _keys, peak_kernel, select_kernel
+from teal_kernels.gpu.draw import ROWS, advance_kernel, best_kernel, penalise_kernel
+from teal_kernels.gpu.radix import BINS, LEVELS, peak_kernel, select_kernel
 
 _BLOCK = 256  # logits a program
 
-# A division by less would turn logits into infinity; by this it is greedy but for exact ties.
-_LEAST_TEMPERATURE = 1e-30
-
-
-@triton.jit
-def _noise(seed, position, offs):
-    """Gumbel noise, a function of seed, position and token.
-
-    -log of an exponential variate -log(1 - u). Float32 is finest where u is near 0, whence the
-    largest noise comes: there log(1 - u) is a power series.
-    """
-    zero = offs * 0
-    bits, _, _, _ = tl.philox(seed, offs, zero + position, zero, zero)
-    u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
-    series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0)))
-    return -tl.log(tl.where(u < 0.001, series, -tl.log(1.0 - tl.minimum(u, 0.9999999))))
-
-
-@triton.jit(do_not_specialize=["levels"])
-def best_kernel(
-    best_ptr,
-    index_ptr,
-    logits_ptr,
-    bins_ptr,
-    state_ptr,
-    temperature_ptr,
-    seed_ptr,
-    position_ptr,
-    V,
-    levels,
-    CUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Each program's best logit and its token; with a temperature, of logit / t + Gumbel noise.
-
-    The largest of perturbed logits is a draw from their softmax (Gumbel 1954). With CUT only the
-    tokens that the selections left take part.
-    """
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < V
-    temperature = tl.load(temperature_ptr)
-    position = tl.load(position_ptr)
-    noise = tl.zeros((BLOCK,), tl.float32)
-    if temperature > 0:
-        noise = _noise(tl.load(seed_ptr), position, offs)
-    _wait(PDL)
-    logits = tl.load(logits_ptr + offs, mask=mask, other=float("-inf"))
-    scores = logits
-    if temperature > 0:
-        scores = logits / temperature + noise
-    if CUT:
-        prefix = tl.load(state_ptr + 2 * levels - 2)
-        rest = tl.load(state_ptr + 2 * levels - 1)
-        cut, _ = _descend(bins_ptr + (levels - 1) * 256, prefix, rest)
-        mask = mask & (_keys(logits) >= cut)
-    scores = tl.where(mask, scores, float("-inf"))
-    best = tl.max(scores, axis=0)
-    tl.store(best_ptr + tl.program_id(0), best)
-    index = tl.min(tl.where(mask & (scores == best), offs, V), axis=0)
-    tl.store(index_ptr + tl.program_id(0), index)
-
-
-@triton.jit
-def advance_kernel(
-    token_ptr,
-    position_ptr,
-    history_ptr,
-    kept_ptr,
-    kept_before_ptr,
-    best_ptr,
-    index_ptr,
-    V,
-    programs,
-    kept_size,
-    PROGRAMS: tl.constexpr,
-    KEPT: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Take the best of all programs' bests as the next token and step one position on.
-
-    What the counts stand at is noted too, in one of two rows by turns.
-    """
-    offs = tl.arange(0, PROGRAMS)
-    mask = offs < programs
-    position = tl.load(position_ptr)
-    _wait(PDL)
-    values = tl.load(best_ptr + offs, mask=mask, other=float("-inf"))
-    indices = tl.load(index_ptr + offs, mask=mask, other=2147483647)
-    best = tl.max(values, axis=0)
-    token = tl.min(tl.where(mask & (values == best), indices, 2147483647), axis=0)
-    token = tl.minimum(token, V - 1)  # logits that are not a number compare with nothing
-    tl.store(token_ptr, token)
-    tl.store(history_ptr + position, token)
-    tl.store(position_ptr, position + 1)
-    offs_k = tl.arange(0, KEPT)
-    kept = tl.load(kept_ptr + offs_k, mask=offs_k < kept_size, other=0)
-    row = kept_before_ptr + (position % 2) * kept_size
-    tl.store(row + offs_k, kept, mask=offs_k < kept_size)
+# Temperatures and penalties are held between this and its inverse, so that no product with a logit
+# leaves float32; a temperature below it counts as 0.
+_LEAST = 1e-30
 
 
 class Choice(NamedTuple):
-    """Which selections a step launches; how strict they are lies in device buffers."""
+    """What a choice takes besides the likeliest; how strict it is lies in device buffers."""
 
     top_k: bool = False
     top_p: bool = False
+    min_p: bool = False
+    penalty: bool = False
+
+    @property
+    def selections(self) -> int:
+        """How many cuts a radix selection finds."""
+        return self.top_k + self.top_p
 
 
 class _Launch(Protocol):
@@ -167,32 +77,64 @@ class Chooser:
 
         self.temperature, self.seed = buffer(1), buffer(1, dtype=torch.int64)
         self.top_k, self.top_p = buffer(1, dtype=torch.int64), buffer(1, dtype=torch.float64)
+        self.floor, self.penalty = buffer(1), buffer(1)
+        self.seen = buffer(self.vocab, dtype=torch.uint8)  # whether a token is in the sequence
+        self.penalised = buffer(self.vocab)
         self.peaks = buffer(self.programs)
         self.bins = buffer(2 * LEVELS, BINS, dtype=torch.int64)
         self.state = buffer(2 * LEVELS, 2, dtype=torch.int64)
         self.best, self.index = buffer(self.programs), buffer(self.programs, dtype=torch.int32)
-        self.kept_before = buffer(2, *kept.shape, dtype=kept.dtype)
+        self.kept_before = buffer(ROWS.value, *kept.shape, dtype=kept.dtype)
         # In the host's memory, where the kernel writes it: the host waits for an event, not a copy.
         self.history = torch.zeros(
             length, dtype=torch.int32, pin_memory=logits.device.type == "cuda"
         )
 
-    def set(self, temperature: float, top_k: int, top_p: float, seed: int) -> Choice:
+    def set(
+        self,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        tokens: Sequence[int] = (),
+    ) -> Choice:
         """Choose by these from the next launch on; the kernels that it takes.
 
         Args:
-            temperature: 0 is greedy.
-            top_k: how many tokens stay; 0 is all.
+            temperature: 0 is greedy, and so is what is nearly 0.
+            top_k: how many tokens stay; 0 or less is all.
             top_p: the smallest set of those that top-k left which reaches this share of their
                 probability stays; 1 is all.
             seed: of the noise; from -2^63 to 2^63 - 1.
+            min_p: of those, the tokens stay that have this share of the likeliest's probability.
+            repetition_penalty: positive logits of tokens that were seen are divided by it, and
+                negative ones multiplied; 1 changes nothing.
+            tokens: those seen so far; the tokens chosen from now on are added.
         """
-        greedy = temperature == 0 or top_k == 1
-        self.temperature.fill_(0.0 if greedy else max(temperature, _LEAST_TEMPERATURE))
+        greedy = temperature < _LEAST or top_k == 1
+        temperature = 0.0 if greedy else min(temperature, 1 / _LEAST)
+        self.temperature.fill_(temperature)
         self.top_k.fill_(min(top_k, self.vocab))
         self.top_p.fill_(top_p)
         self.seed.fill_(seed)
-        return Choice(not greedy and 0 < top_k < self.vocab, not greedy and top_p < 1)
+        self.floor.fill_(temperature * math.log(min_p) if min_p > 0 else -math.inf)
+        penalised = repetition_penalty != 1
+        if penalised:
+            self.penalty.fill_(min(max(repetition_penalty, _LEAST), 1 / _LEAST))
+            self.seen.zero_()
+            self.seen[torch.tensor(tokens, dtype=torch.int64, device=self.seen.device)] = 1
+        if greedy:
+            return Choice(penalty=penalised)
+        return Choice(0 < top_k < self.vocab, top_p < 1, min_p > 0, penalised)
+
+    def counts_before(self, position: int) -> Tensor:
+        """What `kept` stood at before the step at a position, one of the last; to be set at first.
+
+        `advance_kernel` notes it for the position that follows.
+        """
+        return self.kept_before[(position - 1) % ROWS.value]
 
     def launch(self, choice: Choice) -> None:
         """Launch the kernels of one choice."""
@@ -200,13 +142,15 @@ class Chooser:
         self.draw(choice)
 
     def select(self, choice: Choice) -> None:
-        """Find the cut of top-k, and then that of top-p."""
-        if any(choice):
-            self._launch_peak()
+        """Penalise what was seen; then find the cut of top-k, and then that of top-p."""
+        if choice.penalty:
+            self._launch_penalise()
+        if choice.selections or choice.min_p:
+            self._launch_peak(choice)
         level = 0
-        for wanted, by_mass in zip(choice, (False, True), strict=True):
+        for wanted, by_mass in ((choice.top_k, False), (choice.top_p, True)):
             for digit in range(LEVELS if wanted else 0):
-                self._launch_select(level, digit, by_mass)
+                self._launch_select(choice, level, digit, by_mass)
                 level += 1
 
     def draw(self, choice: Choice) -> None:
@@ -217,41 +161,63 @@ class Chooser:
             4,
             self.best,
             self.index,
-            self.logits,
+            self._scores(choice),
             self.bins,
             self.state,
+            self.peaks,
             self.temperature,
+            self.floor,
             self.seed,
             self.position,
             self.vocab,
-            LEVELS * sum(choice),
-            CUT=any(choice),
+            self.programs,
+            LEVELS * choice.selections,
+            CUT=choice.selections > 0,
+            MIN_P=choice.min_p,
+            BLOCK=self.block,
+            PEAKS=triton.next_power_of_2(self.programs),
+        )
+        self._launch_advance(choice)
+
+    def _scores(self, choice: Choice) -> Tensor:
+        """The logits that are chosen from."""
+        return self.penalised if choice.penalty else self.logits
+
+    def _launch_penalise(self) -> None:
+        self._launch(
+            penalise_kernel,
+            (self.programs,),
+            4,
+            self.penalised,
+            self.logits,
+            self.seen,
+            self.penalty,
+            self.vocab,
             BLOCK=self.block,
         )
-        self._launch_advance()
 
-    def _launch_peak(self) -> None:
+    def _launch_peak(self, choice: Choice) -> None:
         self._launch(
             peak_kernel,
             (self.programs,),
             4,
             self.peaks,
             self.bins,
-            self.logits,
+            self._scores(choice),
             self.vocab,
             self.bins.numel(),
             CLEARED=triton.next_power_of_2(triton.cdiv(self.bins.numel(), self.programs)),
             BLOCK=self.block,
         )
 
-    def _launch_select(self, level: int, digit: int, by_mass: bool) -> None:
+    def _launch_select(self, choice: Choice, level: int, digit: int, by_mass: bool) -> None:
         self._launch(
             select_kernel,
             (self.programs,),
             4,
             self.bins,
             self.state,
-            self.logits,
+            self._scores(choice),
             self.peaks,
             self.temperature,
             self.top_k,
@@ -266,7 +232,7 @@ class Chooser:
             PEAKS=triton.next_power_of_2(self.programs),
         )
 
-    def _launch_advance(self) -> None:
+    def _launch_advance(self, choice: Choice) -> None:
         self._launch(
             advance_kernel,
             (1,),
@@ -276,11 +242,12 @@ class Chooser:
             self.history,
             self.kept,
             self.kept_before,
+            self.seen,
             self.best,
             self.index,
-            self.vocab,
             self.programs,
             self.kept.numel(),
+            PENALTY=choice.penalty,
             PROGRAMS=triton.next_power_of_2(self.programs),
             KEPT=triton.next_power_of_2(self.kept.numel()),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ class DecodeStep(Chain):
 
     Sums are float32 and their order varies from run to run, so logits do in their last bits,
     unless the step is deterministic (see `Chain`).
+
+    A step that is broken off, by an exception or an interruption between two launches or in the
+    midst of a capture, counts as not run: what it left is cleaned before anything else is done.
     """
 
     def __init__(self, *, capture: bool = True, **tensors: Any) -> None:
@@ -36,6 +39,7 @@ class DecodeStep(Chain):
         self._graphs: dict[tuple[StepLaunches, Choice | None, int], torch.cuda.CUDAGraph] = {}
         self._choice = Choice()
         self._at = 0  # position of the next `advance`
+        self._begun: int | None = None  # position of a step that has not come to its end
         self._done: tuple[torch.cuda.Event, ...] = ()  # of the last two, by position's parity
         if self.device.type == "cuda":
             self._done = (torch.cuda.Event(), torch.cuda.Event())
@@ -55,10 +59,12 @@ class DecodeStep(Chain):
     @property
     def kept(self) -> Tensor:
         """Channels kept since the counts were cleared, [layers, 7] int64 on the CPU."""
+        self.clean()
         return self._kept.long().cpu()
 
     def clear_counts(self) -> None:
         """Start counting anew."""
+        self.clean()
         self._kept.zero_()
 
     def __call__(self, token: int, position: int) -> Tensor:
@@ -69,7 +75,9 @@ class DecodeStep(Chain):
         """
         self._place(token, position)
         self._run(position, None)
-        return self.logits.clone()
+        logits = self.logits.clone()
+        self._begun = None
+        return logits
 
     def start(
         self,
@@ -79,47 +87,71 @@ class DecodeStep(Chain):
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
+        tokens: Sequence[int] = (),
     ) -> None:
         """Set the token that `advance` runs first, and how it chooses those after it.
 
-        The settings mean what they do in `Chooser.set`. None of them needs a new compilation. The
-        same seed gives the same noise at the same position.
+        The settings mean what they do in `Chooser.set`; `tokens` are those before the first. No
+        setting needs a new compilation. The same seed gives the same noise at the same position.
 
         Raises:
             ValueError: the token or the position is out of range.
         """
         self._place(token, position)
-        self._choice = self.chooser.set(temperature, top_k, top_p, seed)
+        self._choice = self.chooser.set(
+            temperature, top_k, top_p, seed, min_p, repetition_penalty, (*tokens, token)
+        )
         self._at = position
-        self.chooser.kept_before[(position - 1) % 2].copy_(self._kept)
 
     def advance(self) -> None:
         """Run the current token and choose the next, without waiting for either.
 
         Raises:
             ValueError: the cache is full.
+            RuntimeError: a step was broken off, and `start` did not come after it.
         """
+        if self._begun is not None:
+            raise RuntimeError("a step was broken off: start again before advancing")
         if self._at >= self.context:
             raise ValueError(f"the cache is full: it holds {self.context} positions")
         self._run(self._at, self._choice)
         if self._done:
             self._done[self._at % 2].record(torch.cuda.current_stream(self.device))
         self._at += 1
+        self._begun = None
 
     def chosen(self, position: int) -> int:
-        """The token that was chosen after the one at `position`, of the last two; waits for it."""
+        """The token that was chosen after the one at `position`, of the last two; waits for it.
+
+        It is -1 where the logits have a NaN, or infinity, or nothing that is finite.
+        """
         if self._done:
             self._done[position % 2].synchronize()
         return int(self.chooser.history[position])
 
-    def take_back(self) -> None:
-        """Uncount the last `advance`, whose token is not wanted; `start` comes before the next.
+    def take_back(self, position: int) -> None:
+        """Uncount what ran from `position` on, at most two steps; `start` comes before the next.
 
-        What it cached stays until its position is computed again.
+        What they cached stays until their positions are computed again.
         """
-        self._at -= 1
-        self._kept.copy_(self.chooser.kept_before[(self._at - 1) % 2])
+        self.clean()
+        self._at = position
+        self._kept.copy_(self.chooser.counts_before(position))
+
+    def clean(self) -> None:
+        """Make good what a step that was broken off has left, if there is one.
+
+        Of all that kernels add to, the rest is cleared within a step before it is added to. Tokens
+        and positions are set by `start`, and what was cached is written anew with its position.
+        """
+        if self._begun is None:
+            return
+        self.qkv.zero_()
+        self._kept.copy_(self.chooser.counts_before(self._begun))
+        self._begun = None
 
     def _place(self, token: int, position: int) -> None:
         if not 0 <= token < self.vocab or not 0 <= position < self.context:
@@ -127,11 +159,17 @@ class DecodeStep(Chain):
                 f"token {token} at position {position} is outside {self.vocab} tokens "
                 f"or {self.context} positions"
             )
+        self.clean()
         self.token.fill_(token)
         self.position.fill_(position)
+        self.chooser.counts_before(position).copy_(self._kept)
 
     def _run(self, position: int, choice: Choice | None) -> None:
-        """The first time launches kernel by kernel, which compiles them, then captures."""
+        """The first time launches kernel by kernel, which compiles them, then captures.
+
+        The caller says when the step has come to its end.
+        """
+        self._begun = position
         self.reach = _FIRST_REACH
         while self.reach <= position:
             self.reach *= 2
@@ -153,7 +191,11 @@ def _captured(launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
     gc.collect()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # The outer context puts the stream back where a capture that is broken does not end well.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        ):
             launch()
     finally:
         gc.enable()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from teal_kernels.gpu.handover import _fixed
+from teal_kernels.gpu.handover import _add
 from teal_kernels.gpu.projection import INTERPRETED
 
 _COMPILED = tl.constexpr(not INTERPRETED)
@@ -333,12 +333,14 @@ def _accumulate(
     MORE: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Add one tile's product to y float32; channels with abs(x) <= threshold are never loaded.
+    """Add one tile's product to y; channels with abs(x) <= threshold are never loaded.
+
+    NaN is not dropped, so that it reaches the logits and is noticed there.
 
     With SLOTS the survivors are found first, and the tile is of them alone: SLOTS + MORE of every
     32 channels at once, and in a loop those beyond.
     """
-    keep = (tl.abs(x) > threshold) & mask_k
+    keep = ~(tl.abs(x) <= threshold) & mask_k
     if SLOTS == 0:
         kept = tl.sum(keep.to(tl.int32), axis=0)
         w = _load_rows(
@@ -379,6 +381,6 @@ def _accumulate(
     mask_n = offs_n < end * PACK
     if GROUP >= 0:
         y *= tl.load(w_scales_ptr + offs_n, mask=mask_n, other=0.0)
-    tl.atomic_add(y_ptr + offs_n, _fixed(y_ptr, y), mask=mask_n, sem="relaxed")
+    _add(y_ptr + offs_n, y, mask_n)
     if count:
         tl.atomic_add(kept_ptr, kept, sem="relaxed")
