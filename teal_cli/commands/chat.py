@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -24,8 +25,7 @@ from teal_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from teal_cli.inference.conversation import Conversation, Overflow
-    from teal_cli.inference.session import Session
+    from teal_cli.inference.conversation import Conversation
     from teal_cli.model.checkpoint import Checkpoint
     from teal_cli.sparsity.profile import Profile
 
@@ -106,6 +106,32 @@ CompareOption = Annotated[
     bool,
     typer.Option("--compare", help="Answer twice, dense and sparse, and say where they part."),
 ]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End an answer before this text; can be given several times."),
+]
+ThinkOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--think/--no-think",
+        help="Think before answering, or not, where the model has a switch for it."
+        " [default: as its chat template has it]",
+    ),
+]
+ThinkTokensOption = Annotated[
+    int,
+    typer.Option(
+        "--think-tokens", min=1, help="Longest thinking, in tokens; then the answer begins."
+    ),
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        help="Name of the chat template, for a model that has several."
+        " [default: its default, or the only one for talking]",
+    ),
+]
 PlainOption = Annotated[
     bool,
     typer.Option("--plain", help="Show answers as they come, without rendering their Markdown."),
@@ -122,6 +148,10 @@ def chat(
     top_p: TopPOption = None,
     seed: AnswerSeedOption = None,
     max_tokens: MaxTokensOption = 512,
+    stop: StopOption = None,
+    think: ThinkOption = None,
+    think_tokens: ThinkTokensOption = 2048,
+    template: TemplateOption = None,
     context: ContextOption = None,
     overflow: OverflowOption = "truncate",
     compare: CompareOption = False,
@@ -144,6 +174,8 @@ def chat(
     text = _one_shot_prompt(prompt)
     if compare and sparsity == 0:
         raise UsageError("--compare needs a sparsity above 0")
+    if stop and not all(stop):
+        raise UsageError("--stop needs a text")
     reporter = console.reporter()
 
     from teal_cli import pipeline
@@ -176,6 +208,7 @@ def chat(
             checkpoint, device=device, offline=offline, reporter=reporter
         )
 
+    converse = _conversation(checkpoint, given, seed, template, think)
     target = chat_defaults(checkpoint.config).sparsity if sparsity is None else sparsity
     if target > 0:
         profile()  # made before the weights take up memory
@@ -189,11 +222,12 @@ def chat(
         model=checkpoint.name,
         weights=checkpoint.folder.name,
         session=session,
-        conversation=_conversation(checkpoint, session, given, seed, system, overflow),
+        conversation=converse(session, stop_texts=stop or (), system=system, overflow=overflow),
         profile=profile,
         method=method,
         sparsity=0.0,
         max_tokens=max_tokens,
+        think_tokens=think_tokens,
         compare=compare,
         plain=plain or not console.is_rich(sys.stdout),
     )
@@ -206,27 +240,33 @@ def chat(
 
 def _conversation(
     checkpoint: Checkpoint,
-    session: Session,
     given: dict[str, Any],
     seed: int | None,
-    system: str | None,
-    overflow: Overflow,
-) -> Conversation:
-    """A conversation that samples as the user says, else as the model's author does."""
+    template_name: str | None,
+    think: bool | None,
+) -> Callable[..., Conversation]:
+    """Makes a conversation that samples as the user says, else as the model's author does.
+
+    What a checkpoint's files say is checked here, before its weights take up time and memory.
+    """
+    from teal_cli.inference.chat_template import ChatTemplate, check_think
     from teal_cli.inference.conversation import Conversation
-    from teal_cli.inference.defaults import chat_defaults, sampling_defaults, stop_token_ids
+    from teal_cli.inference.defaults import chat_defaults, sampling_defaults
+    from teal_cli.inference.ends import stop_token_ids
     from teal_cli.inference.sampling import Sampler, Sampling
 
     tokenizer = checkpoint.tokenizer()
+    template = ChatTemplate.of(tokenizer, template_name)
+    check_think(template, think)
     defaults = chat_defaults(checkpoint.config)
     chosen = sampling_defaults(checkpoint.generation_defaults(), defaults) | given
-    return Conversation(
-        session,
-        tokenizer,
-        Sampler(Sampling(**chosen, seed=seed)),
-        stop_token_ids=stop_token_ids(checkpoint.eos_token_ids, tokenizer),
-        system=system,
-        overflow=overflow,
+    return partial(
+        Conversation,
+        tokenizer=tokenizer,
+        sampler=Sampler(Sampling(**chosen, seed=seed)),
+        stop_token_ids=stop_token_ids(checkpoint.eos_token_ids, tokenizer, template),
+        template=template,
+        think=think,
     )
 
 

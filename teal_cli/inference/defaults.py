@@ -1,8 +1,8 @@
-"""What a chat does where the user does not say: by the model's size, its files and its template."""
+"""What a chat does where the user does not say: by the model's size and its files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from teal_cli.model.config import ModelConfig
 # Below this size a model loses the thread sooner, to sparsity as to temperature.
 _SMALL_MODEL_WEIGHTS = 1_000_000_000
 _LARGEST = 1e9  # no temperature or top-k is beyond it
-_MARK = "teal-mark"  # stands for an answer where a template is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,32 +63,3 @@ def sampling_defaults(
     except UsageError as error:
         raise TealError(f"the model's generation_config.json is wrong: {error}") from None
     return chosen
-
-
-def stop_token_ids(eos_token_ids: Iterable[int], tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer.
-
-    The generation config's, the tokenizer's, and what the chat template puts after an answer:
-    some configs leave out the token that ends a turn, and name only the one that ends a text.
-    """
-    return frozenset({*eos_token_ids, tokenizer.eos_token_id, _end_of_turn(tokenizer)} - {None})
-
-
-def special_token_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens that stand for no text of their own."""
-    added = tokenizer.added_tokens_decoder.items()
-    return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """The first special token that the chat template puts after an answer."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}]
-    try:
-        text = tokenizer.apply_chat_template(turn, tokenize=False)
-    except Exception:  # foreign code, which is run for good, and explained, with the first prompt
-        return None
-    special = special_token_ids(tokenizer)
-    after = tokenizer.encode(text.rpartition(_MARK)[2], add_special_tokens=False)
-    return next((token for token in after if token in special), None)

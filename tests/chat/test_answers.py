@@ -10,6 +10,7 @@ import pytest
 
 from teal_cli.chat import answers, slash
 from teal_cli.chat.state import Chat
+from teal_cli.inference.text_stream import Text
 from teal_cli.model.decoder import Decoder
 
 
@@ -117,3 +118,19 @@ def test_a_later_ctrl_c_breaks_off_what_does_not_end(
     monkeypatch.setattr(Decoder, "layer", stuck)
     with pytest.raises(KeyboardInterrupt):
         answers.answer(chat, "Hi")
+
+
+def test_thinking_is_shown_beside_the_answer(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish = answers.answer(chat, "Hi").finish
+    capsys.readouterr()
+    steps = [Text("let me", True), Text(" see", True), Text("Yes"), Text("."), finish]
+    monkeypatch.setattr(type(chat.conversation), "answer", lambda *_, **options: iter(steps))
+    assert answers.answer(chat, "Hi").text == "Yes."
+    out, err = capsys.readouterr()
+    assert out == "Yes.\n"
+    assert err.startswith("let me see\n")
+    steps[2:4] = []  # thinking that was cut off
+    assert answers.answer(chat, "Hi").text == ""
+    assert capsys.readouterr().err.startswith("let me see\n")
