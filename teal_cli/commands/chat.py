@@ -114,7 +114,7 @@ ThinkOption = Annotated[
     bool | None,
     typer.Option(
         "--think/--no-think",
-        help="Think before answering, or not, where the model has a switch for it."
+        help="Think before answering (or not, with --no-think), where the model has a switch."
         " [default: as its chat template has it]",
     ),
 ]
