@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,8 +74,8 @@ def _ends_of_turn(tokenizer: Any, template: ChatTemplate) -> set[int]:
         text = template.render(turn, add_generation_prompt=False)
     except TealError:  # explained with the first prompt
         return set()
-    _, mark, rest = text.rpartition(_MARK)
-    after = tokenizer.encode(rest, add_special_tokens=False) if mark else []
+    _, *rest = re.split(_MARK, text, flags=re.IGNORECASE)  # a template may change the case
+    after = tokenizer.encode(rest[-1], add_special_tokens=False) if rest else []
     # Added tokens may be text, as runs of spaces are in some vocabularies.
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     kinds = (special_token_ids(tokenizer), added)

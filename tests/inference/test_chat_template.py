@@ -179,7 +179,9 @@ def test_a_switch_for_thinking_is_found_and_set(tokenizer: Any, name: str) -> No
 
 
 def test_a_switch_is_found_where_content_is_parts(tokenizer: Any) -> None:
-    own = template(tokenizer, EACH.replace("BODY", PARTS) + "{% if enable_thinking %}T{% endif %}")
+    refuses = "{% if messages[0].content is string %}{{ raise_exception('a list') }}{% endif %}"
+    switch = "{% if enable_thinking %}T{% endif %}"
+    own = template(tokenizer, refuses + EACH.replace("BODY", PARTS) + switch)
     assert own.render(USER, think=True).endswith("T")
 
 

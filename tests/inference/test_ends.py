@@ -65,6 +65,13 @@ def test_the_end_of_a_turn_need_not_be_flagged(tokenizer: Any, special: bool, kn
     assert name in names(tokenizer)
 
 
+def test_the_end_is_what_follows_the_answer(tokenizer: Any) -> None:
+    tokenizer.add_tokens(["<end-of-mine>"])
+    each = "{% for m in messages %}<|im_start|>{{ m.content | upper }}<end-of-mine>{% endfor %}"
+    tokenizer.chat_template = each
+    assert names(tokenizer) == {"<|im_end|>", "<|endoftext|>", "<end-of-mine>"}
+
+
 def test_added_tokens_that_are_text_are_no_ends(tokenizer: Any) -> None:
     tokenizer.add_tokens(["   ", "\n\n"])
     tokenizer.chat_template = after("\n\n   <|im_end|>")
