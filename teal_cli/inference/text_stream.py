@@ -127,7 +127,7 @@ class _AnswerText:
         self._detokenizer = Detokenizer(tokenizer, continues=chat_prompt is None)
         self._thinking = None if chat_prompt is None else _Thinking(chat_prompt)
         self._stops = _Stops(stop_texts)
-        # Marks of thinking can be special tokens, which the detokenizer leaves out.
+        # Marks of thinking can be special tokens, which are no text anywhere else.
         self._marks = {
             tokenizer.backend_tokenizer.token_to_id(mark): mark
             for marks in THINKING_MARKS
@@ -152,12 +152,11 @@ class _AnswerText:
 
     def add(self, token: int) -> Iterator[Text]:
         """What may be shown since the last token."""
-        mark = self._marks.get(token)
-        if mark is None:
-            yield from self._sorted(self._detokenizer.add(token))
-        else:
-            yield from self._sorted(self._detokenizer.finish() + mark)
+        if token in self._marks and self._thinking is not None and not self._thinking.is_over:
+            yield from self._sorted(self._detokenizer.finish() + self._marks[token])
             self._detokenizer = Detokenizer(self._tokenizer)
+        else:
+            yield from self._sorted(self._detokenizer.add(token))
 
     def close(self) -> Iterator[Text]:
         """End the thinking, for a model that did not."""
@@ -193,6 +192,11 @@ class _Thinking:
         self._begun = self.end is not None  # whether it is known if there is thinking
         self._lead = True  # whether only space has come yet
         self._held = ""  # may be the start of a mark
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the answer has begun."""
+        return self._begun and self.end is None
 
     def add(self, text: str) -> Iterator[Text]:
         text = self._held + text

@@ -167,7 +167,6 @@ def test_only_what_may_begin_a_stop_text_is_held_back() -> None:
         ("Hi", "Yes", "", "Yes"),
         ("Hi", "<thin ice", "", "<thin ice"),
         ("Hi", "<", "", "<"),
-        ("Hi", "Say <think> or </think>.", "", "Say <think> or </think>."),
         ("Hi", "<think>no end", "no end", ""),
         ("Hi", "<think>no end </thi", "no end </thi", ""),
         ("Hi", "<think></think>", "", ""),
@@ -181,8 +180,16 @@ def test_thinking_is_apart(
     assert answer(said, prompt=prompt)[:2] == (thought, spoken)
 
 
-def test_a_base_model_does_not_think(answer: Answer) -> None:
-    assert answer(" <think>hm", chat=False)[:2] in [("", " <think>hm"), ("", " hm")]
+@pytest.mark.parametrize(
+    ("said", "chat"), [("Say <think> or </think>.", True), (" <think>hm", False)]
+)
+def test_marks_elsewhere_are_what_their_tokens_are(
+    answer: Answer, tokenizer: Any, said: str, chat: bool
+) -> None:
+    """In an answer that did not begin with thinking, and in a base model's text."""
+    tokens = tokenizer.encode(said, add_special_tokens=False)
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert answer(said, chat=chat)[:2] == ("", whole)
 
 
 def test_stop_texts_are_not_looked_for_in_thinking(answer: Answer) -> None:
