@@ -81,15 +81,16 @@ class Printable:
 
     def add(self, text: str) -> str:
         """What may be shown of the text so far, and was not yet."""
-        text = _ESCAPE.sub("", self._held + text)
-        start = text.find("\x1b")
-        if start >= 0 and len(text) - start < _LONGEST_ESCAPE:
-            text, self._held = text[:start], text[start:]
-        else:
-            self._held = ""
-        return _CONTROL.sub("", text)
+        text = self._held + text
+        # What is held back stays as it came: without the sequences in it, it could be another.
+        shown = _ESCAPE.sub(lambda sequence: "\0" * len(sequence[0]), text)
+        start = shown.find("\x1b")
+        if start < 0 or len(text) - start >= _LONGEST_ESCAPE:
+            start = len(text)
+        self._held = text[start:]
+        return _CONTROL.sub("", shown[:start])
 
     def finish(self) -> str:
         """The rest: a sequence that did not end was none."""
         text, self._held = self._held, ""
-        return _CONTROL.sub("", text)
+        return printable(text)

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from teal_cli.inference.detokenizer import Detokenizer, Printable, printable
+
+# The same examples in every run, and as long as a busy machine takes.
+repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=300)
 
 TEXTS = [
     "plain words, 12 of them",
@@ -111,12 +114,14 @@ def test_the_pieces_make_the_text(tokenizer: Any, text: str) -> None:
 
 
 # Numbers beyond the vocabulary are tokens of models whose matrices are padded.
+@repeatable
 @given(tokens=st.lists(st.integers(0, 380), max_size=24))
 def test_any_tokens_stream_as_they_decode(tokenizer: Any, tokens: list[int]) -> None:
     whole = tokenizer.decode(tokens, skip_special_tokens=True)
     assert "".join(streamed(tokenizer, tokens)) == whole
 
 
+@repeatable
 @given(st.data())
 def test_bytes_that_are_nearly_text_stream_as_they_decode(
     tokenizer: Any, data: st.DataObject
@@ -209,6 +214,8 @@ def test_what_a_terminal_would_obey_is_stripped(byte_level: Any, text: str, expe
     assert shown(byte_level, text) == expected
 
 
+@repeatable
+@example("\x1b]\x1b0\n")
 @given(st.text("ab\x1b[]0;m\x07\r\n世", max_size=40))
 def test_stripping_in_pieces_strips_the_whole(text: str) -> None:
     cleaned = Printable()

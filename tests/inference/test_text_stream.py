@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -125,6 +125,7 @@ def test_a_stop_text_within_a_token_cuts_it(decoder: Decoder, tmp_path: Path) ->
     assert "".join(texts) == "some words!"
 
 
+@settings(derandomize=True, deadline=None, database=None, max_examples=300)
 @given(
     pieces=st.lists(st.text("abc", max_size=3), max_size=8),
     stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
