@@ -180,10 +180,11 @@ def confirm(question: str) -> bool:
         return False
 
 
-def print_dim(message: str) -> None:
-    """Print a line of statistics on stderr, dim on a terminal; nothing when quiet."""
+def print_dim(message: str, *, end: str = "\n") -> None:
+    """Print what is beside an answer on stderr, dim on a terminal; nothing when quiet."""
     if not _settings.quiet:
-        print(styled(printable(message), _DIM, sys.stderr), file=sys.stderr, flush=True)
+        text = styled(printable(message), _DIM, sys.stderr)
+        print(text, file=sys.stderr, end=end, flush=True)
 
 
 def is_rich(stream: TextIO) -> bool:

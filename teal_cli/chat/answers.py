@@ -13,9 +13,10 @@ from typing import Protocol
 from teal_cli import console
 from teal_cli.chat.state import Chat
 from teal_cli.chat.waiting import Waiting
-from teal_cli.inference.conversation import Dropped, Text
+from teal_cli.inference.conversation import Dropped
 from teal_cli.inference.generate import Finish
 from teal_cli.inference.sampling import Sampler
+from teal_cli.inference.text_stream import Text
 
 # A second Ctrl-C this soon is the same wish; a later one breaks off whatever still runs.
 _SAME_PRESS_S = 1.0
@@ -62,7 +63,7 @@ def answer(chat: Chat, prompt: str, *, again: bool = False) -> Answer:
 def _answer(chat: Chat, prompt: str, *, again: bool) -> Answer:
     conversation = chat.conversation
     was_nearly_full = conversation.nearly_full
-    writer, said = _writer(chat), ""
+    writer, said, thinking = _writer(chat), "", False
     reporter = console.reporter()
     waiting = Waiting(reporter)
     wanted = reporter.animated and not chat.plain
@@ -70,6 +71,7 @@ def _answer(chat: Chat, prompt: str, *, again: bool) -> Answer:
         steps = conversation.answer(
             prompt,
             max_new_tokens=chat.max_tokens,
+            max_thinking_tokens=chat.think_tokens,
             again=again,
             interrupted=interrupted,
             reporter=waiting,
@@ -77,7 +79,13 @@ def _answer(chat: Chat, prompt: str, *, again: bool) -> Answer:
         try:
             for step in steps:
                 waiting.stop()
-                if isinstance(step, Text):
+                if thinking and not (isinstance(step, Text) and step.thinking):
+                    thinking = False
+                    console.print_dim("")  # ends the last line of the thinking
+                if isinstance(step, Text) and step.thinking:
+                    thinking = True
+                    console.print_dim(step.text, end="")
+                elif isinstance(step, Text):
                     said += step.text
                     writer.write(step.text)
                 elif isinstance(step, Dropped):
@@ -87,6 +95,8 @@ def _answer(chat: Chat, prompt: str, *, again: bool) -> Answer:
         except BaseException:
             if said:
                 writer.close()  # so that what reports it begins a line of its own
+            elif thinking:
+                console.print_dim("")
             raise
         if said or finish.stats.new_tokens:
             writer.close()

@@ -93,6 +93,7 @@ def _show(chat: Chat, _: str) -> Outcome:
         ("settings", _settings(chat)),
         ("context", f"{_context(chat)}, then {conversation.overflow}"),
         ("system", conversation.system or "the template's own, if it has one"),
+        ("thinking", _thinking(chat)),
         ("turns", str(turns)),
     ]
     return Outcome("\n".join(f"{name:<9} {printable(value)}" for name, value in rows))
@@ -144,6 +145,14 @@ def _system(chat: Chat, argument: str) -> Outcome:
     return Outcome("the system message is set" if argument else "there is no system message now")
 
 
+def _think(chat: Chat, argument: str) -> Outcome:
+    choices = {"": chat.conversation.think is not True, "on": True, "off": False, "auto": None}
+    if argument.lower() not in choices:
+        raise UsageError(f"/think takes on, off or auto, not {argument!r}")
+    chat.conversation.set_think(choices[argument.lower()])
+    return Outcome(f"thinking is {_thinking(chat)}")
+
+
 def _retry(chat: Chat, _: str) -> Outcome:
     if chat.conversation.last_prompt is None:
         raise UsageError("there is nothing to answer again yet")
@@ -160,12 +169,13 @@ COMMANDS = {
         _Command("/help", "this list", _help),
         _Command("/clear", "forget what was said; the system message stays", _clear),
         _Command("/sparsity [X]", "change the sparsity at once, or show it", _sparsity),
-        _Command("/set KEY VALUE", "change how answers are made; alone, lists the keys", _set),
+        _Command("/set KEY VALUE", "change one of the settings that /show lists", _set),
         _Command("/show", "show the model and what is set", _show),
         _Command("/stats", "show what the answers took so far", _stats),
         _Command("/save FILE", "store the conversation", _save),
         _Command("/load FILE", "go on from a stored conversation", _load),
         _Command("/system [TEXT]", "set the system message, or take it away", _system),
+        _Command("/think [on|off|auto]", "think before answers, or not", _think),
         _Command("/retry", "answer the last prompt again", _retry),
         _Command("/bye", "leave", _bye),
     )
@@ -185,6 +195,10 @@ def sparsity_of(chat: Chat) -> str:
 
 def _settings(chat: Chat) -> str:
     return " · ".join(f"{key} {chat.setting(key)}" for key in KEYS)
+
+
+def _thinking(chat: Chat) -> str:
+    return {True: "on", False: "off", None: "as the template has it"}[chat.conversation.think]
 
 
 def _context(chat: Chat) -> str:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from teal_cli.sparsity.profile import Profile
 
 SAMPLING_KEYS = ("temperature", "top-k", "top-p", "min-p", "repetition-penalty", "seed")
-KEYS = (*SAMPLING_KEYS, "max-tokens")
+COUNT_KEYS = ("max-tokens", "think-tokens")
+KEYS = (*SAMPLING_KEYS, *COUNT_KEYS)
 
 
 @dataclass(slots=True)
@@ -57,6 +58,7 @@ class Chat:
     method: str | None
     sparsity: float
     max_tokens: int
+    think_tokens: int = 2048
     compare: bool = False
     plain: bool = True
     last: Finish | None = None
@@ -77,8 +79,8 @@ class Chat:
 
     def setting(self, key: str) -> str:
         """The value of one of KEYS, as text."""
-        if key == "max-tokens":
-            return str(self.max_tokens)
+        if key in COUNT_KEYS:
+            return str(getattr(self, key.replace("-", "_")))
         value = getattr(self.conversation.sampler.sampling, key.replace("-", "_"))
         return "none" if value is None else f"{value:g}" if key != "seed" else str(value)
 
@@ -91,11 +93,11 @@ class Chat:
         key = key.lower().replace("_", "-")
         if key not in KEYS:
             raise UsageError(f"there is no setting {key!r}", hint=f"There are: {', '.join(KEYS)}.")
-        if key == "max-tokens":
+        if key in COUNT_KEYS:
             value = _number(key, text, int)
             if value < 1:
-                raise UsageError(f"max-tokens must be 1 or more, got {text}")
-            self.max_tokens = int(value)
+                raise UsageError(f"{key} must be 1 or more, got {text}")
+            setattr(self, key.replace("-", "_"), int(value))
             return
         sampler = self.conversation.sampler
         if key == "seed":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -24,9 +25,8 @@ from teal_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from teal_cli.inference.conversation import Conversation, Overflow
+    from teal_cli.inference.conversation import Conversation
     from teal_cli.inference.sampling import Sampling
-    from teal_cli.inference.session import Session
     from teal_cli.model.checkpoint import Checkpoint
     from teal_cli.sparsity.profile import Profile
 
@@ -124,6 +124,32 @@ CompareOption = Annotated[
     bool,
     typer.Option("--compare", help="Answer twice, dense and sparse, and say where they part."),
 ]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End an answer before this text; can be given several times."),
+]
+ThinkOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--think/--no-think",
+        help="Think before answering (or not, with --no-think), where the model has a switch."
+        " [default: as its chat template has it]",
+    ),
+]
+ThinkTokensOption = Annotated[
+    int,
+    typer.Option(
+        "--think-tokens", min=1, help="Longest thinking, in tokens; then the answer begins."
+    ),
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        help="Name of the chat template, for a model that has several."
+        " [default: its default, or the only one for talking]",
+    ),
+]
 PlainOption = Annotated[
     bool,
     typer.Option("--plain", help="Show answers as they come, without rendering their Markdown."),
@@ -142,6 +168,10 @@ def chat(
     repetition_penalty: RepetitionPenaltyOption = None,
     seed: AnswerSeedOption = None,
     max_tokens: MaxTokensOption = 512,
+    stop: StopOption = None,
+    think: ThinkOption = None,
+    think_tokens: ThinkTokensOption = 2048,
+    template: TemplateOption = None,
     context: ContextOption = None,
     overflow: OverflowOption = "truncate",
     compare: CompareOption = False,
@@ -164,6 +194,8 @@ def chat(
     text = _one_shot_prompt(prompt)
     if compare and sparsity == 0:
         raise UsageError("--compare needs a sparsity above 0")
+    if stop and not all(stop):
+        raise UsageError("--stop needs a text")
     reporter = console.reporter()
 
     from teal_cli import pipeline
@@ -213,6 +245,7 @@ def chat(
             checkpoint, device=device, offline=offline, reporter=reporter
         )
 
+    converse = _conversation(checkpoint, sampling, template, think)
     target = defaults.sparsity if sparsity is None else sparsity
     if target > 0:
         profile()  # made before the weights take up memory
@@ -226,11 +259,12 @@ def chat(
         model=checkpoint.name,
         weights=checkpoint.folder.name,
         session=session,
-        conversation=_conversation(checkpoint, session, sampling, system, overflow),
+        conversation=converse(session, stop_texts=stop or (), system=system, overflow=overflow),
         profile=profile,
         method=method,
         sparsity=0.0,
         max_tokens=max_tokens,
+        think_tokens=think_tokens,
         compare=compare,
         plain=plain or not console.is_rich(sys.stdout),
     )
@@ -243,24 +277,29 @@ def chat(
 
 def _conversation(
     checkpoint: Checkpoint,
-    session: Session,
     sampling: Sampling,
-    system: str | None,
-    overflow: Overflow,
-) -> Conversation:
-    """An empty conversation with a model."""
+    template_name: str | None,
+    think: bool | None,
+) -> Callable[..., Conversation]:
+    """Makes a conversation with a model.
+
+    What a checkpoint's files say is checked here, before its weights take up time and memory.
+    """
+    from teal_cli.inference.chat_template import ChatTemplate, check_think
     from teal_cli.inference.conversation import Conversation
-    from teal_cli.inference.defaults import stop_token_ids
+    from teal_cli.inference.ends import stop_token_ids
     from teal_cli.inference.sampling import Sampler
 
     tokenizer = checkpoint.tokenizer()
-    return Conversation(
-        session,
-        tokenizer,
-        Sampler(sampling),
-        stop_token_ids=stop_token_ids(checkpoint.eos_token_ids, tokenizer),
-        system=system,
-        overflow=overflow,
+    template = ChatTemplate.of(tokenizer, template_name)
+    check_think(template, think)
+    return partial(
+        Conversation,
+        tokenizer=tokenizer,
+        sampler=Sampler(sampling),
+        stop_token_ids=stop_token_ids(checkpoint.eos_token_ids, tokenizer, template),
+        template=template,
+        think=think,
     )
 
 

@@ -6,32 +6,23 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from teal_cli.errors import TealError, UsageError
-from teal_cli.inference.defaults import special_token_ids
-from teal_cli.inference.detokenizer import Detokenizer
-from teal_cli.inference.generate import Finish, Stats, Token, generate
+from teal_cli.errors import UsageError
+from teal_cli.inference.chat_template import ChatTemplate, Message, check_think
+from teal_cli.inference.detokenizer import Printable, printable
+from teal_cli.inference.ends import special_token_ids
+from teal_cli.inference.generate import Finish, Stats, Token
 from teal_cli.inference.sampling import Sampler
 from teal_cli.inference.session import Session
+from teal_cli.inference.text_stream import Limits, Text, generate_text
 from teal_cli.progress import Reporter
 
-Message = dict[str, str]  # role: system, user or assistant; content
 Overflow = Literal["truncate", "stop"]
-
-# Tokens before an answer that tell the detokenizer whether its first word follows a space.
-_CONTEXT_TOKENS = 4
 
 # Turns that must go make room down to this share of the context, so that not every turn after
 # them has to read what is left anew.
 _KEPT_SHARE = 0.75
 # The context counts as nearly full where a turn of this share of it would not fit any more.
 _NEXT_TURN_SHARE = 0.125
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A piece of the answer, ready to be shown."""
-
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +54,10 @@ class Conversation:
         sampler: Sampler,
         *,
         stop_token_ids: Collection[int],
+        stop_texts: Sequence[str] = (),
         system: str | None = None,
+        think: bool | None = None,
+        template: ChatTemplate | None = None,
         overflow: Overflow = "truncate",
     ) -> None:
         """Start a conversation.
@@ -73,13 +67,18 @@ class Conversation:
             tokenizer: a transformers tokenizer.
             sampler: chooses the tokens; may be replaced between turns.
             stop_token_ids: end an answer.
+            stop_texts: end an answer too, which is cut off before them.
             system: a message that comes before the first turn.
+            think: whether the model thinks before it answers; None is as its template has it.
+            template: which of the tokenizer's templates to use, where not the one to talk with.
             overflow: once the context is full, leave out the oldest turns, or take no more.
 
         Raises:
-            UsageError: a system message for a model without a chat template.
+            UsageError: a system message for a model without a chat template, or a choice about
+                thinking for one without a switch.
         """
-        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._template = template or ChatTemplate.of(tokenizer)
+        self.has_template = self._template is not None
         self.sampler = sampler
         self.overflow: Overflow = overflow
         self.last_prompt: str | None = None
@@ -87,12 +86,15 @@ class Conversation:
         self._session = session
         self._tokenizer = tokenizer
         self._stop_token_ids = frozenset(stop_token_ids)
+        self._stop_texts = tuple(stop_texts)
         self._special = special_token_ids(tokenizer)
         self._system: str | None = None
         self._turns: list[Message] = []
         self._hidden = 0  # of _turns, no longer shown to the model
         self._seen: _Seen | None = None
+        self._think: bool | None = None
         self.set_system(system)
+        self.set_think(think)
 
     @property
     def messages(self) -> list[Message]:
@@ -117,6 +119,20 @@ class Conversation:
             )
         self._system = None if text is None else _encodable(text)
 
+    @property
+    def think(self) -> bool | None:
+        """Whether the model is to think before it answers; None leaves that to its template."""
+        return self._think
+
+    def set_think(self, think: bool | None) -> None:
+        """Turn thinking on or off, from the next turn on.
+
+        Raises:
+            UsageError: the model has no switch for it.
+        """
+        check_think(self._template, think)
+        self._think = think
+
     def clear(self) -> None:
         """Forget every turn; the system message stays."""
         self.restore(self._opening())
@@ -140,6 +156,7 @@ class Conversation:
         prompt: str,
         *,
         max_new_tokens: int,
+        max_thinking_tokens: int = 2048,
         again: bool = False,
         interrupted: Callable[[], bool] = lambda: False,
         reporter: Reporter | None = None,
@@ -152,6 +169,7 @@ class Conversation:
         Args:
             prompt: the user's turn, or the text to continue.
             max_new_tokens: where an answer is cut off.
+            max_thinking_tokens: where thinking is cut off, and the answer begins.
             again: this turn takes the last one's place.
             interrupted: asked all the time; the answer ends once it says True.
             reporter: follows the reading of a long prompt.
@@ -165,46 +183,53 @@ class Conversation:
         prompt = _encodable(prompt)
         turns = [*(self._turns[:-2] if again else self._turns), {"role": "user", "content": prompt}]
         hidden = min(self._hidden, len(turns) - 1)
-        text, tokens, hidden = self._prompt(prompt, turns, hidden, max_new_tokens)
+        longest = max_new_tokens
+        if self._template is not None and self._template.knows_thinking and self.think is not False:
+            longest += max_thinking_tokens
+        text, tokens, hidden = self._prompt(prompt, turns, hidden, longest)
         if hidden > self._hidden:
             yield Dropped(sum(turn["role"] == "user" for turn in turns[self._hidden : hidden]))
-        detokenizer = Detokenizer(self._tokenizer, tokens[-_CONTEXT_TOKENS:])
-        said, answered = "", []
-        steps = generate(
+        said, thought, answered = "", "", []
+        cleaned = {thinking: Printable() for thinking in (False, True)}
+        steps = generate_text(
             self._session,
+            self._tokenizer,
             tokens,
             self.sampler,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=self._stop_token_ids,
+            Limits(max_new_tokens, max_thinking_tokens, self._stop_token_ids, self._stop_texts),
+            chat_prompt=text if self.has_template else None,
             interrupted=interrupted,
             reporter=reporter,
         )
         for step in steps:
             if isinstance(step, Token):
                 answered.append(step.id)
-                piece = detokenizer.add(step.id)
+                continue
+            if isinstance(step, Text):
+                piece = Text(cleaned[step.thinking].add(step.text), step.thinking)
             else:
-                piece = detokenizer.finish()
-            if self.has_template and not said:
-                piece = piece.lstrip()  # SentencePiece models begin every answer with a space
-            said += piece
-            if piece:
-                yield Text(piece)
+                piece = Text(cleaned[False].finish())
+            if piece.thinking:
+                thought += piece.text
+            else:
+                said += piece.text
+            if piece.text:
+                yield piece
             if isinstance(step, Finish):
                 if answered or step.reason != "interrupted":
                     self.last_prompt = prompt
                     if self.has_template:
-                        self._turns = [*turns, {"role": "assistant", "content": said}]
+                        self._turns = [*turns, _answer(said, thought)]
                         self._hidden = hidden
-                        self._remember(text + said, tokens, answered)
-                        self.nearly_full = self._is_nearly_full(step.stats, max_new_tokens)
+                        self._remember(text, said, tokens, answered)
+                        self.nearly_full = self._is_nearly_full(step.stats, longest)
                 yield step
 
     def _prompt(
         self, prompt: str, turns: list[Message], hidden: int, max_new_tokens: int
     ) -> tuple[str, list[int], int]:
         """The text and tokens that the model sees, and how many messages it does not see."""
-        if not self.has_template:
+        if self._template is None:
             tokens = self._tokenizer.encode(prompt)
             if not tokens:
                 raise UsageError("the prompt is empty")
@@ -240,15 +265,8 @@ class Conversation:
 
     def _encode(self, turns: list[Message]) -> tuple[str, list[int]]:
         """The text that the template makes, and its tokens: the cache's, as far as it has them."""
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [*self._opening(), *turns], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # whatever the foreign code of a template raises
-            raise TealError(
-                f"the model's chat template does not accept this conversation: {error}",
-                hint="Some models take no system message.",
-            ) from None
+        assert self._template is not None
+        text = self._template.render([*self._opening(), *turns], think=self._think)
         # The template has written the special tokens, so the tokenizer must not add them again.
         if self._seen is not None and text.startswith(self._seen.text):
             rest = self._tokenizer.encode(text[len(self._seen.text) :], add_special_tokens=False)
@@ -257,13 +275,23 @@ class Conversation:
                 return text, [*self._seen.tokens, *rest]
         return text, self._tokenizer.encode(text, add_special_tokens=False)
 
-    def _remember(self, text: str, prompt: list[int], answered: list[int]) -> None:
-        """Keep the tokens of an answer: the same text can be split otherwise than it was said."""
-        hidden_tokens = self._special.intersection(answered)
-        self._seen = None if hidden_tokens else _Seen(text, [*prompt, *answered])
+    def _remember(self, text: str, said: str, prompt: list[int], answered: list[int]) -> None:
+        """Keep the tokens of an answer: the same text can be split otherwise than it was said.
+
+        They must be all of what was said and no more: no special token, thinking or stop text.
+        """
+        if printable(self._tokenizer.decode(answered)).lstrip() == said:
+            self._seen = _Seen(text + said, [*prompt, *answered])
 
     def _opening(self) -> list[Message]:
         return [] if self._system is None else [{"role": "system", "content": self._system}]
+
+
+def _answer(said: str, thought: str) -> Message:
+    message = {"role": "assistant", "content": said}
+    if thought := thought.strip():
+        message["reasoning_content"] = thought
+    return message
 
 
 def _encodable(text: str) -> str:

@@ -1,9 +1,9 @@
-"""What a chat does where the user does not say: by the model's size, its files and its template."""
+"""What a chat does where the user does not say: by the model's size and its files."""
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,6 @@ _LEFT_OUT = {
     "watermarking_config": None,
 }
 _LEFT_OUT_DRAWING = {"epsilon_cutoff": 0, "eta_cutoff": 0, "top_h": None, "typical_p": 1}
-_MARK = "teal-mark"  # stands for an answer where a template is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,32 +121,3 @@ def _unusable(name: str, value: Any, setting: str) -> TealError:
         f"the model's generation_config.json has {name} {reprlib.repr(value)}",
         hint=f"Say what you want with --{setting.replace('_', '-')}.",
     )
-
-
-def stop_token_ids(eos_token_ids: Iterable[int], tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer.
-
-    The generation config's, the tokenizer's, and what the chat template puts after an answer:
-    some configs leave out the token that ends a turn, and name only the one that ends a text.
-    """
-    return frozenset({*eos_token_ids, tokenizer.eos_token_id, _end_of_turn(tokenizer)} - {None})
-
-
-def special_token_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens that stand for no text of their own."""
-    added = tokenizer.added_tokens_decoder.items()
-    return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """The first special token that the chat template puts after an answer."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}]
-    try:
-        text = tokenizer.apply_chat_template(turn, tokenize=False)
-    except Exception:  # foreign code, which is run for good, and explained, with the first prompt
-        return None
-    special = special_token_ids(tokenizer)
-    after = tokenizer.encode(text.rpartition(_MARK)[2], add_special_tokens=False)
-    return next((token for token in after if token in special), None)

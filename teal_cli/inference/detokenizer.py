@@ -2,61 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from typing import Any
 
-from teal_cli.printable import ESCAPE, UNSAFE
+from teal_cli.printable import ESCAPE, UNSAFE, printable
 
-_REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no character, or not yet
-_LONGEST_CHARACTER = 4  # bytes of UTF-8, and so byte tokens
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _LONGEST_ESCAPE = 256
 
 
 class Detokenizer:
-    """Turns a stream of tokens into text: only whole characters, only printable ones."""
+    """Turns a stream of tokens into text whose pieces make what decoding them all at once makes.
 
-    def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
-        """Start after the tokens of `context`, which decide whether a word begins with a space.
+    Special tokens stand for no text. What another token could still change is held back: the
+    bytes of a character that is not whole yet and, where a vocabulary falls back on byte tokens, a
+    run of these, for such a decoder takes a whole run as text or none of it.
+    """
+
+    def __init__(self, tokenizer: Any, *, continues: bool = False) -> None:
+        """Start a text.
 
         Args:
             tokenizer: a transformers tokenizer.
-            context: the last few tokens before the stream; their text is not repeated.
+            continues: whether the text follows another, so that a first word keeps its space,
+                which SentencePiece's decoders take from the beginning of a text.
         """
-        self._tokenizer = tokenizer
-        self._tokens = list(context)
-        self._shown = self._decode()  # text of all of _tokens that has been given out
-        self._held = ""  # the start of an escape sequence that may go on
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer.backend_tokenizer
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
+        before = tokenizer.encode("a", add_special_tokens=False) if continues else []
+        self._stream = DecodeStream(before, skip_special_tokens=True)
+        self._shown: list[int] = before  # the tokens of the last piece, which the next one joins
+        self._pending: list[int] = []  # those after them
+        self._run: list[int] = []  # the byte tokens at the end of _pending, not in the stream yet
 
     def add(self, token: int) -> str:
         """The text that `token` completes, perhaps none."""
-        self._tokens.append(token)
-        text = self._decode()
-        pending = text[len(self._shown) :]
-        if pending.endswith(_REPLACEMENT) and pending.count(_REPLACEMENT) < _LONGEST_CHARACTER:
+        name = self._tokenizer.id_to_token(token)
+        # Left out here: to the stream a skipped token would be the end of a run of bytes.
+        if name is None or token in self._special:
             return ""
-        # Only the latest tokens are kept: decoding the whole answer anew for each would take
-        # time that grows with its square.
-        self._tokens = self._tokens[-_LONGEST_CHARACTER:]
-        self._shown = self._decode()
-        return self._printable(pending)
+        self._pending.append(token)
+        self._run.append(token)
+        if _BYTE_TOKEN.fullmatch(name):
+            return ""
+        piece = self._stream.step(self._tokenizer, self._run)
+        self._run = []
+        if not piece:
+            return ""
+        self._shown, self._pending = self._pending, []
+        return str(piece)
 
     def finish(self) -> str:
-        """The rest; a character whose bytes did not all come is dropped."""
-        pending = self._decode()[len(self._shown) :].rstrip(_REPLACEMENT)
-        text = self._printable(pending) + UNSAFE.sub("", self._held)
-        self._held = ""
-        return text
+        """The rest; U+FFFD stands for a character whose bytes did not all come."""
+        shown, pending, self._pending, self._run = self._shown, self._pending, [], []
+        return self._decode([*shown, *pending])[len(self._decode(shown)) :]
 
-    def _decode(self) -> str:
-        return self._tokenizer.decode(
-            self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _printable(self, text: str) -> str:
-        text = ESCAPE.sub("", self._held + text)
-        start = text.find("\x1b")
-        if start >= 0 and len(text) - start < _LONGEST_ESCAPE:
-            text, self._held = text[:start], text[start:]
-        else:
-            self._held = ""
-        return UNSAFE.sub("", text)
+
+class Printable:
+    """`printable` for a text that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._held = ""  # the start of an escape sequence that may go on
+
+    def add(self, text: str) -> str:
+        """What may be shown of the text so far, and was not yet."""
+        text = self._held + text
+        # What is held back stays as it came: without the sequences in it, it could be another.
+        shown = ESCAPE.sub(lambda sequence: "\0" * len(sequence[0]), text)
+        start = shown.find("\x1b")
+        if start < 0 or len(text) - start >= _LONGEST_ESCAPE:
+            start = len(text)
+        self._held = text[start:]
+        return UNSAFE.sub("", shown[:start])
+
+    def finish(self) -> str:
+        """The rest: a sequence that did not end was none."""
+        text, self._held = self._held, ""
+        return printable(text)

@@ -10,10 +10,11 @@ from typing import Any
 
 from teal_cli.errors import MissingError, TealError
 from teal_cli.faults import reason
-from teal_cli.inference.conversation import Message
+from teal_cli.inference.chat_template import Message
 from teal_cli.store import artifacts
 
 _ROLES = ("system", "user", "assistant")
+_TEXTS = ("content", "reasoning_content")  # a message's, the second where there was thinking
 _LARGEST_BYTES = 64_000_000
 
 
@@ -70,7 +71,7 @@ class Transcript:
             raise TealError(f"{path} is damaged: its messages are not what teal writes")
         if not _in_order([message["role"] for message in messages]):
             raise TealError(f"{path} is damaged: its turns are not in order")
-        kept = [{"role": m["role"], "content": m["content"]} for m in messages]
+        kept = [{k: m[k] for k in ("role", *_TEXTS) if k in m} for m in messages]
         return cls(str(content.get("model")), kept)
 
 
@@ -85,9 +86,11 @@ def _is_conversation(path: Path) -> bool:
 def _is_message(value: Any) -> bool:
     if not isinstance(value, dict) or value.get("role") not in _ROLES:
         return False
-    content = value.get("content")
+    texts = [value[name] for name in _TEXTS if name in value]
     # Half a surrogate pair passes JSON, but no tokenizer.
-    return isinstance(content, str) and not any("\ud800" <= c <= "\udfff" for c in content)
+    return "content" in value and all(
+        isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text) for text in texts
+    )
 
 
 def _in_order(roles: list[str]) -> bool:

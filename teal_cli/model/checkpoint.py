@@ -145,20 +145,21 @@ class Checkpoint:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the generation config's, else the config's.
+        """Tokens that end a text: the generation config's, else the config's.
+
+        Numbers that are no token of the vocabulary, such as -1, stand for none.
 
         Raises:
             TealError: they are not token ids.
         """
-        ids = self.generation_defaults().get("eos_token_id")
-        if ids is None:
-            ids = read_object(self.folder / "config.json").get("eos_token_id")
-        if ids is None:
-            return ()
-        ids = ids if isinstance(ids, list) else [ids]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise TealError(f"eos_token_id of {self.name} is {ids!r}, not numbers of tokens")
-        return tuple(ids)
+        for content in (self.generation_defaults(), read_object(self.folder / "config.json")):
+            ids = content.get("eos_token_id")
+            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+                raise TealError(f"eos_token_id of {self.name} is {ids!r}, not numbers of tokens")
+            if found := tuple(i for i in ids if 0 <= i < self.config.vocab_size):
+                return found
+        return ()
 
 
 def _wrong_field(manifest: dict[str, Any]) -> str | None:

@@ -124,13 +124,17 @@ def _hf_name(name: str) -> str:
 
 
 def _token_ids(metadata: dict[str, Any]) -> dict[str, Any]:
-    names = {"bos": "bos", "eos": "eos", "padding": "pad"}
-    ids: dict[str, Any] = {
-        f"{ours}_token_id": metadata[f"tokenizer.ggml.{theirs}_token_id"]
-        for theirs, ours in names.items()
-        if f"tokenizer.ggml.{theirs}_token_id" in metadata
+    """bos_token_id, pad_token_id and, for every token that ends a text, turn or message, eos's."""
+    count = len(metadata.get("tokenizer.ggml.tokens", ()))
+
+    def named(kind: str) -> list[int]:
+        number = metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        return [number] if isinstance(number, int) and 0 <= number < count else []
+
+    ends = list(dict.fromkeys([*named("eos"), *named("eot"), *named("eom")]))
+    found = {"bos": named("bos"), "eos": ends, "pad": named("padding")}
+    return {
+        f"{name}_token_id": numbers[0] if len(numbers) == 1 else numbers
+        for name, numbers in found.items()
+        if numbers
     }
-    end_of_turn = metadata.get("tokenizer.ggml.eot_token_id")
-    if end_of_turn is not None and end_of_turn != ids.get("eos_token_id"):
-        ids["eos_token_id"] = [i for i in (ids.get("eos_token_id"), end_of_turn) if i is not None]
-    return ids

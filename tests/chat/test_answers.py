@@ -11,7 +11,7 @@ import pytest
 
 from teal_cli.chat import answers, slash
 from teal_cli.chat.state import Chat
-from teal_cli.inference.conversation import Text
+from teal_cli.inference.text_stream import Text
 from teal_cli.model.decoder import Decoder
 
 
@@ -136,3 +136,19 @@ def test_an_answer_that_fails_ends_its_line(
     with pytest.raises(error):
         answers.answer(chat, "Hi")
     assert capsys.readouterr().out == "half a line\n"
+
+
+def test_thinking_is_shown_beside_the_answer(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish = answers.answer(chat, "Hi").finish
+    capsys.readouterr()
+    steps = [Text("let me", True), Text(" see", True), Text("Yes"), Text("."), finish]
+    monkeypatch.setattr(type(chat.conversation), "answer", lambda *_, **options: iter(steps))
+    assert answers.answer(chat, "Hi").text == "Yes."
+    out, err = capsys.readouterr()
+    assert out == "Yes.\n"
+    assert err.startswith("let me see\n")
+    steps[2:4] = []  # thinking that was cut off
+    assert answers.answer(chat, "Hi").text == ""
+    assert capsys.readouterr().err.startswith("let me see\n")

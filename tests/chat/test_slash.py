@@ -11,6 +11,7 @@ from teal_cli.chat import answers, slash
 from teal_cli.chat.slash import Outcome
 from teal_cli.chat.state import KEYS, Chat
 from teal_cli.errors import TealError, UsageError
+from teal_cli.inference.chat_template import ChatTemplate
 
 
 def test_sparsity_changes_the_loaded_model_at_once(chat: Chat, profile: Any) -> None:
@@ -47,6 +48,7 @@ def test_a_wrong_sparsity_changes_nothing(chat: Chat, value: str) -> None:
         ("/set seed 7", "seed", "7"),
         ("/set seed none", "seed", "none"),
         ("/set max-tokens 3", "max-tokens", "3"),
+        ("/set think-tokens 30", "think-tokens", "30"),
     ],
 )
 def test_set_changes_a_setting(chat: Chat, line: str, key: str, value: str) -> None:
@@ -71,6 +73,9 @@ def test_set_changes_a_setting(chat: Chat, line: str, key: str, value: str) -> N
         ("/set min-p nan", "min-p must be"),
         ("/set repetition-penalty 0", "repetition-penalty must be"),
         ("/set max-tokens 0", "max-tokens must be"),
+        ("/set think-tokens 0", "think-tokens must be"),
+        ("/think maybe", "takes on, off or auto"),
+        ("/think", "no switch for thinking"),
         ("/foo", "no command /foo"),
         ("/", "no command /"),
         ("/etc/passwd is what?", "no command /etc/passwd"),
@@ -102,7 +107,7 @@ def test_a_setting_counts_from_the_next_token_on(chat: Chat) -> None:
 
 def test_help_names_every_command(chat: Chat) -> None:
     text = slash.run(chat, "/help").text
-    names = "/help /clear /sparsity /set /show /stats /save /load /system /retry /bye"
+    names = "/help /clear /sparsity /set /show /stats /save /load /system /think /retry /bye"
     assert all(f"{name} " in text for name in names.split())
     assert all(len(line) < 80 for line in text.splitlines())
     assert slash.run(chat, "/bye") == Outcome(leave=True)
@@ -146,6 +151,18 @@ def test_a_conversation_is_saved_and_goes_on(chat: Chat, tmp_path: Path) -> None
     with pytest.raises(TealError, match="is no conversation"):
         slash.run(chat, f"/load {path}")
     assert chat.conversation.messages == said
+
+
+def test_thinking_is_turned_on_and_off(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not chat.conversation.has_template:
+        pytest.skip("needs a template")
+    monkeypatch.setattr(ChatTemplate, "switches", ("thinking",))
+    told = {"/think": "on", "/think off": "off", "/think on": "on", "/think auto": "as the"}
+    for line, state in told.items():
+        assert slash.run(chat, line).text.startswith(f"thinking is {state}")
+        assert f"thinking  {state}" in slash.run(chat, "/show").text
+    slash.run(chat, "/think on")
+    assert slash.run(chat, "/think").text == "thinking is off"
 
 
 def test_show_does_not_obey_what_others_wrote(chat: Chat) -> None:

@@ -59,6 +59,23 @@ def test_one_shot_prints_the_answer_only(chat: Chat, tiny_model: Path) -> None:
     assert (code, again, said) == (0, first, "")  # nothing is left to make, and the seed holds
 
 
+def test_an_answer_ends_before_a_stop_text(chat: Chat, tiny_model: Path) -> None:
+    arguments = (tiny_model, "--prompt", "Hello", "-n", "20", "-t", "0", "-s", "0")
+    whole = chat(*arguments)[1].removesuffix("\n")
+    stops = whole[8:10], whole[5:8]
+    code, cut, said = chat(*arguments, "--stop", stops[0], "--stop", stops[1])
+    assert (code, cut) == (0, whole[: whole.index(stops[1])] + "\n")
+    assert "cut off" not in said
+    assert chat(*arguments, "--stop", "")[0] == 2
+
+
+def test_what_a_model_has_no_choice_of_is_said(chat: Chat, tiny_model: Path) -> None:
+    code, _, said = chat(tiny_model, "--prompt", "Hi", "--no-think")
+    assert (code, "no switch for thinking" in said) == (2, True)
+    code, _, said = chat(tiny_model, "--prompt", "Hi", "--template", "rag")
+    assert (code, "one chat template" in said) == (2, True)
+
+
 def test_a_pipe_is_a_prompt(chat: Chat, tiny_model: Path) -> None:
     options = ("-n", "8", "--seed", "3", "-s", "0", "-q")
     _, expected, _ = chat(tiny_model, "--prompt", "Grüße\n", *options)

@@ -63,7 +63,8 @@ def row(parameter: Any, annotation: Any) -> str:
         name = f"`{parameter.metavar}`"
     else:
         value = value_name(annotation)
-        name = ", ".join(f"`{option}`" for option in sorted(parameter.opts, key=len))
+        options = [*parameter.opts, *parameter.secondary_opts]
+        name = ", ".join(f"`{option}`" for option in sorted(options, key=len))
         name += f" {parameter.metavar or value}" if value else ""
     text = parameter.help
     if parameter.default is not None and parameter.default is not False:

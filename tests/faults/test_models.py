@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model.sources import source_of
 
+from teal_cli.inference.chat_template import ChatTemplate
 from teal_cli.inference.conversation import Conversation
-from teal_cli.inference.defaults import chat_defaults, sampling_defaults, stop_token_ids
+from teal_cli.inference.defaults import chat_defaults, sampling_defaults
+from teal_cli.inference.ends import stop_token_ids
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
 from teal_cli.model.checkpoint import Checkpoint, load_tokenizer
@@ -196,7 +198,7 @@ def talk(folder: Path, session: Session) -> None:
         session,
         tokenizer,
         Sampler(Sampling(temperature=0.0)),
-        stop_token_ids=stop_token_ids((2,), tokenizer),
+        stop_token_ids=stop_token_ids((2,), tokenizer, ChatTemplate.of(tokenizer)),
     )
     list(conversation.answer("Hi", max_new_tokens=2))
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from teal_cli.errors import TealError, UsageError
-from teal_cli.inference.conversation import Conversation, Dropped, Text
+from teal_cli.inference.conversation import Conversation, Dropped
 from teal_cli.inference.generate import Finish
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
+from teal_cli.inference.text_stream import Text
 from teal_cli.model.decoder import Decoder
 
 
@@ -217,6 +218,73 @@ def test_a_turn_that_is_too_long_alone_is_refused(start: Start) -> None:
     with pytest.raises(UsageError, match="no room"):
         ask(conversation, "long " * 20)
     assert conversation.last_prompt == "Hi"
+
+
+def test_what_a_stop_text_cut_off_is_not_remembered(start: Start, tokenizer: Any) -> None:
+    conversation, session = start("One.END two", "Three", stop_texts=["END"])
+    assert ask(conversation, "Hi")[0] == "One."
+    if not tokenizer.chat_template:
+        return
+    assert conversation.messages[-1] == {"role": "assistant", "content": "One."}
+    opening = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nOne."
+    _, finish = ask(conversation, "Hey")
+    assert tokenizer.decode(session.tokens) == (
+        f"{opening}<|im_end|>\n<|im_start|>user\nHey<|im_end|>\n<|im_start|>assistant\nThree"
+    )
+    # All that was said before the cut is in the cache still.
+    assert finish.stats.reused_tokens == len(tokenizer.encode(opening))
+
+
+def test_thinking_stays_out_of_what_comes_after(start: Start, tokenizer: Any) -> None:
+    if not tokenizer.chat_template:
+        pytest.skip("needs a template")
+    conversation, session = start("<think>\nhm\n</think>\n\nYes", "No", "So")
+    *pieces, _ = conversation.answer("Hi", max_new_tokens=50)
+    texts = [piece for piece in pieces if isinstance(piece, Text)]
+    assert "".join(piece.text for piece in texts if piece.thinking) == "hm"
+    answer = {"role": "assistant", "content": "Yes", "reasoning_content": "hm"}
+    assert conversation.messages[-1] == answer
+    _, finish = ask(conversation, "Hey")
+    expected = tokenizer.apply_chat_template(conversation.messages[:-1], tokenize=False)
+    assert "think" not in expected
+    sent = tokenizer.decode(session.tokens)
+    assert sent == expected + "<|im_start|>assistant\nNo"
+    # The first prompt's tokens are in the cache; its answer was computed after the thinking.
+    assert finish.stats.reused_tokens == len(tokenizer.encode(expected.partition("Yes")[0]))
+    _, finish = ask(conversation, "Hey")
+    assert finish.stats.reused_tokens == len(tokenizer.encode(sent))
+
+
+def test_an_answer_whose_tokens_say_more_than_its_text_is_read_anew(
+    start: Start, tokenizer: Any
+) -> None:
+    if not tokenizer.chat_template:
+        pytest.skip("needs a template")
+    conversation, session = start("One<|im_start|>more", "Two")
+    assert ask(conversation, "Hi")[0] == "Onemore"
+    ask(conversation, "Hey")
+    assert tokenizer.decode(session.tokens).count("<|im_start|>") == 4
+    assert "Onemore<|im_end|>" in tokenizer.decode(session.tokens)
+
+
+def test_a_switch_for_thinking_reaches_the_template(
+    start: Start, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not tokenizer.chat_template:
+        with pytest.raises(UsageError, match="no switch for thinking"):
+            start("x", think=True)
+        return
+    with pytest.raises(UsageError, match="no switch for thinking"):
+        start("x", think=False)
+    source = tokenizer.chat_template + "{% if enable_thinking is false %}<think></think>{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", source)
+    conversation, session = start("One", "Two", think=False)
+    assert conversation.think is False
+    ask(conversation, "Hi")
+    assert tokenizer.decode(session.tokens).endswith("assistant\n<think></think>One")
+    conversation.set_think(None)
+    ask(conversation, "Hey")
+    assert tokenizer.decode(session.tokens).count("<think>") == 0
 
 
 def test_bytes_that_are_no_utf8_do_no_harm(start: Start) -> None:

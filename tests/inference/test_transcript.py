@@ -15,7 +15,7 @@ from teal_cli.inference.transcript import Transcript
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Grüße 👍"},
-    {"role": "assistant", "content": "Hi\n\tthere"},
+    {"role": "assistant", "content": "Hi\n\tthere", "reasoning_content": "greet"},
 ]
 
 

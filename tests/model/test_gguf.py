@@ -71,6 +71,11 @@ def test_config_is_the_one_that_was_meant(tmp_path: Path) -> None:
     end = {"tokenizer.ggml.eot_token_id": 5}
     config = GgufFile(write_gguf(tmp_path / "eot.gguf", model, metadata=end)).config
     assert config["eos_token_id"] == [1, 5]
+    ends = {"eos": 4, "eot": 4, "eom": 6, "padding": 10**6}
+    end = {f"tokenizer.ggml.{name}_token_id": number for name, number in ends.items()}
+    config = GgufFile(write_gguf(tmp_path / "ends.gguf", model, metadata=end)).config
+    assert config["eos_token_id"] == [4, 6]
+    assert "pad_token_id" not in config
 
 
 @pytest.mark.parametrize(
