@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from model.edits import edit_config, edit_weights
 from model.families import FAMILIES, hf_model
 from model.sources import save_folder, source_of
 from safetensors.torch import load_file, save_file
@@ -114,23 +115,6 @@ def test_skips_when_up_to_date(tiny_folder: Path, teal_home: Path) -> None:
         tiny_folder / "model.safetensors",
     )
     assert converted(tiny_folder).fingerprint != first.fingerprint  # the source changed
-
-
-def edit_config(**changes: Any) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    return edit
-
-
-def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "model.safetensors")
-
-    return edit
 
 
 def shard_named(name: Any) -> Callable[[Path], None]:
