@@ -4,4 +4,5 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("differential.comparisons")  # so that a row says what differs
+# So that a row says what differs.
+pytest.register_assert_rewrite("differential.comparisons", "differential.answers")

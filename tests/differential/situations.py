@@ -154,7 +154,7 @@ def as_gguf(
         written = write_gguf_file(
             made.folder.parent / name,
             made.model,
-            tokenizer=gguf_tokenizer(made.folder, pre),
+            tokenizer=gguf_tokenizer(made.folder, pre, made.model.config.vocab_size),
             metadata=keys,
             **own,
         )

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from benchmark.commands import runner
-from differential.rows import chat, context, quantized, refused, text, weights
+from differential.rows import chat, context, quantized, refused, settings, text, weights
 from differential.situations import Situation
 
 TABLE = [
     pytest.param(row, family, id=f"{module.__name__.rpartition('.')[2]}: {row.name} [{family}]")
-    for module in (text, weights, quantized, context, chat, refused)
+    for module in (text, weights, quantized, context, chat, settings, refused)
     for row in module.ROWS
     for family in row.families
 ]

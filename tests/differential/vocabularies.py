@@ -20,7 +20,8 @@ from tokenizers import (
 )
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # GGUF's token types
+# GGUF's token types.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 # How text is cut before the merges, as the models' own tokenizer.json files say it.
 _WORDS = (
@@ -99,11 +100,13 @@ def byte_level(
     return tokenizer
 
 
-def sentencepiece(*, metaspace: bool = False, begins: bool = True) -> Tokenizer:
+def sentencepiece(
+    *, metaspace: bool = False, begins: bool = True, prefix: bool = True
+) -> Tokenizer:
     """Byte-pair encoding with byte fallback over ASCII: Llama 2, Mistral, TinyLlama.
 
     Spaces become marks in the normaliser, or (`metaspace`) in the pre-tokenizer, which is what
-    later files say; `begins` puts <s> before a text.
+    later files say; `begins` puts <s> before a text, `prefix` a space.
     """
     merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "["), ("I", "N"), ("S", "T")]
     merges += [("IN", "ST"), ("▁", "▁"), ("▁", "1")]
@@ -117,12 +120,10 @@ def sentencepiece(*, metaspace: bool = False, begins: bool = True) -> Tokenizer:
     if metaspace:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     else:
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-    tokenizer.decoder = decoders.Sequence(
-        [marks, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+        before = [normalizers.Prepend("▁")] if prefix else []
+        tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence([marks, decoders.ByteFallback(), decoders.Fuse(), *strip])
     tokenizer.add_special_tokens(
         [AddedToken(piece, special=True, normalized=False) for piece in pieces[:3]]
     )
@@ -183,10 +184,11 @@ def _end_of_turn(tokenizer: Tokenizer) -> str:
     return next(token for token in known if tokenizer.token_to_id(token) is not None)
 
 
-def gguf_tokenizer(folder: Path, pre: str | None) -> dict[str, Any]:
+def gguf_tokenizer(folder: Path, pre: str | None, vocab_size: int) -> dict[str, Any]:
     """What llama.cpp's converter takes from the tokenizer files of a folder.
 
-    A merged piece of SentencePiece has its rank as its score, as in tokenizer.model.
+    A merged piece of SentencePiece has its rank as its score, as in tokenizer.model; a
+    vocabulary smaller than the embedding is filled up.
     """
     raw = json.loads((folder / "tokenizer.json").read_text())
     tokens = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].__getitem__)
@@ -203,6 +205,8 @@ def gguf_tokenizer(folder: Path, pre: str | None) -> dict[str, Any]:
     ]
     merges = [pair if isinstance(pair, list) else pair.split() for pair in raw["model"]["merges"]]
     rank = {a + b: index for index, (a, b) in enumerate(merges)}
+    fillers = [f"[PAD{index}]" for index in range(len(tokens), vocab_size)]
+    tokens, types = [*tokens, *fillers], [*types, *[_UNUSED] * len(fillers)]
     config = json.loads((folder / "tokenizer_config.json").read_text())
     made: dict[str, Any] = {
         "model": "llama" if pieces else "gpt2",

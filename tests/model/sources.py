@@ -67,21 +67,21 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, Any] | None = None,
     drop: str | None = None,
-    split_max_tensors: int = 0,
+    **writing: Any,
 ) -> Path:
     """Write a transformers model as llama.cpp's converter would.
 
     Matrices take `quantization`; norms and biases stay float32. Llama's q and k rows are
     interleaved, as llama.cpp's convert_hf_to_gguf.py does; a Mistral is a llama there. Tensors
     whose names hold `drop` are left out, and `tensors` added: arrays, or bytes and their format.
-    With `split_max_tensors` the file comes in parts, as llama.cpp's gguf-split cuts it; the first
-    of them is returned.
+    `writing` are options of GGUFWriter: with split_max_tensors the file comes in parts, and the
+    first of them is returned.
     """
     import gguf
 
     config = model.config
     architecture = "llama" if config.model_type == "mistral" else config.model_type
-    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_max_tensors)
+    writer = gguf.GGUFWriter(path, architecture, **writing)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

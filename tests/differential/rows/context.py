@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from differential.comparisons import Answer, EqualOrRefused, Logits, Refused
+from differential.answers import Answer
+from differential.comparisons import EqualOrRefused, Logits, Refused
 from differential.situations import EVERY, Made, Situation, as_gguf, on_folder, only_for_teal
 from model.edits import REMOVED, edit_config
 from model.families import hf_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,13 +22,21 @@ from differential.situations import Made, Situation, Step
 from model.edits import edit_config
 from safetensors.torch import load_file, save_file
 
-_MATRICES = "proj.weight"
-_MLX_MATRICES = (_MATRICES, "embed_tokens.weight", "lm_head.weight")  # it leaves none out
+# Which packer a tensor of this name goes to; None leaves it as it is.
+Choice = Callable[[str], Packer | None]
 
 
-def _packed(
-    packer: Packer, matrices: tuple[str, ...] = (_MATRICES,), **extra: torch.Tensor
-) -> Step:
+def _projections(packer: Packer) -> Choice:
+    return lambda name: packer if name.endswith("proj.weight") else None
+
+
+def _matrices(packer: Packer) -> Choice:
+    """Embedding and head too: MLX leaves nothing out."""
+    ends = ("proj.weight", "embed_tokens.weight", "lm_head.weight")
+    return lambda name: packer if name.endswith(ends) else None
+
+
+def _packed(choose: Choice, **extra: torch.Tensor) -> Step:
     """The folder's matrices become packed ones; `extra` stands beside each."""
 
     def step(made: Made) -> None:
@@ -36,7 +45,7 @@ def _packed(
         stored: dict[str, torch.Tensor] = {}
         made.tensors = {}
         for name, tensor in load_file(path).items():
-            if not name.endswith(matrices):
+            if (packer := choose(name)) is None:
                 stored[name] = tensor.half()
                 made.tensors[name] = stored[name].float()
                 continue
@@ -44,6 +53,7 @@ def _packed(
             tensors, made.tensors[name] = packer(*tensor.shape)
             for suffix, part in {**tensors, **extra}.items():
                 stored[stem + suffix] = part.clone()
+        made.tensors.setdefault("lm_head.weight", made.tensors["model.embed_tokens.weight"])
         save_file(stored, path, metadata={"format": "pt"})
 
     return step
@@ -57,7 +67,7 @@ def _row(name: str, packer: Any, *families: str, **extra: torch.Tensor) -> Situa
     return Situation(
         name,
         Tensors(rtol=1e-3),
-        (_packed(packer, **extra), _says(quantization_config=packer.config)),
+        (_packed(_projections(packer), **extra), _says(quantization_config=packer.config)),
         families=families or ("llama", "qwen2"),
         model={"intermediate_size": 128},
     )
@@ -67,7 +77,7 @@ def _mlx(name: str, packer: Mlx, *keys: str) -> Situation:
     return Situation(
         name,
         Tensors(rtol=1e-3),
-        (_packed(packer, _MLX_MATRICES), _says(**dict.fromkeys(keys, packer.config))),
+        (_packed(_matrices(packer)), _says(**dict.fromkeys(keys, packer.config))),
         families=("llama", "qwen3"),
         model={"intermediate_size": 128, "head_dim": 16},
     )
@@ -89,7 +99,7 @@ GPTQ = (
     Situation(
         "GPTQ of 2023, with quantize_config.json",
         Tensors(rtol=1e-3),
-        (_packed(Gptq()), _quantize_config),
+        (_packed(_projections(Gptq())), _quantize_config),
         model={"intermediate_size": 128},
     ),
 )
@@ -124,4 +134,52 @@ BITSANDBYTES = (
     _row("bitsandbytes, int8", Bits8()),
 )
 
-ROWS = (*GPTQ, *AWQ, *COMPRESSED, *FLOAT8, *MLX, *BITSANDBYTES)
+
+def _parts(
+    name: str, choose: Choice, config: Mapping[str, Any], key: str, **model: Any
+) -> Situation:
+    own = {"intermediate_size": 128, **model}
+    return Situation(
+        name, Tensors(rtol=1e-3), (_packed(choose), _says(**{key: dict(config)})), model=own
+    )
+
+
+def _second_layer(name: str) -> Packer | None:
+    return Awq() if "layers.1" in name and name.endswith("proj.weight") else None
+
+
+def _eight_bits_down(name: str) -> Packer | None:
+    return Mlx(bits=8) if "down_proj" in name else _matrices(Mlx())(name)
+
+
+def _head_too(name: str) -> Packer | None:
+    return Gptq() if name.endswith(("proj.weight", "lm_head.weight")) else None
+
+
+_KEY = "quantization_config"
+PARTS = (
+    _parts(
+        "AWQ, a layer left as it was",
+        _second_layer,
+        {**Awq().config, "modules_to_not_convert": ["model.layers.0."]},
+        _KEY,
+    ),
+    _parts("AWQ, a tied head", _projections(Awq()), Awq().config, _KEY, tie_word_embeddings=True),
+    _parts(
+        "MLX, a tied head", _matrices(Mlx()), Mlx().config, "quantization", tie_word_embeddings=True
+    ),
+    _parts(
+        "MLX, two numbers of bits",
+        _eight_bits_down,
+        {
+            **Mlx().config,
+            **{f"model.layers.{i}.mlp.down_proj": Mlx(bits=8).config for i in range(2)},
+        },
+        "quantization",
+    ),
+    _parts(
+        "GPTQ, the head too", _head_too, {**Gptq().config, "lm_head": True}, _KEY, vocab_size=320
+    ),
+)
+
+ROWS = (*GPTQ, *AWQ, *COMPRESSED, *FLOAT8, *MLX, *BITSANDBYTES, *PARTS)

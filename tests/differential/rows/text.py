@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from differential.comparisons import Answer, EqualOrRefused, Stream, Tokens
+from differential.answers import Answer, Stream
+from differential.comparisons import EqualOrRefused, Tokens
 from differential.situations import Situation, as_gguf, on_folder, path
 from differential.vocabularies import (
     LLAMA_3,
@@ -20,7 +21,7 @@ from differential.vocabularies import (
     write_sentencepiece_model,
 )
 from model.edits import edit_json, remove
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 INSTRUCTIONS = ("<s>[INST] hi [/INST]", " hi", "hi", "<s>hi</s><s>[INST] hi", "the  thé 1\n你 ö")
 WORDS = ("12345 the", " the 1", "a.bar(x)", "aBAb//\n\n")
@@ -74,6 +75,12 @@ def _vocabulary_and_merges(folder: Path) -> None:
 def _split_by_metaspace(**scheme: object) -> Tokenizer:
     tokenizer = sentencepiece(metaspace=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(**scheme)
+    return tokenizer
+
+
+def _with_a_mask() -> Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, rstrip=True, special=True)])
     return tokenizer
 
 
@@ -132,6 +139,17 @@ TOKENIZERS = (
             ),
         ),
         families=("qwen2",),
+    ),
+    Situation(
+        "an added token that takes the spaces around it",
+        Tokens(("a <mask>  b", "a<mask>b", "the<mask> the")),
+        vocabulary=_with_a_mask,
+    ),
+    Situation(
+        "a vocabulary smaller than the embedding",
+        Tokens(),
+        families=("llama", "qwen2"),
+        model={"vocab_size": 320},
     ),
     Situation(
         "tokenizer.model alone",
@@ -212,6 +230,20 @@ GGUF_TOKENIZERS = (
         model={"hidden_size": 32, "intermediate_size": 32, "tie_word_embeddings": True},
     ),
     Situation(
+        "GGUF's SentencePiece without a space before the first word",
+        Tokens(INSTRUCTIONS),
+        (as_gguf({"tokenizer.ggml.add_space_prefix": False}),),
+        vocabulary=partial(sentencepiece, prefix=False),
+    ),
+    Situation(
+        "GGUF's vocabulary filled up",
+        Tokens(),
+        (as_gguf(pre="qwen2"),),
+        families=("qwen2",),
+        vocabulary=partial(byte_level, split=QWEN_2, composed=True),
+        model={"vocab_size": 320},
+    ),
+    Situation(
         "GGUF's user-defined tokens",
         Tokens(("a<tool>b", "<tool> x <tool>")),
         (as_gguf(),),
@@ -220,13 +252,22 @@ GGUF_TOKENIZERS = (
 )
 
 _EMOJI = tuple(f"<0x{byte:02X}>" for byte in "😀".encode())
+
+
+def _stream(name: str, same: Stream, vocabulary: Callable[[], Tokenizer] = byte_level) -> Situation:
+    return Situation(name, same, vocabulary=vocabulary, model={"max_position_embeddings": 2048})
+
+
 STREAMING = (
-    Situation("bytes, twenty scripts", Stream(SCRIPTS)),
-    Situation("bytes, random tokens", Stream(random=200)),
-    Situation("byte fallback, twenty scripts", Stream(SCRIPTS), vocabulary=sentencepiece),
-    Situation("byte fallback, random tokens", Stream(random=200), vocabulary=sentencepiece),
-    Situation(
-        "byte fallback, marks before words", Stream(("the  INST 1", " 1")), vocabulary=sentencepiece
+    _stream("bytes, twenty scripts", Stream(SCRIPTS)),
+    _stream("bytes, random tokens", Stream(random=200)),
+    _stream("byte fallback, twenty scripts", Stream(SCRIPTS), sentencepiece),
+    _stream("byte fallback, random tokens", Stream(random=200), sentencepiece),
+    _stream("byte fallback, marks before words", Stream(("the  INST 1", " 1")), sentencepiece),
+    _stream(
+        "byte fallback, spaces marked before the merges",
+        Stream((*SCRIPTS, "the  INST 1", " 1"), random=50),
+        partial(sentencepiece, metaspace=True),
     ),
     Situation(
         "an answer of emoji from byte tokens",

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from differential.comparisons import Logits, Refused, Tensors
+from differential.comparisons import EqualOrRefused, Logits, Refused, Tensors
 from differential.situations import EVERY, IN_GGUF, Made, Situation, as_gguf, on_folder
+from gguf import GGUFEndian
 from model.edits import REMOVED, edit_config, edit_weights, rename
+from model.families import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from teal_cli.errors import MissingError, TealError
@@ -37,6 +39,12 @@ def _in_shards(made: Made) -> None:
     (made.folder / "model.safetensors").unlink()
     made.model.save_pretrained(made.folder, max_shard_size="60KB")
     assert len(list(made.folder.glob("*.safetensors"))) > 2
+
+
+def _consolidated(made: Made) -> None:
+    """The maker's own format, other names and another order of rows, as Mistral ships it."""
+    weights = {f"layers.{i}.attention.wq.weight": torch.ones(64, 64) for i in range(2)}
+    save_file(weights, made.folder / "consolidated.safetensors")
 
 
 def _add(**tensors: torch.Tensor) -> Callable[[Path], None]:
@@ -164,6 +172,11 @@ TIES = (
         (as_gguf(),),
         families=IN_GGUF,
     ),
+    Situation(
+        "GGUF: numbers of the other byte order",
+        EqualOrRefused(Logits(), ("endian", "byte order")),
+        (as_gguf(endianess=GGUFEndian.BIG),),
+    ),
     Situation("GGUF: no head", Tensors(), (as_gguf(),), model={"tie_word_embeddings": True}),
 )
 
@@ -173,6 +186,36 @@ FILES = (
     Situation("an old index, its shard there", Tensors(), (on_folder(_left_index(shard=True)),)),
     Situation("an old index, its shard gone", Tensors(), (on_folder(_left_index(shard=False)),)),
     Situation("matrices in bfloat16, norms in float32", Tensors(), (_as_dtypes,)),
+    Situation(
+        "another complete copy beside the shards",
+        Tensors(),
+        (_in_shards, _consolidated),
+        families=("mistral",),
+    ),
+    Situation("as transformers saves it", Logits(prompt=40), families=tuple(FAMILIES)),
+    # What a config leaves out is the family's default, and some leave out nearly all.
+    Situation(
+        "a short config",
+        Logits(),
+        (
+            on_folder(
+                edit_config(
+                    **dict.fromkeys(
+                        ("head_dim", "rms_norm_eps", "rope_parameters", "attention_bias"), REMOVED
+                    ),
+                    **dict.fromkeys(("tie_word_embeddings", "layer_types", "hidden_act"), REMOVED),
+                )
+            ),
+        ),
+        families=("llama", "mistral", "qwen2"),
+        model={"rms_norm_eps": 1e-6, "sliding_window": 4096},
+    ),
+    Situation(
+        "no number of key-value heads",
+        Logits(),
+        (on_folder(edit_config(num_key_value_heads=REMOVED)),),
+        model={"num_key_value_heads": 4},
+    ),
     Situation("decoded by the fused step", Logits(backend="auto"), families=EVERY),
 )
 
