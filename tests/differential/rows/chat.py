@@ -103,6 +103,7 @@ _NO_SYSTEM = (
 )
 _OTHER = CHAT_TEMPLATE.replace("\n{{", "\n> {{")
 _named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": _OTHER}]
+_no_default = [{"name": name, "template": _OTHER} for name in ("tool_use", "rag")]
 _bos = "{{ bos_token }}" + CHAT_TEMPLATE
 
 
@@ -200,8 +201,8 @@ TEMPLATES = (
     ),
     _templates(
         "named templates without a default",
-        NoAnswer(("tool_use",)),
-        tokenizer_config(chat_template=_named[:1]),
+        NoAnswer(("tool_use", "rag")),
+        tokenizer_config(chat_template=_no_default),
     ),
     Situation(
         "GGUF: a template",

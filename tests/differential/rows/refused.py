@@ -136,8 +136,8 @@ FILES = (
     _refused("no weights", MissingError, ("safetensors",), remove("*.safetensors")),
     _refused(
         "consolidated weights of Meta's own",
-        MissingError,
-        (".pth",),
+        TealError,
+        (".pth", "consolidated", "pickle"),
         rename("model.safetensors", "consolidated.00.pth"),
     ),
     _refused("no tokenizer", TealError, ("tokenizer",), remove("tokenizer*")),

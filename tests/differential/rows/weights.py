@@ -295,7 +295,7 @@ REFUSED = (
     ),
     Situation(
         "PyTorch's pickles alone",
-        Refused(MissingError, (".bin",)),
+        Refused(TealError, (".bin", "pickle")),
         (on_folder(rename("model.safetensors", "pytorch_model.bin")),),
     ),
 )
