@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
+from inference.script import Script
 
 from teal_cli.errors import TealError, UsageError
 from teal_cli.inference.conversation import Conversation, Dropped
@@ -17,26 +16,6 @@ from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
 from teal_cli.inference.text_stream import Text
 from teal_cli.model.decoder import Decoder
-
-
-class Script(Session):
-    """A session whose model says what it is told to, whatever the prompt."""
-
-    lines: list[list[int]]
-    prefilled: int
-
-    def prefill(self, tokens: Any, interrupted: Any = None, reporter: Any = None) -> Tensor:
-        self.tokens += list(tokens)
-        self.prefilled = len(tokens)
-        self.queue = iter(self.lines.pop(0))
-        return self._say()
-
-    def step(self, token: int) -> Tensor:
-        self.tokens.append(token)
-        return self._say()
-
-    def _say(self) -> Tensor:
-        return torch.nn.functional.one_hot(torch.tensor(next(self.queue)), 259).float()
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["template", "base"])

@@ -69,16 +69,22 @@ def write_gguf(
     tokenizer: dict[str, Any] | None = None,
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, Any] | None = None,
+    drop: str | None = None,
+    **writing: Any,
 ) -> Path:
     """Write a transformers model as llama.cpp's converter would.
 
     Matrices take `quantization`; norms and biases stay float32. Llama's q and k rows are
-    interleaved, as llama.cpp's convert_hf_to_gguf.py does.
+    interleaved, as llama.cpp's convert_hf_to_gguf.py does; a Mistral is a llama there. Tensors
+    whose names hold `drop` are left out, and `tensors` added: arrays, or bytes and their format.
+    `writing` are options of GGUFWriter: with split_max_tensors the file comes in parts, and the
+    first of them is returned.
     """
     import gguf
 
     config = model.config
-    writer = gguf.GGUFWriter(path, config.model_type)
+    architecture = "llama" if config.model_type == "mistral" else config.model_type
+    writer = gguf.GGUFWriter(path, architecture, **writing)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -98,9 +104,11 @@ def write_gguf(
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if config.model_type == "llama" and ".q_proj." in name:
+        if drop is not None and drop in name:
+            continue
+        if architecture == "llama" and ".q_proj." in name:
             tensor = _interleaved(tensor, config.num_attention_heads)
-        if config.model_type == "llama" and ".k_proj." in name:
+        if architecture == "llama" and ".k_proj." in name:
             tensor = _interleaved(tensor, config.num_key_value_heads)
         values = tensor.float().contiguous().numpy()
         if values.ndim == 2 and quantization != "F32":
@@ -108,12 +116,13 @@ def write_gguf(
         else:
             writer.add_tensor(_gguf_name(name), values)
     for name, values in (tensors or {}).items():
-        writer.add_tensor(name, values)
+        values, kind = values if isinstance(values, tuple) else (values, None)
+        writer.add_tensor(name, values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if path.is_file() else next(iter(sorted(path.parent.glob(f"{path.stem}-00001-*"))))
 
 
 def _interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
@@ -138,15 +147,16 @@ def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], vocab_size: int) -> N
     plain = ["<s>", "</s>", *alphabet][:vocab_size]
     plain += [f"<unused{i}>" for i in range(vocab_size - len(plain))]
     writer.add_tokenizer_model(tokenizer.get("model", "gpt2"))
-    writer.add_tokenizer_pre(tokenizer.get("pre", "default"))
+    if (pre := tokenizer.get("pre", "default")) is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokenizer.get("tokens", plain))
     writer.add_token_types(tokenizer.get("types", [3, 3, *[1] * (vocab_size - 2)]))
     if "scores" in tokenizer:
         writer.add_token_scores(tokenizer["scores"])
     else:
         writer.add_token_merges(tokenizer.get("merges", []))
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(tokenizer.get("bos", 0))
+    writer.add_eos_token_id(tokenizer.get("eos", 1))
 
 
 def _value_type(value: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from model.edits import edit_config, edit_weights
 from model.families import FAMILIES, hf_model
 from model.sources import edit_config, edit_weights, save_folder, source_of
 from safetensors.torch import load_file, save_file
