@@ -14,7 +14,6 @@ import numpy as np
 from teal_cli.errors import TealError, UnsupportedError
 
 # The architectures of ours that GGUF knows; a Mistral is a llama there.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -121,11 +120,11 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
         raise UnsupportedError(f"it holds {what}, no model", hint="Name the model's own file.")
     if architecture is None:
         raise TealError("the metadata lack general.architecture")
-    if architecture not in ARCHITECTURES:
+    if architecture not in _CLASSES:
         moe = ", a mixture of experts," if "moe" in str(architecture) else ""
         raise UnsupportedError(
             f"GGUF architecture {architecture!r}{moe} is not supported",
-            hint=f"Supported: {', '.join(ARCHITECTURES)}.",
+            hint=f"Supported: {', '.join(_CLASSES)}.",
         )
     return str(architecture)
 
