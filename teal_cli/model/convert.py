@@ -358,7 +358,13 @@ def _check_tensors(reader: TensorReader, config: ModelConfig, reporter: Reporter
     """Every tensor that the config asks for is there in its shape; others are named."""
     expected, found = hf_shapes(config), reader.shapes
     spare = found.keys() - expected.keys()
-    if missing := expected.keys() - found.keys():
+    missing = expected.keys() - found.keys()
+    if missing and (experts := [name for name in spare if "expert" in name or "_exps." in name]):
+        raise UnsupportedError(
+            f"{reader.label} is a mixture of experts, which is not supported: it holds "
+            f"{_some(experts)}"
+        )
+    if missing:
         instead = f"It holds {_some(spare)} instead." if spare else None
         raise TealError(f"{reader.label} lacks {_some(missing)}", hint=instead)
     for name, shape in expected.items():

@@ -125,8 +125,10 @@ def int8_rows(out: int, inputs: int) -> Packed:
     return (codes - zeros) * scales.float(), parts
 
 
-def fp8(shape: Callable[[int, int], tuple[int, ...]], name: str, dtype: torch.dtype) -> Any:
-    """`shape` of the factors; where both sides have several, blocks of 32 × 24."""
+def fp8(
+    shape: Callable[[int, int], tuple[int, ...]], name: str, dtype: torch.dtype, columns: int = 24
+) -> Any:
+    """`shape` of the factors; where a row has several, blocks of 32 × `columns`."""
 
     def pack(out: int, inputs: int) -> Packed:
         codes = torch.randn(out, inputs).to(torch.float8_e4m3fn)
@@ -137,15 +139,15 @@ def fp8(shape: Callable[[int, int], tuple[int, ...]], name: str, dtype: torch.dt
         stored = exponents.to(dtype) if dtype == torch.uint8 else factors.to(dtype)
         table = factors if dtype == torch.uint8 else stored.float()
         if stored.ndim == 2 and stored.shape[1] > 1:
-            table = table.repeat_interleave(32, 0).repeat_interleave(24, 1)[:out, :inputs]
+            table = table.repeat_interleave(32, 0).repeat_interleave(columns, 1)[:out, :inputs]
         weight = codes.float() * table
         return weight, {"weight": codes, name: stored, "input_scale": torch.ones(1)}
 
     return pack
 
 
-def blocks(out: int, inputs: int) -> tuple[int, int]:
-    return -(-out // 32), -(-inputs // 24)
+def blocks(out: int, inputs: int, columns: int = 24) -> tuple[int, int]:
+    return -(-out // 32), -(-inputs // columns)
 
 
 def mlx(bits: int, group: int) -> Any:
@@ -260,6 +262,10 @@ LAYOUTS = {
     ),
     "fp8-blocks": Layout(
         fp8(blocks, "weight_scale_inv", _F32), _of("fp8", weight_block_size=[32, 24])
+    ),
+    "fp8-short-blocks": Layout(  # at the right edge, where a row's groups would divide evenly
+        fp8(lambda o, i: blocks(o, i, 40), "weight_scale_inv", _F32, 40),
+        _of("fp8", weight_block_size=[32, 40]),
     ),
     "fp8-powers-of-two": Layout(
         fp8(blocks, "weight_scale_inv", _E8),

@@ -214,3 +214,12 @@ def test_values_beyond_float16(tmp_path: Path, teal_home: Path) -> None:
     assert converted(folder).load().weights.norm[3] == 1e6
     with pytest.raises(UsageError, match="int8"):
         converted(folder, dtype="int8")
+
+
+def test_a_failed_conversion_keeps_the_old_one(tiny_folder: Path, teal_home: Path) -> None:
+    before = converted(tiny_folder)
+    edit_weights(lambda w: w["model.norm.weight"].fill_(torch.nan))(tiny_folder)
+    with pytest.raises(TealError, match=r"model\.norm\.weight"):
+        converted(tiny_folder)
+    assert Checkpoint(before.folder).fingerprint == before.fingerprint
+    assert logits(before.load()).isfinite().all()

@@ -107,12 +107,12 @@ class Scaled:
             weight_scale_inv=f"{FLOATS} F8_E8M0 U8",
             weight_zero_point=f"{FLOATS} I8",
         )
-        if fits and down in (1, out_features) and across and not in_features % across:
-            return out_features, in_features // across
         if fits and self.block is not None:
             rows, columns = self.block
             if (down, across) == (-(-out_features // rows), -(-in_features // columns)):
                 return rows, columns
+        if fits and down in (1, out_features) and across and not in_features % across:
+            return out_features, in_features // across
         raise misfit(module, files, *(part for part in self.parts if f"{module}.{part}" in files))
 
 
