@@ -158,7 +158,7 @@ def _tokenizer(metadata: dict[str, Any], pre: str | None, ids: dict[str, int]) -
     model["vocab"] = {token: i for i, token in enumerate(tokens)}
     model["ignore_merges"] = pre in _LLAMA_3
     if pre is None:
-        model["unk_token"] = tokens[ids["unknown"]]
+        model |= {"unk_token": tokens[ids["unknown"]], "fuse_unk": True, "byte_fallback": True}
     tokenizer = Tokenizer.from_str(json.dumps(state))
     if pre is None:  # older versions of the converter leave the spaces as they are
         spaced = metadata.get("tokenizer.ggml.add_space_prefix", True)
