@@ -136,7 +136,7 @@ def _converter() -> Any:
 
 def _tokenizer(metadata: dict[str, Any], pre: str | None, ids: dict[str, int]) -> Any:
     """The tokenizers object; `pre` is None for a sentencepiece vocabulary."""
-    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     fields: dict[str, Any] = {"tokens": tokens, "tokenizer_type": "gpt2" if pre else "llama"}
@@ -158,15 +158,14 @@ def _tokenizer(metadata: dict[str, Any], pre: str | None, ids: dict[str, int]) -
     model["vocab"] = {token: i for i, token in enumerate(tokens)}
     model["ignore_merges"] = pre in _LLAMA_3
     if pre is None:
-        model["unk_token"] = tokens[ids["unknown"]]
-        if not metadata.get("tokenizer.ggml.add_space_prefix", True):
-            for stage, steps, step in (
-                ("normalizer", "normalizers", "Prepend"),
-                ("decoder", "decoders", "Strip"),
-            ):
-                kept = [s for s in state[stage][steps] if s["type"] != step]
-                state[stage][steps] = kept
+        model |= {"unk_token": tokens[ids["unknown"]], "fuse_unk": True, "byte_fallback": True}
     tokenizer = Tokenizer.from_str(json.dumps(state))
+    if pre is None:  # older versions of the converter leave the spaces as they are
+        spaced = metadata.get("tokenizer.ggml.add_space_prefix", True)
+        steps = [normalizers.Prepend("▁")] if spaced else []
+        tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+        back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence(back + [decoders.Strip(" ", 1, 0)] * bool(spaced))
     if split := _splits().get(pre or ""):
         cut = pre_tokenizers.Split(Regex(split), "isolated")
         spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
