@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from model.edits import edit_config, edit_weights
 from model.families import hf_model
-from model.sources import edit_config, edit_weights, save_folder, source_of
+from model.sources import save_folder, source_of
 from safetensors.torch import load_file, save_file
 
 from teal_cli.errors import TealError, UsageError
