@@ -78,7 +78,7 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     accepted_tokens: set[str] = field(default_factory=lambda: {"hf_good"})
     known_tokens: set[str] = field(default_factory=lambda: {"hf_good", "hf_other"})
-    claimed_sizes: dict[str, int] = field(default_factory=dict)  # instead of the true ones
+    claimed_sizes: dict[str, int | None] = field(default_factory=dict)  # instead of the true ones
     faults: Faults = field(default_factory=Faults)
     # Answers in place of the Hub's: to "listing", "tree", "small" and "large" files, and "cdn".
     answers: dict[str, Raw] = field(default_factory=dict)

@@ -87,7 +87,10 @@ def download(
     whole = here is not None and all((here / file.name).is_file() for file in listing.files)
     if here is not None and here.name == listing.commit and whole:
         return here
-    missing = _Missing(Path(constants.HF_HUB_CACHE), name, listing.commit, listing.files)
+    try:
+        missing = _Missing(Path(constants.HF_HUB_CACHE), name, listing.commit, listing.files)
+    except OSError as error:
+        raise explained(error, name, revision, sent, listing=False) from error
     try:
         artifacts.check_free_space(missing.cache, missing.nbytes)
         kept = f" (the other {missing.kept_bytes / 1e6:,.1f} MB are here)"

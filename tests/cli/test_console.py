@@ -237,6 +237,7 @@ with reporter.task({HOSTILE!r}, 3) as task:
     assert out.count(SHOWN) >= 3
     assert not set(out) & set("\x07\u202e\x9b\x7f")
     assert "\x1b[2J" not in out
+    assert "🔥" not in out
 
 
 def test_a_path_goes_to_a_program_byte_for_byte() -> None:

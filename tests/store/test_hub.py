@@ -367,7 +367,7 @@ def mounted(home: Path, options: str) -> Iterator[None]:
 
 def test_a_disk_that_fills_up(hub: Hub, tmp_path: Path) -> None:
     hub.repositories["org/model"].files["model.safetensors"] = WEIGHTS
-    hub.claimed_sizes = {"model.safetensors": 1}  # so that the check beforehand passes
+    hub.claimed_sizes = {"model.safetensors": None}  # so that the check beforehand passes
     with mounted(tmp_path, "size=24m"):
         done = run(hub, tmp_path, "org/model")
     assert done.returncode == 1
