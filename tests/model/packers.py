@@ -47,8 +47,8 @@ def scales_of(rows: int, columns: int, dtype: torch.dtype = torch.float16) -> Te
 
 def gptq(bits: int, group: int, *, act_order: bool = False, less: str = "each") -> Any:
     def pack(out: int, inputs: int) -> Packed:
-        groups = 1 if group == -1 else inputs // group
-        index = torch.arange(inputs) * groups // inputs
+        size = inputs if group == -1 else group
+        groups, index = -(-inputs // size), torch.arange(inputs) // size
         if act_order:
             index = index[torch.randperm(inputs)]
         codes, zeros = draw(inputs, out, bits), draw(groups, out, bits)
@@ -214,7 +214,9 @@ LAYOUTS = {
         gptq(4, 16, act_order=True), _of("gptq", bits=4, group_size=16, desc_act=True)
     ),
     "gptq-channel": Layout(gptq(4, -1), _of("gptq", bits=4, group_size=-1)),
-    "gptq-without-g_idx": Layout(without(gptq(4, 16), "g_idx"), _of("gptq", bits=4, group_size=16)),
+    "gptq-without-g_idx": Layout(  # with a short last group
+        without(gptq(4, 40), "g_idx"), _of("gptq", bits=4, group_size=40)
+    ),
     "gptq-v2": Layout(
         gptq(4, 16, less="no"), _of("gptq", bits=4, group_size=16, checkpoint_format="gptq_v2")
     ),

@@ -187,6 +187,12 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], type[TealError], str]] = {
         TealError,
         "do not fit",
     ),
+    "groups-unsaid": (
+        "gptq-without-g_idx",
+        settings(group_size=-1),
+        TealError,
+        "do not fit",
+    ),
     "group-beyond": (
         "gptq",
         edit_weights(lambda t: t[f"{Q}.g_idx"].fill_(9)),

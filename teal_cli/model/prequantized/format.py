@@ -103,7 +103,8 @@ def column_groups(module: str, files: TensorFiles, groups: int) -> Tensor | None
     group_of = files.read(name).long()
     if -1 in group_of:  # how it is set before anything is reordered
         return None
-    return check_groups(name, group_of, groups)
+    check_groups(name, group_of, groups)
+    return group_of
 
 
 def grouped_as(module: str, files: TensorFiles, in_features: int) -> bool:
@@ -114,15 +115,14 @@ def grouped_as(module: str, files: TensorFiles, in_features: int) -> bool:
     )
 
 
-def check_groups(name: str, group_of: Tensor, groups: int) -> Tensor:
-    """The groups of the inputs, each of which must be one of `groups`.
+def check_groups(name: str, group_of: Tensor, groups: int) -> None:
+    """That the group of each input is one of `groups`.
 
     Raises:
         TealError: one is not.
     """
     if not 0 <= int(group_of.min()) <= int(group_of.max()) < groups:
         raise TealError(f"{name} names groups that are not there", hint=DAMAGED)
-    return group_of
 
 
 def stored_as(files: TensorFiles, module: str, **parts: str) -> bool:

@@ -35,6 +35,7 @@ class Gptq:
     """
 
     bits: int
+    group_size: int  # -1: one group
     less_one: Literal["no", "each", "words"]
 
     name: ClassVar[str] = "GPTQ"
@@ -57,18 +58,19 @@ class Gptq:
                 "teal decodes gptq and gptq_v2"
             )
         bits = setting(settings, "bits", None, *_BITS, format="GPTQ")
+        group = setting(settings, "group_size", -1, format="GPTQ")
         if packing == "gptq_v2":
-            return cls(bits, "no")
+            return cls(bits, group, "no")
         meta = settings.get("meta")
         by = str(meta.get("quantizer")) if isinstance(meta, Mapping) else ""
         if "gptqmodel" not in by:
-            return cls(bits, "each")
+            return cls(bits, group, "each")
         if bits == 3:  # its versions take different amounts from 3-bit zero points
             raise UnsupportedError(
                 "this checkpoint is quantized already (GPTQ of 3 bits by GPTQModel, in the "
                 "'gptq' layout); teal decodes its gptq_v2"
             )
-        return cls(bits, "words")
+        return cls(bits, group, "words")
 
     def shape(self, module: str, files: TensorFiles) -> tuple[int, int]:
         _, in_features, out_features = self._layout(module, files)
@@ -84,13 +86,15 @@ class Gptq:
         if self.less_one == "each":
             zeros = zeros.add_(1).bitwise_and_((1 << bits) - 1)
         scales = files.read(f"{module}.scales").float()
-        one_after_another = torch.arange(in_features) // -(-in_features // len(scales))
-        group_of = one_after_another
         if (name := f"{module}.g_idx") in files:
-            group_of = check_groups(name, files.read(name).long().flatten(), len(scales))
-        if group_of.equal(one_after_another) and in_features % len(scales) == 0:
-            return dequantize(codes, scales.T, zeros.T)
+            group_of = files.read(name).long().flatten()
+            check_groups(name, group_of, len(scales))
+        else:
+            group_of = torch.arange(in_features) // self._group_size(in_features)
         return dequantize(codes, scales.T, zeros.T, group_of)
+
+    def _group_size(self, in_features: int) -> int:
+        return self.group_size if self.group_size > 0 else in_features
 
     def _layout(self, module: str, files: TensorFiles) -> tuple[int, int, int]:
         """Bits, in_features and out_features; where g_idx counts the inputs, it gives the bits."""
@@ -100,13 +104,15 @@ class Gptq:
             raise misfit(module, files, *parts)
         (words, out_features), (groups, zero_words), scales = shapes
         in_features = words * 32 // self.bits
+        expected = -(-in_features // max(self._group_size(in_features), 1))
         if (index := f"{module}.g_idx") in files:  # GPTQModel gives some modules other bits
-            in_features = math.prod(files.shape(index))
+            in_features, expected = math.prod(files.shape(index)), groups
         bits = words * 32 // max(in_features, 1)
         fits = bits in _BITS and bits * in_features == words * 32
         fits = fits and scales == (groups, out_features) and zero_words * 32 == out_features * bits
+        fits = fits and groups == expected and 1 <= groups <= in_features
         dtypes = {"qweight": "I32", "qzeros": "I32", "scales": FLOATS, "g_idx": "I32 I64"}
         fits = fits and stored_as(files, module, **dtypes)
-        if not fits or not 1 <= groups <= in_features:
+        if not fits:
             raise misfit(module, files, *self.parts)
         return bits, in_features, out_features
