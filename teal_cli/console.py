@@ -75,16 +75,16 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: Sequence[str] = ()
 ) -> None:
-    """Print a table on stdout: the first column to the left, figures to the right.
+    """Print a table on stdout under lines of a title: the first column left, figures right.
 
     A terminal that is too narrow gets it in parts, each with the first column; a pipe as it is.
     """
     table = [[_one_line(cell) for cell in row] for row in (columns, *rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    if title:
-        print(styled(_one_line(title), BOLD, sys.stdout))
+    for line in title:
+        print(styled(_one_line(line), BOLD, sys.stdout))
     for number, part in enumerate(_parts(widths)):
         lines = [
             "  ".join(

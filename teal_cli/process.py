@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 # What ends a program from outside. Where it was started to ignore one (nohup), it does.
 _ENDINGS = ("SIGTERM", "SIGHUP", "SIGQUIT")
@@ -62,7 +62,11 @@ def ended_by_signals() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         for other in heard:
             signal.signal(other, signal.SIG_IGN)
-        raise SystemExit(128 + number)
+        ending = SystemExit(128 + number)
+        if (loop := _running_loop()) is None:
+            raise ending
+        # Raised in the midst of a task, it would be that task's own, to report as a failure.
+        loop.call_soon_threadsafe(_raise, ending)
 
     known = [getattr(signal, name) for name in _ENDINGS if hasattr(signal, name)]
     heard = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
@@ -73,6 +77,16 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for number in heard:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _running_loop() -> Any:
+    """The event loop that runs in this thread, such as that of the chat's prompt."""
+    asyncio = sys.modules.get("asyncio")  # its import takes a tenth of what `--help` may last
+    return asyncio and asyncio._get_running_loop()
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def hide(arguments: Sequence[str], option: str) -> None:

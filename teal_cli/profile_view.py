@@ -129,7 +129,7 @@ def _print_thresholds(summary: Summary) -> None:
         rows.append(
             [name, *(f"{median(c):.3g} ({min(c):.3g} … {max(c):.3g})" for c in tables)],
         )
-    console.print_table(["", "sparsity", "threshold"], rows, title="median (lowest … highest)")
+    console.print_table(["", "sparsity", "threshold"], rows, title=["median (lowest … highest)"])
 
 
 def _origin(summary: Summary) -> list[tuple[str, str]]:

@@ -229,8 +229,8 @@ def _measure(
         console.print_json(found)
     else:
         _print_card(card, measured)
-        title = report.heading(found, "± half of p20–p80").replace(": ", ":\n", 1)
-        console.print_table(*report.short_table(rows), title=title)
+        model, _, measured_how = report.heading(found, "± half of p20–p80").partition(": ")
+        console.print_table(*report.short_table(rows), title=(f"{model}:", measured_how))
         for note in (*report.backends(rows), *notes):
             console.print_line(note)
     if output is not None:
@@ -279,7 +279,7 @@ def _run_kernels(
     if json:
         console.print_json(found)
     else:
-        console.print_table(*table, title=report.kernel_heading(found))
+        console.print_table(*table, title=[report.kernel_heading(found)])
         for note in found.notes:
             console.print_line(note)
     if output is not None:
@@ -290,5 +290,5 @@ def _print_card(card: tuple[CardRow, ...], measured: Bandwidth) -> None:
     from teal_cli.benchmark.report import card_table
 
     title = f"Memory: {measured.bytes_per_s / 1e9:.1f} GB/s ({measured.how})"
-    console.print_table(*card_table(card), title=title)
+    console.print_table(*card_table(card), title=[title])
     print()

@@ -299,5 +299,5 @@ def _print_summary(profile: Profile) -> None:
     console.print_table(
         ["threshold at", *(f"{value:g}" for value in _SHOWN)],
         rows,
-        title=f"{profile.model}: median of {layers} layers (lowest … highest)",
+        title=[f"{profile.model}: median of {layers} layers (lowest … highest)"],
     )

@@ -243,7 +243,7 @@ def _render(found: Report, output: Path | None, *, json: bool) -> None:
         for number, (title, (columns, lines)) in enumerate(found.tables()):
             if number:
                 print()
-            console.print_table(columns, lines, title=title)
+            console.print_table(columns, lines, title=[title])
     if output is not None:
         atomic_write(output, render(found, output.suffix.lower()).encode())
 

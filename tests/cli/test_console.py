@@ -122,7 +122,9 @@ def test_json_is_one_valid_document(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_table_is_aligned_and_plain_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    console.print_table(["name", "tokens/s"], [["dense", "9.5"], ["50 %", "110.2"]], title="Speed")
+    console.print_table(
+        ["name", "tokens/s"], [["dense", "9.5"], ["50 %", "110.2"]], title=["Speed"]
+    )
     assert capsys.readouterr().out == ("Speed\nname   tokens/s\ndense       9.5\n50 %      110.2\n")
 
 
@@ -198,7 +200,7 @@ def test_text_of_others_is_made_printable_wherever_it_is_shown(
         pass
     console.print_dim(HOSTILE)
     console.print_line(HOSTILE)
-    console.print_table([HOSTILE, "x"], [[HOSTILE, HOSTILE]], title=HOSTILE)
+    console.print_table([HOSTILE, "x"], [[HOSTILE, HOSTILE]], title=[HOSTILE])
     console.print_groups([(HOSTILE, [[HOSTILE, HOSTILE]])])
     console.report(TealError(HOSTILE, hint=HOSTILE))
     console.report(ValueError(HOSTILE))

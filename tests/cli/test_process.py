@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from teal_cli.process import ended_by_signals
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 
@@ -66,6 +69,22 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield spawn
     for child in children:
         child.close(force=True)
+
+
+def test_a_task_cannot_swallow_a_signal() -> None:
+    """As prompt_toolkit's loading of the history does with whatever is raised in it."""
+
+    async def main() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0)
+        except BaseException:
+            pass
+        await asyncio.sleep(60)
+
+    with pytest.raises(SystemExit) as left, ended_by_signals():
+        asyncio.run(main())
+    assert left.value.code == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)

@@ -135,7 +135,8 @@ class Tokens:
         from transformers import AutoTokenizer
 
         ours = checkpoint_of(made).tokenizer()
-        path = made.folder / "tokenizer.json"
+        shipped, original = (made.folder / name for name in ("tokenizer.json", "original.json"))
+        path = original if original.is_file() else shipped
         raw = (
             Tokenizer.from_file(str(path))
             if path.is_file()

@@ -20,7 +20,7 @@ from differential.vocabularies import (
     sentencepiece,
     write_sentencepiece_model,
 )
-from model.edits import edit_json, remove
+from model.edits import edit_json, remove, rename
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 INSTRUCTIONS = ("<s>[INST] hi [/INST]", " hi", "hi", "<s>hi</s><s>[INST] hi", "the  thé 1\n你 ö")
@@ -158,7 +158,7 @@ TOKENIZERS = (
             on_folder(
                 write_sentencepiece_model,
                 _named(tokenizer_class="LlamaTokenizer"),
-                remove("tokenizer.json"),
+                rename("tokenizer.json", "original.json"),
             ),
         ),
         vocabulary=sentencepiece,
