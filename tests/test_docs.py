@@ -128,6 +128,71 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 
 
 @cache
+def layers() -> dict[str, int]:
+    """The line of each room in the picture of imports, by its path in teal_cli."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (picture,) = re.findall(r"^```imports\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    lines = enumerate(picture.splitlines())
+    return {room: number for number, line in lines for room in line.split()}
+
+
+def room_of(module: str) -> str:
+    """The room that a module of teal_cli, a path, belongs to: its own, or its folder's."""
+    return module if module in layers() else module.split("/")[0]
+
+
+def imported(file: Path) -> set[str]:
+    """Paths in teal_cli of the modules that a file imports, inside functions too; "" is itself."""
+    source = ROOT / "teal_cli"
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file} has a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    found = set()
+    for name in names:
+        package, *parts = name.split(".")
+        while parts and not source.joinpath(*parts).with_suffix(".py").exists():
+            if source.joinpath(*parts).is_dir():
+                break
+            parts.pop()  # a name in a module
+        if package == "teal_cli":
+            found.add("/".join(parts))
+    return found
+
+
+def test_imports_run_as_the_picture_says() -> None:
+    line, back = layers(), []
+    source = ROOT / "teal_cli"
+    for file in source.rglob("*.py"):
+        module = file.relative_to(source).with_suffix("").as_posix()
+        if module in ("__init__", "__main__"):
+            continue
+        room = room_of(module.removesuffix("/__init__"))
+        for other in map(room_of, imported(file) - {""}):  # the version is the package's
+            if room != other and line[room] >= line[other]:
+                back.append(f"{module} imports {other}")
+    assert not back
+
+
+def test_the_picture_shows_every_room() -> None:
+    source = ROOT / "teal_cli"
+    paths = [path.relative_to(source).with_suffix("") for path in source.glob("[!_]*")]
+    assert {path.as_posix() for path in paths} <= set(layers())
+    assert all(
+        (source / room).is_dir() or (source / room).with_suffix(".py").exists() for room in layers()
+    )
+
+
+def test_the_kernels_import_nothing_of_the_program() -> None:
+    files = list((ROOT / "kernels").rglob("*.py"))
+    assert files
+    assert not [file for file in files if imported(file)]
+
+
+@cache
 def messages() -> tuple[str, ...]:
     """Every text in the code, with … for what an f-string fills in."""
     found = []
