@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from teal_cli.errors import MissingError, TealError, UsageError
+from teal_cli.errors import MissingError, TealError, UsageError, whole
 from teal_cli.evaluation import statistics
 from teal_cli.evaluation.comparison import Setting
 from teal_cli.evaluation.report import Table, cell
@@ -253,7 +253,7 @@ def _load(manager: Any, specs: Sequence[str], num_fewshot: int | None) -> Any:
         loaded = manager.load(wanted)
     except Exception as error:  # a task is a file of the user's or code of lm-eval's
         raise TealError(
-            f"{', '.join(specs)} cannot be loaded: {_first_line(error)}",
+            f"{', '.join(specs)} cannot be loaded: {whole(error)}",
             hint=None
             if all(_is_file(spec) for spec in specs)
             else "A task of lm-eval's fetches its documents from the Hub, once.",
@@ -355,7 +355,3 @@ def _silenced() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

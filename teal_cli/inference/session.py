@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from teal_cli.errors import UsageError
+from teal_cli.errors import UsageError, whole
 from teal_cli.faults import is_out_of_memory
 from teal_cli.inference.launches import stored_launches
 from teal_cli.inference.sampling import Sampler, not_finite
@@ -358,10 +358,9 @@ def _choose_step(
         except Exception as error:  # a broken numba, Triton or LLVM fails in any way it likes
             if is_out_of_memory(error):
                 raise
-            why = str(error).strip().partition("\n")[0]  # a compiler's whole output, at times
             reporter.note(
-                f"the compiled kernels cannot be used here ({why}); decoding in plain torch, "
-                "which sparsity does not make faster"
+                f"the compiled kernels cannot be used here ({whole(error)}); "
+                "decoding in plain torch, which sparsity does not make faster"
             )
     return _DecoderStep(decoder, cache)
 
