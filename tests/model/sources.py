@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 
+from teal_cli.model.checkpoint import Checkpoint
+from teal_cli.model.convert import convert
+from teal_cli.model.decoder import Decoder
+from teal_cli.progress import Silent
 from teal_cli.store.hub import Source
 from teal_cli.store.models import ModelRef
 
+IDS = torch.arange(3, 43)
 _GGUF_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -46,6 +51,17 @@ def source_of(path: Path, name: str = "test-model") -> Source:
         fingerprint=digest.hexdigest(),
         revision=None,
     )
+
+
+def converted(path: Path, **options: Any) -> Checkpoint:
+    """The checkpoint that a folder or a .gguf file is converted to."""
+    return Checkpoint(convert(source_of(path), **{"reporter": Silent(), **options}))
+
+
+def logits(decoder: Decoder, thresholds: torch.Tensor | None = None) -> torch.Tensor:
+    """What a decoder says after each of IDS, [T, vocab_size]."""
+    with torch.no_grad():
+        return decoder.logits(decoder.forward(IDS, thresholds=thresholds))
 
 
 def save_folder(model: Any, folder: Path, **options: Any) -> Path:

@@ -17,7 +17,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model.families import hf_model
-from model.sources import save_folder, source_of, write_gguf
+from model.sources import converted, save_folder, write_gguf
 from model.vocabularies import LLAMA_3, QWEN_2, TEKKEN, TEXTS, byte_level, corpus, sentencepiece
 from packaging.version import Version
 
@@ -177,10 +177,6 @@ def test_damage_is_a_sentence(file: str, content: str, said: str, tmp_path: Path
     (folder / file).write_text(content)
     with pytest.raises(TealError, match=f"the model has no usable {said}"):
         load_tokenizer(folder, "the model")
-
-
-def converted(path: Path, **options: Any) -> Checkpoint:
-    return Checkpoint(convert(source_of(path), reporter=Silent(), **options))
 
 
 # Other forms than tokenizer.json.
