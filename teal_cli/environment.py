@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teal_cli import __version__
+from teal_cli.errors import whole
 from teal_cli.store import paths
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _importable(module: str) -> str:
 
 
 def _failure(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {whole(error)}"
 
 
 def _folders() -> list[tuple[str, str]]:

@@ -4,6 +4,8 @@ A `TealError` says what failed and why; `hint` names the next step. The command 
 both and exits with `exit_code`; no other part of the program prints or exits.
 """
 
+_LONGEST = 600  # characters of a library's text
+
 
 class TealError(Exception):
     """Something that the user can reach went wrong (exit code 1)."""
@@ -42,4 +44,12 @@ class UnsupportedError(TealError):
 
 def whole(error: BaseException) -> str:
     """A library's error on one line: its last words often say what to do."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return on_one_line(str(error)) or type(error).__name__
+
+
+def on_one_line(text: str) -> str:
+    """The text on one line; of a compiler's whole output the beginning and the end."""
+    text = " ".join(text.split())
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 
-from teal_cli.errors import TealError
+from teal_cli.errors import TealError, on_one_line
 
 _FREE = "Free some space, then run the same command again."
 _PLACE = "Choose another place with TEAL_HOME."
@@ -60,7 +60,6 @@ _LESS_MEMORY = "a shorter context or text, quantized weights (--quantize int8 or
 # What torch, CUDA, cuBLAS and Triton say, each in errors of its own class.
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 _AMOUNT = r"([\d.]+ (?:bytes|[KMGT]iB))"
-_LONGEST = 500  # characters of a library's text
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -90,7 +89,7 @@ def explain(error: Exception) -> TealError:
             f"a name is not UTF-8 text: {error.object!r}",
             hint="Rename the file or folder, or reach it by a link with a plain name.",
         )
-    said = _shortened(str(error))
+    said = on_one_line(str(error))
     sentence = f"internal error ({type(error).__name__}{': ' + said if said else ''})"
     if os.environ.get("TEAL_DEBUG") == "1":
         return TealError(sentence)
@@ -100,14 +99,14 @@ def explain(error: Exception) -> TealError:
 def reason(error: OSError) -> tuple[str, str]:
     """Why the system refused, without the name of what it was about; and the next step."""
     if type(error).__name__ in _OTHER_NUMBERS:
-        return f"the connection failed ({_shortened(error.strerror or str(error))})", _NETWORK
+        return f"the connection failed ({on_one_line(error.strerror or str(error))})", _NETWORK
     if error.errno in _SYSTEM_ERRORS:
         return _SYSTEM_ERRORS[error.errno]
     if error.errno is not None:
         said = error.strerror or os.strerror(error.errno)
-        return f"the system refuses ({_shortened(said)})", _ELSE
+        return f"the system refuses ({on_one_line(said)})", _ELSE
     # A library's own, such as transformers': its text says what it is about.
-    return _shortened(str(error)) or type(error).__name__, _ELSE
+    return on_one_line(str(error)) or type(error).__name__, _ELSE
 
 
 def _name(error: OSError) -> str | None:
@@ -122,11 +121,6 @@ def _is_no_text(error: UnicodeEncodeError) -> bool:
     """Whether it is a file's name that failed: only there bytes become such halves of pairs."""
     failed = error.object[error.start : error.end]
     return all("\udc80" <= c <= "\udcff" for c in failed) and len(error.object) < 4096
-
-
-def _shortened(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
 def _out_of_memory(said: str) -> TealError:

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from teal_cli.benchmark.cost import cache_bytes, require_memory, weight_bytes
 from teal_cli.benchmark.timing import Run
 from teal_cli.environment import available_memory
-from teal_cli.errors import TealError
+from teal_cli.errors import TealError, whole
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import FUSED
 from teal_cli.model.weights import LayerWeights, floats
@@ -216,9 +216,8 @@ def compiled_decoding(
         with reporter.task("compiling the baseline with torch.compile"):
             decoding.warm_up()
     except Exception as error:  # a missing compiler or a broken inductor fails in many ways
-        detail = (str(error).strip().splitlines() or [""])[0]
         raise TealError(
-            f"torch.compile cannot be used here ({type(error).__name__}: {detail})",
+            f"torch.compile cannot be used here ({type(error).__name__}: {whole(error)})",
             hint="It needs a C++ compiler on a CPU. Leave out --baseline compile.",
         ) from None
     return decoding, dtype

@@ -14,7 +14,7 @@ from teal_cli.benchmark.cost import head_bytes, matrix_bytes
 from teal_cli.benchmark.projections import CpuProjection, GpuProjection, Projection, linear
 from teal_cli.benchmark.result import SCHEMA
 from teal_cli.benchmark.timing import Spread, spread
-from teal_cli.errors import UnsupportedError
+from teal_cli.errors import UnsupportedError, whole
 from teal_cli.inference.launches import MATRICES, shapes, stored_launches
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter, Silent
@@ -110,7 +110,7 @@ def require_kernels(device: torch.device) -> None:
         importlib.import_module(name)
     except Exception as error:  # a broken Triton or numba fails in any way it likes
         raise UnsupportedError(
-            f"the kernels cannot be used here ({type(error).__name__}: {error})",
+            f"the kernels cannot be used here ({type(error).__name__}: {whole(error)})",
             hint="Install Triton for a GPU, numba for a CPU.",
         ) from None
 

@@ -202,7 +202,7 @@ def chat(
     from teal_cli.chat.answers import answer
     from teal_cli.chat.loop import talk
     from teal_cli.chat.state import Chat
-    from teal_cli.inference.defaults import chat_defaults, left_out, sampling_defaults
+    from teal_cli.inference.defaults import chat_defaults, left_out, sampling_defaults, stop_texts
     from teal_cli.inference.device import pick_device
     from teal_cli.inference.sampling import Sampling
     from teal_cli.inference.session import Session
@@ -233,6 +233,7 @@ def chat(
 
     defaults, stored = chat_defaults(checkpoint.config), checkpoint.generation_defaults()
     sampling = Sampling(**(sampling_defaults(stored, defaults, given) | given), seed=seed)
+    stop = stop_texts(stored) if stop is None else stop
     if missing := left_out(stored):
         reporter.note(
             f"left out of the model's generation_config.json: {', '.join(missing)}; "
@@ -259,7 +260,7 @@ def chat(
         model=checkpoint.name,
         weights=checkpoint.folder.name,
         session=session,
-        conversation=converse(session, stop_texts=stop or (), system=system, overflow=overflow),
+        conversation=converse(session, stop_texts=stop, system=system, overflow=overflow),
         profile=profile,
         method=method,
         sparsity=0.0,

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import io
 import logging
 import math
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from teal_cli.errors import MissingError, TealError, UsageError
+from teal_cli.errors import MissingError
 from teal_cli.evaluation import statistics
 from teal_cli.evaluation.comparison import Setting
 from teal_cli.evaluation.report import Table, cell
 from teal_cli.evaluation.statistics import Estimate
+from teal_cli.evaluation.task_files import SEED, load_tasks, task_manager
 from teal_cli.progress import Reporter
 from teal_cli.text.hub_data import network
 
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
     from teal_cli.evaluation.harness import Subject
 
 _SCHEMA = 1
-_SEED = 1234  # lm-eval's default; chooses the examples of few-shot prompts
-_GROUP = re.compile(r"^group:", re.MULTILINE)
 _BOOTSTRAP = 1000  # resamplings, for metrics whose standard error has no closed form
 
 
@@ -183,10 +179,10 @@ def run(
     plan += [(s.method, s.target_sparsity, s.label, s.thresholds) for s in settings]
     rows: list[TaskScores] = []
     with _silenced(), network(not offline):
-        manager = _manager(specs, reporter)
+        manager = task_manager(specs, reporter)
         for method, target, label, thresholds in plan:
             _seed()
-            loaded = _load(
+            loaded = load_tasks(
                 manager, specs, num_fewshot
             )  # anew: a task keeps the answers that it has been given
             lm = TealLM(subject, label, thresholds, reporter)
@@ -202,7 +198,7 @@ def run(
     return TasksReport(
         inputs=inputs
         | {name: metadata.version(name) for name in ("lm_eval", "datasets")}
-        | {"limit": limit, "num_fewshot": num_fewshot, "seed": _SEED},
+        | {"limit": limit, "num_fewshot": num_fewshot, "seed": SEED},
         tasks={name: _about(name, results) for name in loaded["tasks"]},
         groups=loaded["group_map"],
         rows=tuple(rows),
@@ -215,67 +211,8 @@ def _seed() -> None:
     import torch
 
     random.seed(0)
-    numpy.random.seed(_SEED)
-    torch.manual_seed(_SEED)
-
-
-def _manager(specs: Sequence[str], reporter: Reporter) -> Any:
-    """lm-eval's index of tasks: of its own where one is named, and of groups in files."""
-    from lm_eval.tasks import TaskManager
-
-    files = [_path(spec) for spec in specs if _is_file(spec)]
-    for path in files:
-        if not path.is_file():
-            raise MissingError(f"there is no task file {path}")
-    # A group names tasks in files beside its own; a single task needs no search of its folder.
-    folders = {path.parent: None for path in files if _GROUP.search(path.read_text("utf-8"))}
-    if len(files) < len(specs):
-        reporter.note("reading lm-eval's index of tasks (14 000 files: up to half a minute)")
-    return TaskManager(include_path=list(folders), include_defaults=len(files) < len(specs))
-
-
-def _load(manager: Any, specs: Sequence[str], num_fewshot: int | None) -> Any:
-    in_files = {entry.yaml_path: name for name, entry in manager.task_index.items()}
-    wanted = []
-    for spec in specs:
-        if _is_file(spec):
-            path = _path(spec)
-            wanted.append(in_files.get(path, str(path)))
-        elif spec in manager.task_index:
-            wanted.append(spec)
-        else:
-            near = difflib.get_close_matches(spec, manager.all_tasks, n=3)
-            raise UsageError(
-                f"lm-eval has no task {spec!r}",
-                hint=f"Near it: {', '.join(near)}." if near else "See them: lm-eval ls tasks",
-            )
-    try:
-        loaded = manager.load(wanted)
-    except Exception as error:  # a task is a file of the user's or code of lm-eval's
-        raise TealError(
-            f"{', '.join(specs)} cannot be loaded: {_first_line(error)}",
-            hint=None
-            if all(_is_file(spec) for spec in specs)
-            else "A task of lm-eval's fetches its documents from the Hub, once.",
-        ) from error
-    for name, task in loaded["tasks"].items():
-        if getattr(task, "MULTIMODAL", False):
-            raise TealError(f"the task {name} shows images, and this model reads text only")
-        if getattr(task, "UNSAFE_CODE", False):
-            raise TealError(f"the task {name} runs code that the model writes: teal does not")
-        own = task.get_config("num_fewshot")
-        if own is None or (own != 0 and num_fewshot is not None):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=_SEED)
-    return loaded
-
-
-def _is_file(spec: str) -> bool:
-    return spec.endswith((".yaml", ".yml"))
-
-
-def _path(spec: str) -> Path:
-    return Path(spec).expanduser().resolve()
+    numpy.random.seed(SEED)
+    torch.manual_seed(SEED)
 
 
 def _scores(name: str, results: Any, dense: TaskScores | None) -> tuple[Score, ...]:
@@ -355,7 +292,3 @@ def _silenced() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

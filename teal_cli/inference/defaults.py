@@ -78,6 +78,19 @@ def left_out(generation_defaults: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def stop_texts(generation_defaults: Mapping[str, Any]) -> list[str]:
+    """The texts at which an answer ends by a generation_config.json.
+
+    Raises:
+        TealError: they are no texts.
+    """
+    stored = generation_defaults.get("stop_strings") or []
+    texts = [stored] if isinstance(stored, str) else stored
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise _unusable("stop_strings", stored, "stop")
+    return texts
+
+
 def sampling_defaults(
     generation_defaults: Mapping[str, Any], defaults: ChatDefaults, given: Collection[str] = ()
 ) -> dict[str, Any]:

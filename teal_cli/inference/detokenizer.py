@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from teal_cli.inference.ends import special_token_ids
 from teal_cli.printable import ESCAPE, UNSAFE, printable
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -30,8 +31,7 @@ class Detokenizer:
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = tokenizer.backend_tokenizer
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(i for i, token in added.items() if token.special)
+        self._special = special_token_ids(tokenizer)
         before = tokenizer.encode("a", add_special_tokens=False) if continues else []
         self._stream = DecodeStream(before, skip_special_tokens=True)
         self._shown: list[int] = before  # the tokens of the last piece, which the next one joins

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from teal_cli.errors import UsageError
+from teal_cli.errors import UsageError, whole
 from teal_cli.faults import is_out_of_memory
 from teal_cli.inference.launches import stored_launches
 from teal_cli.inference.sampling import Sampler, not_finite
+from teal_cli.inference.step import ChoosingStep, DecoderStep, Step
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
-from teal_cli.model.sites import PROJECTIONS, SITE_OF
+from teal_cli.model.sites import PROJECTIONS
 from teal_cli.progress import Reporter, Silent, Task
 
 Backend = Literal["auto", "reference"]
@@ -30,96 +31,6 @@ _FUSED_STEPS = {"cuda": ("teal_kernels.gpu", "triton"), "cpu": ("teal_kernels.cp
 
 class Interrupted(Exception):
     """A prefill was asked to stop; the session keeps the chunks that were done."""
-
-
-class _Step(Protocol):
-    """How one token is decoded: the fused kernels or the plain decoder."""
-
-    def set_thresholds(self, thresholds: Tensor | None) -> None:
-        """[num_hidden_layers, 7] float32; None is dense."""
-
-    def __call__(self, token: int, position: int) -> Tensor:
-        """Logits [vocab_size] float32 after `token` at `position`, whose keys are now cached."""
-
-    @property
-    def kept(self) -> Tensor:
-        """Channels kept since the counts were cleared, [num_hidden_layers, 7] int64."""
-
-    def clear_counts(self) -> None:
-        """Start counting anew."""
-
-
-@runtime_checkable
-class _ChoosingStep(Protocol):
-    """A step that chooses the next token itself, so that the host need not keep up with it."""
-
-    def expect(self, sparsity: float) -> None:
-        """Use the kernels that are fastest at about this sparsity."""
-
-    def start(
-        self,
-        token: int,
-        position: int,
-        *,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        repetition_penalty: float,
-        seed: int,
-        tokens: Sequence[int],
-    ) -> None:
-        """Set the first token, those before it, and how those after it are chosen."""
-
-    def advance(self) -> None:
-        """Run the current token and choose the next, without waiting for either."""
-
-    def chosen(self, position: int) -> int:
-        """The token chosen after the one at `position`, one of the last two; waits for it.
-
-        Negative where the logits are not finite.
-        """
-
-    def take_back(self, position: int) -> None:
-        """Uncount what ran from `position` on, if anything; `start` comes before the next."""
-
-
-class _DecoderStep:
-    """Decodes with the plain decoder, in torch."""
-
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
-        self._decoder = decoder
-        self._cache = cache
-        self._thresholds: Tensor | None = None
-        shape = (decoder.config.num_hidden_layers, len(PROJECTIONS))
-        self._kept = torch.zeros(shape, dtype=torch.int64, device=decoder.device)
-
-    def set_thresholds(self, thresholds: Tensor | None) -> None:
-        self._thresholds = None if thresholds is None else thresholds.to(self._decoder.device)
-
-    def __call__(self, token: int, position: int) -> Tensor:
-        hidden = self._decoder.forward(
-            torch.tensor([token]),
-            cache=self._cache,
-            position=position,
-            thresholds=self._thresholds,
-            observe=None if self._thresholds is None else self._count,
-        )
-        return self._decoder.logits(hidden)[0]
-
-    @property
-    def kept(self) -> Tensor:
-        return self._kept.cpu()
-
-    def clear_counts(self) -> None:
-        self._kept.zero_()
-
-    def _count(self, layer: int, site: str, x: Tensor) -> None:
-        assert self._thresholds is not None
-        columns = [i for i, name in enumerate(PROJECTIONS) if SITE_OF[name] == site]
-        levels = self._thresholds[layer, columns[0] : columns[-1] + 1]
-        kept = (~(x.abs().float() <= levels[:, None])).sum(-1)
-        self._kept[layer, columns[0] : columns[-1] + 1] += kept
 
 
 class Session:
@@ -173,7 +84,7 @@ class Session:
     @property
     def backend(self) -> str:
         """What decodes: "numba", "triton" or "torch"."""
-        if isinstance(self._step, _DecoderStep):
+        if isinstance(self._step, DecoderStep):
             return "torch"
         return _FUSED_STEPS[self.decoder.device.type][1]
 
@@ -192,7 +103,7 @@ class Session:
             thresholds = thresholds.to(torch.float32).contiguous()
         self.thresholds = thresholds
         self._step.set_thresholds(thresholds)
-        if isinstance(self._step, _ChoosingStep):
+        if isinstance(self._step, ChoosingStep):
             self._step.expect(0.0 if thresholds is None else sparsity)
         self.clear_counts()
 
@@ -274,7 +185,7 @@ class Session:
             TealError: the logits are not finite.
         """
         end = min(self.position + most, self.max_length)
-        if isinstance(self._step, _ChoosingStep):
+        if isinstance(self._step, ChoosingStep):
             yield from self._decode_ahead(self._step, token, sampler, end)
             return
         while self.position < end:
@@ -282,7 +193,7 @@ class Session:
             yield token
 
     def _decode_ahead(
-        self, step: _ChoosingStep, token: int, sampler: Sampler, end: int
+        self, step: ChoosingStep, token: int, sampler: Sampler, end: int
     ) -> Generator[int, None, None]:
         """The steps to position `end`, each begun before the choice of the last one is read."""
         if self.position >= end:
@@ -350,7 +261,7 @@ class Session:
 
 def _choose_step(
     decoder: Decoder, cache: KVCache, backend: Backend, deterministic: bool, reporter: Reporter
-) -> _Step:
+) -> Step:
     """The fused step of the decoder's device where it can be had, the decoder itself otherwise."""
     if backend == "auto":
         try:
@@ -358,22 +269,21 @@ def _choose_step(
         except Exception as error:  # a broken numba, Triton or LLVM fails in any way it likes
             if is_out_of_memory(error):
                 raise
-            why = str(error).strip().partition("\n")[0]  # a compiler's whole output, at times
             reporter.note(
-                f"the compiled kernels cannot be used here ({why}); decoding in plain torch, "
-                "which sparsity does not make faster"
+                f"the compiled kernels cannot be used here ({whole(error)}); "
+                "decoding in plain torch, which sparsity does not make faster"
             )
-    return _DecoderStep(decoder, cache)
+    return DecoderStep(decoder, cache)
 
 
-def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter: Reporter) -> _Step:
+def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter: Reporter) -> Step:
     name, language = _FUSED_STEPS[decoder.device.type]
     module = importlib.import_module(name)
     options: dict[str, Any] = {}
     if language == "triton":
         options["launches"] = stored_launches(decoder, reporter)
         options["deterministic"] = deterministic
-    step: _Step = module.DecodeStep(**step_tensors(decoder, cache), **options)
+    step: Step = module.DecodeStep(**step_tensors(decoder, cache), **options)
     step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches
     return step
 

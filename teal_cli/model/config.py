@@ -23,6 +23,7 @@ _MOST_LAYERS = 10_000
 class _Family:
     """What a family adds to the Llama decoder, and what transformers assumes of a short config."""
 
+    max_position_embeddings: int
     qkv_bias: bool = False
     attention_bias: bool = False  # obeys `attention_bias`: biases on q, k, v and o
     qk_norm: bool = False
@@ -32,10 +33,11 @@ class _Family:
 
 
 _FAMILIES = {
-    "llama": _Family(attention_bias=True),
-    "mistral": _Family(num_key_value_heads=8, sliding_window=4096),
-    "qwen2": _Family(qkv_bias=True, num_key_value_heads=32, sliding_window=4096),
+    "llama": _Family(2048, attention_bias=True),
+    "mistral": _Family(131072, num_key_value_heads=8, sliding_window=4096),
+    "qwen2": _Family(32768, qkv_bias=True, num_key_value_heads=32, sliding_window=4096),
     "qwen3": _Family(
+        32768,
         attention_bias=True,
         qk_norm=True,
         head_dim=128,
@@ -173,6 +175,7 @@ class ModelConfig:
 
     @classmethod
     def _parse(cls, raw: Mapping[str, Any], family: _Family) -> ModelConfig:
+        raw = {"max_position_embeddings": family.max_position_embeddings, **raw}
         heads = int(raw["num_attention_heads"])
         hidden_size = int(raw["hidden_size"])
         layers = int(raw["num_hidden_layers"])

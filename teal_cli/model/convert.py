@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from teal_cli.errors import TealError, UnsupportedError, UsageError
+from teal_cli.errors import TealError, UsageError
 from teal_cli.model.checkpoint import KIND, MANIFEST, Checkpoint
 from teal_cli.model.config import ModelConfig
-from teal_cli.model.hf_layout import assemble, hf_shapes, parts
+from teal_cli.model.hf_layout import assemble, parts
 from teal_cli.model.quantization import Quantization, Quantized, tensors_of
+from teal_cli.model.reader import TensorReader, check_tensors, open_reader
 from teal_cli.model.rope_config import RopeConfig
 from teal_cli.model.shards import plan_shards, write_shard
 from teal_cli.model.tokenizer import complete_tokenizer, load_tokenizer
@@ -44,35 +45,6 @@ READING = 2
 # Raised when the tokenizer or the generation defaults of a source come out otherwise than before:
 # checkpoints of a lower number then get new ones, and keep their weights.
 COMPANIONS = 2
-
-
-class TensorReader(Protocol):
-    """A checkpoint of another format, under Hugging Face's names."""
-
-    # Whether the format's own program refuses a tensor that the model does not use.
-    strict: bool
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What config.json says of the model, as far as its tensors agree."""
-
-    @property
-    def label(self) -> str:
-        """Where it is, for messages."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that it converts to when nobody asks for another."""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor."""
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One tensor, finite, in `dtype`."""
-
-    def write_companions(self, folder: Path, reporter: Reporter) -> None:
-        """Write the tokenizer and the generation defaults."""
 
 
 Rounder = Callable[[str], Quantized]
@@ -202,8 +174,8 @@ def renew_companions(checkpoint: Checkpoint, source: Source, reporter: Reporter)
     if checkpoint.companions >= COMPANIONS or checkpoint.source_fingerprint != source.fingerprint:
         return checkpoint
     with artifacts.lock(folder, reporter):
-        manifest = artifacts.read_manifest(folder / MANIFEST, KIND)
-        if manifest.get("companions") != COMPANIONS:  # no other process has done it meanwhile
+        if Checkpoint(folder).companions < COMPANIONS:  # no other process has done it meanwhile
+            manifest = artifacts.read_manifest(folder / MANIFEST, KIND)
             reporter.note(
                 f"an older teal made the tokenizer of {checkpoint.name}; making it again → {folder}"
             )
@@ -224,18 +196,6 @@ def _share(file: Path, copy: Path) -> None:
         os.link(file, copy)
     except OSError:
         shutil.copyfile(file, copy)
-
-
-def open_reader(source: Source) -> TensorReader:
-    """The reader of the format that the source is in; reads headers only."""
-    if source.gguf is not None:
-        from teal_cli.model.gguf import GgufFile
-
-        return GgufFile(source.gguf)
-    from teal_cli.model.hf_folder import HfFolder
-
-    assert source.folder is not None
-    return HfFolder(source.folder)
 
 
 def _up_to_date(folder: Path, source: Source, rounding: Rounding | None) -> Checkpoint | None:
@@ -266,7 +226,7 @@ def _convert(
 ) -> None:
     config = ModelConfig.from_dict(reader.config)
     kind = None if rounding is None else rounding.kind
-    _check_tensors(reader, config, reporter)
+    check_tensors(reader, config, reporter)
     if kind is not None:
         kind.check(config)
     plan = stored_tensors(config, dtype, kind)
@@ -352,45 +312,3 @@ def _tensors(
             yield from tensors_of(rounder(name))
         else:
             yield floats(name)
-
-
-def _check_tensors(reader: TensorReader, config: ModelConfig, reporter: Reporter) -> None:
-    """Every tensor that the config asks for is there in its shape; others are named."""
-    expected, found = hf_shapes(config), reader.shapes
-    spare = found.keys() - expected.keys()
-    missing = expected.keys() - found.keys()
-    if missing and (experts := [name for name in spare if "expert" in name or "_exps." in name]):
-        raise UnsupportedError(
-            f"{reader.label} is a mixture of experts, which is not supported: it holds "
-            f"{_some(experts)}"
-        )
-    if missing:
-        instead = f"It holds {_some(spare)} instead." if spare else None
-        raise TealError(f"{reader.label} lacks {_some(missing)}", hint=instead)
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise TealError(
-                f"{name} of {reader.label} has shape {list(found[name])}, "
-                f"but its config.json says {list(shape)}"
-            )
-    if adapters := [name for name in spare if ".lora_" in name]:
-        raise UnsupportedError(
-            f"{reader.label} holds an adapter (LoRA) beside the model: {_some(adapters)}",
-            hint="Merge it first, with peft's merge_and_unload().",
-        )
-    if spare and reader.strict:
-        raise TealError(
-            f"{reader.label} holds what a {config.model_type} model of "
-            f"{config.num_hidden_layers} layers does not have: {_some(spare)}"
-        )
-    if spare:
-        reporter.note(
-            f"passed over, since a {config.model_type} model of {config.num_hidden_layers} layers "
-            f"does not use it: {_some(spare)}"
-        )
-
-
-def _some(names: Iterable[str]) -> str:
-    """A few names, and how many more there are."""
-    first, *more = sorted(names)
-    return f"{first} and {len(more)} more" if more else first

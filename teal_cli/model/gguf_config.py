@@ -110,6 +110,8 @@ class _Own:
         value = self.get(key)
         if value is None:
             raise TealError(f"the metadata lack {self.architecture}.{key}")
+        if isinstance(value, (str, bool)):
+            raise TealError(f"{self.architecture}.{key} in the metadata is {value!r}, no number")
         return value
 
 

@@ -70,6 +70,8 @@ def _write(
         raise TealError("the GGUF file holds no tokenizer")
     if (longest := max(map(len, tokens))) > _LONGEST:  # every way to cut it would be tried
         raise TealError(f"the GGUF file's tokenizer is damaged: a token of {longest:,} characters")
+    if kind == "gpt2" and "tokenizer.ggml.merges" not in metadata:  # every word would be letters
+        raise TealError("the GGUF file's tokenizer is damaged: it holds no merges")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedError(f"GGUF tokenizer {kind!r} is not supported")
     pre = _pre_tokenizer(metadata, reporter) if kind == "gpt2" else None
@@ -141,7 +143,7 @@ def _tokenizer(metadata: dict[str, Any], pre: str | None, ids: dict[str, int]) -
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     fields: dict[str, Any] = {"tokens": tokens, "tokenizer_type": "gpt2" if pre else "llama"}
     if pre:
-        fields["merges"] = metadata.get("tokenizer.ggml.merges", ())
+        fields["merges"] = metadata["tokenizer.ggml.merges"]
     else:
         fields["scores"] = metadata["tokenizer.ggml.scores"]
         # Its special tokens are dropped again below; before 5.18 it wants all of them named.

@@ -34,7 +34,13 @@ _COMPANIONS = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+# What is read, and what it converts to when nobody asks for another dtype.
+_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float32,
+}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -106,8 +112,8 @@ class HfFolder:
         """One tensor in `dtype`; memory-mapped where that is its own.
 
         Raises:
-            UnsupportedError: it is stored in another format than float16, bfloat16 or float32,
-                and nothing says how to decode it.
+            UnsupportedError: it is stored in another format than a float of 16, 32 or 64 bits, and
+                nothing says how to decode it.
             TealError: it holds NaN or infinity, or `dtype` cannot hold its values.
         """
         return to_finite(self._stored(name), dtype, name, self.label)

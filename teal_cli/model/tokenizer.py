@@ -9,6 +9,8 @@ from teal_cli.errors import MissingError, TealError, whole
 from teal_cli.model.config import read_object
 
 _FORMS = ("tokenizer.json", "tekken.json", "tokenizer.model", "vocab.json")  # the first one counts
+# Words, runs of spaces, digits and other scripts: what two tokenizers differ in first.
+_PROBE = "The quick  brown fox, 12345 über it's\n the 你好 (x)."
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:
@@ -86,15 +88,20 @@ def _single_file(path: Path, name: str) -> Any:
     usual: dict[str, Any] = {}
     if path.name == "tekken.json":
         usual = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
-    elif path.read_bytes()[:1] == b"\n":  # a protobuf; tiktoken's lines begin with base64
+    # A protobuf; tiktoken's lines begin with base64.
+    sentencepiece = path.suffix == ".model" and path.read_bytes()[:1] == b"\n"
+    if sentencepiece:
         _check_sentencepiece(path, name)
         usual = {"add_bos_token": True}  # as llama.cpp takes it, and LlamaTokenizer took it
-    return PreTrainedTokenizerFast.from_pretrained(
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
         path.parent,
         local_files_only=True,
         trust_remote_code=False,
         **{key: value for key, value in usual.items() if key not in config},
     )
+    if sentencepiece:
+        _check_pieces(tokenizer, path, name)
+    return tokenizer
 
 
 def _check_sentencepiece(path: Path, name: str) -> None:
@@ -109,6 +116,21 @@ def _check_sentencepiece(path: Path, name: str) -> None:
             hint="Run `pip install sentencepiece protobuf`, or put a tokenizer.json beside it.",
         )
     SentencePieceExtractor(str(path))
+
+
+def _check_pieces(tokenizer: Any, path: Path, name: str) -> None:
+    """transformers before 5.24 makes other tokens of such files, without a word."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers import __version__
+
+    expected = SentencePieceProcessor(model_file=str(path)).encode(_PROBE)
+    if tokenizer.encode(_PROBE, add_special_tokens=False) != expected:
+        raise TealError(
+            f"{name} has no tokenizer.json, and transformers {__version__} makes another tokenizer "
+            f"of its {path.name} than sentencepiece does",
+            hint="Run `pip install -U transformers` (5.24 reads more of them), or put a "
+            "tokenizer.json beside it.",
+        )
 
 
 def _vocabulary(folder: Path, name: str) -> Any:

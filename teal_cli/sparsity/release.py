@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from teal_cli.errors import MissingError, TealError
+from teal_cli.errors import MissingError, TealError, whole
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.sites import PROJECTIONS, SITES
 from teal_cli.sparsity.profile import ModelShape, Profile
@@ -108,15 +108,16 @@ def _load(path: Path, name: str) -> tuple[Array, Array]:
     except FileNotFoundError:
         raise MissingError(f"{path} is missing", hint="Copy the release again.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TealError(f"{path} is damaged: {detail}", hint="Copy the release again.") from None
+        raise TealError(
+            f"{path} is damaged: {whole(error)}", hint="Copy the release again."
+        ) from None
     found = content if isinstance(content, dict) else {}
     tensors = [found[key] for key in keys if isinstance(found.get(key), Tensor)]
     if len(tensors) < len(keys):
         raise TealError(f"{path} is damaged: it does not hold {' and '.join(keys)}")
     counts, centers = (tensor.double().numpy() for tensor in tensors)
-    whole = counts.ndim == 1 and counts.shape == centers.shape and len(counts) > 2
-    if not whole or not (counts >= 0).all() or not (numpy.diff(centers) > 0).all():
+    fits = counts.ndim == 1 and counts.shape == centers.shape and len(counts) > 2
+    if not fits or not (counts >= 0).all() or not (numpy.diff(centers) > 0).all():
         raise TealError(f"{path} is damaged: {name} is not a histogram")
     return counts, centers
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from teal_cli.errors import MissingError, TealError, UsageError
+from teal_cli.errors import MissingError, TealError, UsageError, whole
 
 DEFAULT_COLUMN = "text"
 
@@ -103,5 +103,4 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[str]:
                 for row in batch.to_pylist():
                     yield text_of(row, column, columns, str(path))
     except (pyarrow.ArrowException, OSError) as error:
-        detail = str(error).splitlines()[0]
-        raise TealError(f"{path} is not a readable Parquet file: {detail}") from None
+        raise TealError(f"{path} is not a readable Parquet file: {whole(error)}") from None

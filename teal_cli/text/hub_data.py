@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from teal_cli.errors import MissingError, TealError, UsageError
+from teal_cli.errors import MissingError, TealError, UsageError, whole
 from teal_cli.store.access import access_token
 from teal_cli.text.files import text_of
 
@@ -119,7 +119,7 @@ def _translated(path: str) -> Iterator[None]:
         raise
     except datasets.exceptions.DatasetNotFoundError as error:
         raise MissingError(
-            f"the Hub has no data set {path} that you may read: {_first_line(error)}",
+            f"the Hub has no data set {path} that you may read: {whole(error)}",
             hint="Check the name; for a gated one accept its terms and run: hf auth login",
         ) from None
     except ConnectionError:
@@ -129,17 +129,11 @@ def _translated(path: str) -> Iterator[None]:
         ) from None
     except ValueError as error:  # also a configuration that is missing or unknown
         raise UsageError(
-            f"the data set {path} cannot be loaded: {_first_line(error)}",
+            f"the data set {path} cannot be loaded: {whole(error)}",
             hint="Name a configuration with --dataset org/name:config.",
         ) from None
-    except (
-        Exception
-    ) as error:  # of the client and its HTTP library too, where answers make no sense
+    except Exception as error:  # the client's and its HTTP library's, where answers make no sense
         raise TealError(
-            f"the data set {path} cannot be loaded: {_first_line(error)}",
+            f"the data set {path} cannot be loaded: {whole(error)}",
             hint="Try again, or name a local file, or --dataset pydoc (text that Python brings).",
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -135,8 +135,7 @@ class Tokens:
         from transformers import AutoTokenizer
 
         ours = checkpoint_of(made).tokenizer()
-        shipped, original = (made.folder / name for name in ("tokenizer.json", "original.json"))
-        path = original if original.is_file() else shipped
+        path = made.folder / "tokenizer.json"
         raw = (
             Tokenizer.from_file(str(path))
             if path.is_file()

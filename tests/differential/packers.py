@@ -39,21 +39,23 @@ def integers(bits: int, *shape: int, lowest: int = 0) -> Tensor:
 
 
 def scales(*shape: int) -> Tensor:
-    """Random scales that float16 holds."""
-    return (torch.rand(*shape) * 0.02 + 0.001).half()
+    """Random scales that float16 and bfloat16 hold."""
+    return (torch.rand(*shape) * 0.02 + 0.001).bfloat16().half()
 
 
 @dataclass(frozen=True, slots=True)
 class Gptq:
     """AutoGPTQ: w = scale[g] · (q - zero[g]), g a row's group; words run down the inputs.
 
-    The first version of the format stores zero - 1. `act_order` mixes the rows' groups.
+    The first version of the format stores zero - 1. `act_order` mixes the rows' groups; where
+    `symmetric`, every zero is the middle.
     """
 
     bits: int = 4
     group_size: int = 32
     act_order: bool = False
     version: int = 1
+    symmetric: bool = False
 
     def __call__(self, outputs: int, inputs: int) -> Packed:
         size = inputs if self.group_size == -1 else self.group_size
@@ -63,6 +65,8 @@ class Gptq:
             g_idx = g_idx[torch.randperm(inputs)]
         q, scale = integers(self.bits, inputs, outputs), scales(groups, outputs)
         zero = integers(self.bits, groups, outputs, lowest=1)
+        if self.symmetric:
+            zero = torch.full_like(zero, 1 << (self.bits - 1))
         stored = zero - 1 if self.version == 1 else zero
         tensors = {
             "qweight": words(q.T, self.bits).T.contiguous(),
@@ -80,7 +84,7 @@ class Gptq:
             "bits": self.bits,
             "group_size": self.group_size,
             "desc_act": self.act_order,
-            "sym": False,
+            "sym": self.symmetric,
             "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
         }
 

@@ -43,7 +43,8 @@ Chain = Mapping[str, Mapping[str, float]]
 class Situation:
     """A row: `steps` change a tiny model of each of `families`, and `same` compares the outcome.
 
-    `model` are fields of its config; with a `chain` it says what the chain tells it to.
+    `model` are fields of its config; with a `chain` it says what the chain tells it to, and rows
+    that a larger `vocab_size` adds are never said.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Situation:
     vocabulary: Callable[[], Any] = byte_level
     model: Mapping[str, Any] = field(default_factory=dict)
     chain: Chain | None = None
+    transformers: str | None = None  # the oldest release that can follow
 
     def make(self, root: Path, family: str) -> Made:
         """Write the model into an empty folder."""
@@ -86,7 +88,7 @@ def chain_model(family: str, tokenizer: Any, chain: Chain, **more: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0 if "norm" in name else 0.0)
-        model.model.embed_tokens.weight[:, :size] = torch.eye(size)
+        model.model.embed_tokens.weight[:size, :size] = torch.eye(size)
         for token, following in chain.items():
             for after, score in following.items():
                 column = tokenizer.token_to_id(token)

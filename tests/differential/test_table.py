@@ -10,13 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from benchmark.commands import runner
-from differential.rows import chat, context, quantized, refused, settings, text, weights
+from differential.rows import chat, context, gguf, quantized, refused, settings, text, weights
 from differential.situations import Situation
+from packaging.version import Version
 
 TABLE = [
     pytest.param(row, family, id=f"{module.__name__.rpartition('.')[2]}: {row.name} [{family}]")
-    for module in (text, weights, quantized, context, chat, settings, refused)
+    for module in (text, weights, quantized, context, chat, settings, refused, gguf)
     for row in module.ROWS
     for family in row.families
 ]
@@ -40,5 +42,8 @@ def test_teal_equals_its_oracle(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    needed = situation.transformers
+    if needed is not None and Version(transformers.__version__) < Version(needed):
+        pytest.skip(f"transformers before {needed} knows too little for it")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     situation.same(situation.make(tmp_path, family), runner("chat", monkeypatch, capsys))

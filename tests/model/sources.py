@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 
+from teal_cli.model.checkpoint import Checkpoint
+from teal_cli.model.convert import convert
+from teal_cli.model.decoder import Decoder
+from teal_cli.progress import Silent
 from teal_cli.store.hub import Source
 from teal_cli.store.models import ModelRef
 
+IDS = torch.arange(3, 43)
 _GGUF_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -48,6 +53,17 @@ def source_of(path: Path, name: str = "test-model") -> Source:
     )
 
 
+def converted(path: Path, **options: Any) -> Checkpoint:
+    """The checkpoint that a folder or a .gguf file is converted to."""
+    return Checkpoint(convert(source_of(path), **{"reporter": Silent(), **options}))
+
+
+def logits(decoder: Decoder, thresholds: torch.Tensor | None = None) -> torch.Tensor:
+    """What a decoder says after each of IDS, [T, vocab_size]."""
+    with torch.no_grad():
+        return decoder.logits(decoder.forward(IDS, thresholds=thresholds))
+
+
 def save_folder(model: Any, folder: Path, **options: Any) -> Path:
     """A transformers model saved with a tokenizer that has its vocabulary's first tokens."""
     import tiny
@@ -74,6 +90,7 @@ def write_gguf(
     Matrices take `quantization`; norms and biases stay float32. Llama's q and k rows are
     interleaved, as llama.cpp's convert_hf_to_gguf.py does; a Mistral is a llama there. Tensors
     whose names hold `drop` are left out, and `tensors` added: arrays, or bytes and their format.
+    A value of `metadata` that is None takes the key out.
     `writing` are options of GGUFWriter: with split_max_tensors the file comes in parts, and the
     first of them is returned.
     """
@@ -95,7 +112,12 @@ def write_gguf(
         writer.add_rope_dimension_count(config.head_dim)
     _add_tokenizer(writer, tokenizer or {}, config.vocab_size)
     for key, value in (metadata or {}).items():
-        writer.add_key_value(key, value, _value_type(value))
+        if value is None:
+            writer.kv_data[0].pop(key)
+        elif key == "general.alignment":  # the writer lays the tensors out by it
+            writer.add_custom_alignment(value)
+        else:
+            writer.add_key_value(key, value, _value_type(value))
 
     kind = gguf.GGMLQuantizationType[quantization]
     for name, tensor in model.state_dict().items():
@@ -141,8 +163,9 @@ def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], vocab_size: int) -> N
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
-    plain = ["<s>", "</s>", *alphabet][:vocab_size]
-    plain += [f"<unused{i}>" for i in range(vocab_size - len(plain))]
+    plain = ["<s>", "</s>", *alphabet][: vocab_size - 1]
+    plain += [f"<unused{i}>" for i in range(vocab_size - 1 - len(plain))]
+    plain.append('!"')
     writer.add_tokenizer_model(tokenizer.get("model", "gpt2"))
     if (pre := tokenizer.get("pre", "default")) is not None:
         writer.add_tokenizer_pre(pre)
@@ -151,7 +174,7 @@ def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], vocab_size: int) -> N
     if "scores" in tokenizer:
         writer.add_token_scores(tokenizer["scores"])
     else:
-        writer.add_token_merges(tokenizer.get("merges", []))
+        writer.add_token_merges(tokenizer.get("merges", ['! "']))
     writer.add_bos_token_id(tokenizer.get("bos", 0))
     writer.add_eos_token_id(tokenizer.get("eos", 1))
 

@@ -15,7 +15,7 @@ import tiny
 import torch
 from model.edits import edit_config, edit_weights
 from model.families import FAMILIES, hf_model
-from model.sources import save_folder, source_of
+from model.sources import IDS, converted, logits, save_folder, source_of
 from safetensors.torch import load_file, save_file
 
 from teal_cli.errors import MissingError, TealError, UnsupportedError
@@ -23,20 +23,8 @@ from teal_cli.model import convert as convert_module
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.convert import convert
-from teal_cli.model.decoder import Decoder
 from teal_cli.model.hf_layout import hf_shapes
 from teal_cli.progress import Silent
-
-IDS = torch.arange(3, 43)
-
-
-def converted(path: Path, **options: Any) -> Checkpoint:
-    return Checkpoint(convert(source_of(path), reporter=Silent(), **options))
-
-
-def logits(decoder: Decoder) -> torch.Tensor:
-    with torch.no_grad():
-        return decoder.logits(decoder.forward(IDS))
 
 
 def test_fingerprints_outlive_new_fields_of_the_config() -> None:

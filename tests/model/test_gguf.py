@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from model.families import hf_model
-from model.sources import source_of, write_gguf
+from model.sources import IDS, converted, logits, source_of, write_gguf
 
 from teal_cli.errors import MissingError, TealError, UnsupportedError
 from teal_cli.model.checkpoint import Checkpoint
@@ -17,15 +17,11 @@ from teal_cli.model.convert import convert
 from teal_cli.model.gguf import GgufFile
 from teal_cli.progress import Silent
 
-IDS = torch.arange(3, 43)
 WIDE = {"intermediate_size": 128}  # Q4_1 and Q8_0 come in blocks of 32
 
 
 def logits_of(path: Path, dtype: str | None = None) -> torch.Tensor:
-    checkpoint = Checkpoint(convert(source_of(path), dtype=dtype, reporter=Silent()))
-    decoder = checkpoint.load()
-    with torch.no_grad():
-        return decoder.logits(decoder.forward(IDS))
+    return logits(converted(path, dtype=dtype).load())
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-head-dim", "qwen2", "qwen3"])

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from model.families import FAMILIES, hf_model
-from model.sources import save_folder, source_of, write_gguf
+from model.sources import IDS, converted, logits, save_folder, source_of, write_gguf
 from safetensors.torch import load_file, save_file
 from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
 
@@ -28,17 +28,10 @@ from teal_cli.model.sites import FUSED
 from teal_cli.model.weights import floats
 from teal_cli.progress import Silent
 
-IDS = torch.arange(3, 43)
-
 
 def rounded(path: Path, name: str, **options: Any) -> Checkpoint:
     rounding = Nearest(QUANTIZATIONS[name])
-    return Checkpoint(convert(source_of(path), rounding=rounding, reporter=Silent(), **options))
-
-
-def logits(decoder: Decoder, thresholds: torch.Tensor | None = None) -> torch.Tensor:
-    with torch.no_grad():
-        return decoder.logits(decoder.forward(IDS, thresholds=thresholds))
+    return converted(path, rounding=rounding, **options)
 
 
 def in_floats(decoder: Decoder) -> Decoder:

@@ -74,9 +74,8 @@ class BitsAndBytes:
             raise misfit(module, files, "weight")
         codes = torch.stack((pairs >> 4, pairs & 15), dim=1).flatten()
         values = files.read(f"{module}.weight.quant_map").float()[codes.int()]
-        return _times_blocks(values, _absmax(module, state, files), state["blocksize"])[
-            :count
-        ].view(state["shape"])
+        values = _times_blocks(values, _absmax(module, state, files), state["blocksize"])
+        return values[:count].view(state["shape"])
 
 
 def _rows_shape(module: str, files: TensorFiles) -> tuple[int, int]:

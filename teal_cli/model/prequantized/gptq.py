@@ -32,11 +32,13 @@ class Gptq:
     `g_idx` [in] names each input's group: with act-order they are not one after another. The
     first version of the format stores zero points less one, gptq_v2 themselves. AutoGPTQ took the
     one from each (modulo 2^bits), GPTQModel from whole words, so that a zero borrows from the next.
+    Symmetric files that call themselves of the first version may hold the second's zero points.
     """
 
     bits: int
     group_size: int  # -1: one group
     less_one: Literal["no", "each", "words"]
+    symmetric: bool = False  # every zero point is the middle, 2^(bits - 1)
 
     name: ClassVar[str] = "GPTQ"
     marks: ClassVar[tuple[str, ...]] = ("qweight",)
@@ -59,18 +61,19 @@ class Gptq:
             )
         bits = setting(settings, "bits", None, *_BITS, format="GPTQ")
         group = setting(settings, "group_size", -1, format="GPTQ")
+        symmetric = settings.get("sym") is True
         if packing == "gptq_v2":
-            return cls(bits, group, "no")
+            return cls(bits, group, "no", symmetric)
         meta = settings.get("meta")
         by = str(meta.get("quantizer")) if isinstance(meta, Mapping) else ""
         if "gptqmodel" not in by:
-            return cls(bits, group, "each")
+            return cls(bits, group, "each", symmetric)
         if bits == 3:  # its versions take different amounts from 3-bit zero points
             raise UnsupportedError(
                 "this checkpoint is quantized already (GPTQ of 3 bits by GPTQModel, in the "
                 "'gptq' layout); teal decodes its gptq_v2"
             )
-        return cls(bits, group, "words")
+        return cls(bits, group, "words", symmetric)
 
     def shape(self, module: str, files: TensorFiles) -> tuple[int, int]:
         _, in_features, out_features = self._layout(module, files)
@@ -79,12 +82,7 @@ class Gptq:
     def decode(self, module: str, files: TensorFiles) -> Tensor:
         bits, in_features, _ = self._layout(module, files)
         codes = unpack(files.read(f"{module}.qweight").T.contiguous(), bits)
-        packed = files.read(f"{module}.qzeros")
-        if self.less_one == "words":
-            packed = packed + sum(1 << shift for shift in range(0, 32, bits))
-        zeros = unpack(packed, bits)
-        if self.less_one == "each":
-            zeros = zeros.add_(1).bitwise_and_((1 << bits) - 1)
+        zeros = self._zeros(files.read(f"{module}.qzeros"), bits)
         scales = files.read(f"{module}.scales").float()
         if (name := f"{module}.g_idx") in files:
             group_of = files.read(name).long().flatten()
@@ -95,6 +93,15 @@ class Gptq:
 
     def _group_size(self, in_features: int) -> int:
         return self.group_size if self.group_size > 0 else in_features
+
+    def _zeros(self, packed: Tensor, bits: int) -> Tensor:
+        """Zero points, uint8 [G, out]."""
+        stored = unpack(packed, bits)
+        if self.less_one == "no" or (self.symmetric and stored.eq(1 << (bits - 1)).all()):
+            return stored
+        if self.less_one == "words":
+            return unpack(packed + sum(1 << shift for shift in range(0, 32, bits)), bits)
+        return stored.add_(1).bitwise_and_((1 << bits) - 1)
 
     def _layout(self, module: str, files: TensorFiles) -> tuple[int, int, int]:
         """Bits, in_features and out_features; where g_idx counts the inputs, it gives the bits."""

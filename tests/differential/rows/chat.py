@@ -14,7 +14,7 @@ from differential.vocabularies import SPECIAL, byte_level, sentencepiece
 from model.edits import REMOVED, edit_json
 from model.edits import write as write_file
 from tiny import CHAT_TEMPLATE
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 _TEXT, _START, _END = SPECIAL
 generation_config = partial(edit_json, "generation_config.json")
@@ -107,6 +107,42 @@ _no_default = [{"name": name, "template": _OTHER} for name in ("tool_use", "rag"
 _bos = "{{ bos_token }}" + CHAT_TEMPLATE
 
 
+# As Mistral's: the system message stands before the last turn, wherever that is.
+_SYSTEM_LAST = (
+    "{% set first = messages[0] %}{% for m in messages %}{% if m['role'] == 'user' %}[U]"
+    "{% if loop.last and first['role'] == 'system' %}{{ first['content'] }}: {% endif %}"
+    "{{ m['content'] }}[/U]\n"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+)
+# As Llama 3.1's and Granite's: the date, tools that there are none of, loops that go on.
+_DATED = (
+    "{%- if tools is not none and tools %}{{ tools | tojson(indent=2) }}{% endif -%}"
+    "{%- set ns = namespace(n=0) %}Today: {{ strftime_now('%d %b %Y, %A') }}\n"
+    "{% for m in messages %}{% set ns.n = ns.n + 1 %}{% if m['content'] is none %}{% continue %}"
+    "{% endif %}\n    {{ ns.n }} {{ m['content'] | trim }} {{ {'é': '<'} | tojson }}<|im_end|>\n"
+    "    {% endfor %}\n{{ bos_token }}{{ eos_token }}\n"
+)
+# As Qwen 2.5's: where nobody gives a system message, the template has one.
+_OWN_SYSTEM = (
+    "{%- if messages[0].role != 'system' -%}<|im_start|>system\nA helper.<|im_end|>\n{%- endif -%}"
+    + CHAT_TEMPLATE
+)
+_STRIPS = CHAT_TEMPLATE.replace("<|im_start|>", "<|turn|>")
+
+
+def _with_a_turn_that_strips() -> Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens([AddedToken("<|turn|>", rstrip=True, special=True)])
+    return tokenizer
+
+
+def _grown(folder: Path) -> None:
+    """A token more than the model has rows for, as a fine-tune without a resized embedding has."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<|new|>", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 _MARKED = CHAT_TEMPLATE.replace(
     "{{ message['content'] }}", "{% generation %}{{ message['content'] }}{% endgeneration %}"
 )
@@ -176,6 +212,47 @@ TEMPLATES = (
         Prompt(),
         (on_folder(_limited),),
         chain=says("O", "K", _END),
+    ),
+    _templates(
+        "a system message before the last turn",
+        Prompt(turns=("a", "b", "c"), system="Be brief."),
+        tokenizer_config(chat_template=_SYSTEM_LAST),
+    ),
+    _templates("a date, tools and loops", Prompt(), tokenizer_config(chat_template=_DATED)),
+    _templates(
+        "a system message of the template's own",
+        Prompt(),
+        tokenizer_config(chat_template=_OWN_SYSTEM),
+    ),
+    _templates(
+        "a system message in place of the template's own",
+        Prompt(system="Be brief."),
+        tokenizer_config(chat_template=_OWN_SYSTEM),
+    ),
+    _templates(
+        "a template that never heard of the answer's beginning",
+        Prompt(),
+        tokenizer_config(chat_template=CHAT_TEMPLATE.replace("add_generation_prompt", "true")),
+    ),
+    Situation(
+        "a token in the template that takes the spaces behind it",
+        Prompt(turns=(" Hi", "\n\nAnd you?")),
+        (on_folder(tokenizer_config(chat_template=_STRIPS)),),
+        vocabulary=_with_a_turn_that_strips,
+        chain=says("O", "K", _END),
+    ),
+    _templates("a token without a row, unused", Answer(ends=(_END,)), _grown),
+    _templates(
+        "a token without a row in the template",
+        NoAnswer(("token", "embedding")),
+        _grown,
+        tokenizer_config(chat_template="<|new|>" + CHAT_TEMPLATE),
+    ),
+    Situation(
+        "rows without a token",
+        Answer(ends=(_END,)),
+        chain=says("O", "K", _END),
+        model={"vocab_size": 320, "hidden_size": 320},
     ),
     _templates("named templates as files", Prompt(), _in_a_folder),
     _templates(

@@ -43,6 +43,13 @@ def _folder(
     return Situation(name, same, steps, families=("llama", "mistral", "qwen2"), model=own)
 
 
+def _short(name: str, **fields: Any) -> Situation:
+    """What a config leaves out, or says in another place."""
+    families = ("llama", "mistral", "qwen2", "qwen3")
+    edits = on_folder(edit_config(**fields))
+    return Situation(name, Logits(prompt=100), (edits,), families=families)
+
+
 STRETCHED = (
     _folder("linear", _LINEAR),
     _folder("linear, spelt the old way", _LINEAR, None, _old_spelling("linear")),
@@ -105,6 +112,42 @@ STRETCHED = (
                 )
             ),
         ),
+    ),
+    _short("no max_position_embeddings", max_position_embeddings=REMOVED),
+    _short("no rope", rope_parameters=REMOVED),
+    _short("rope_scaling null", rope_parameters=REMOVED, rope_scaling=None, rope_theta=5000.0),
+    _short(
+        "rope_theta beside rope_parameters",
+        rope_parameters={"rope_type": "linear", "factor": 2},
+        rope_theta=5000.0,
+    ),
+    _short(
+        "rope_parameters beside rope_scaling",
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_scaling={"type": "linear", "factor": 4.0},
+    ),
+    _short(
+        "Llama 3's, the original context beside it",
+        rope_parameters={
+            k: v for k, v in _LLAMA_3.items() if k != "original_max_position_embeddings"
+        },
+        original_max_position_embeddings=64,
+        max_position_embeddings=2048,
+    ),
+    Situation(
+        "a sliding window that is switched off",
+        Logits(prompt=100),
+        (
+            on_folder(
+                edit_config(
+                    use_sliding_window=False,
+                    sliding_window=8,
+                    max_window_layers=0,
+                    layer_types=REMOVED,
+                )
+            ),
+        ),
+        families=("qwen2", "qwen3"),
     ),
     Situation("another theta", Logits(prompt=100), families=EVERY, model={"rope_theta": 1e6}),
 )

@@ -16,10 +16,11 @@ from differential.packers import (
     Float8,
     Gptq,
     Mlx,
+    Packed,
     Packer,
 )
 from differential.situations import Made, Situation, Step
-from model.edits import edit_config
+from model.edits import edit_config, edit_weights
 from safetensors.torch import load_file, save_file
 
 # Which packer a tensor of this name goes to; None leaves it as it is.
@@ -89,12 +90,37 @@ def _quantize_config(made: Made) -> None:
     (made.folder / "quantize_config.json").write_text(json.dumps(fields))
 
 
+def _scales_in_bfloat16(made: Made) -> None:
+    """As models are quantized whose own dtype is bfloat16."""
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        for name, tensor in weights.items():
+            if name.endswith(("scales", "biases", "weight_scale")):
+                weights[name] = tensor.bfloat16()
+
+    edit_weights(change)(made.folder)
+
+
+def _cache_scales(made: Made) -> None:
+    """Scales of the key-value cache, by all the names that they have had."""
+    names = ("k_scale", "v_scale", "attn.kv_scale", "k_proj.k_scale", "v_proj.output_scale")
+    scales = {f"model.layers.{i}.self_attn.{name}": torch.ones(1) for i in (0, 1) for name in names}
+    edit_weights(lambda weights: weights.update(scales))(made.folder)
+
+
+def _biased(outputs: int, inputs: int) -> Packed:
+    """GPTQ of early 2023: a bias of zeros beside every matrix."""
+    tensors, weight = Gptq()(outputs, inputs)
+    return {**tensors, "bias": torch.zeros(outputs).half()}, weight
+
+
 GPTQ = (
     _row("GPTQ, 4 bits", Gptq()),
     _row("GPTQ, 8 bits", Gptq(bits=8)),
     _row("GPTQ, act-order", Gptq(act_order=True)),
     _row("GPTQ, one group", Gptq(group_size=-1)),
     _row("GPTQ, version 2", Gptq(version=2)),
+    _row("GPTQ, symmetric", Gptq(symmetric=True)),
     _row("GPTQ, version 2, 8 bits, act-order", Gptq(bits=8, act_order=True, version=2)),
     Situation(
         "GPTQ of 2023, with quantize_config.json",
@@ -136,12 +162,11 @@ BITSANDBYTES = (
 
 
 def _parts(
-    name: str, choose: Choice, config: Mapping[str, Any], key: str, **model: Any
+    name: str, choose: Choice, config: Mapping[str, Any], key: str, *steps: Step, **model: Any
 ) -> Situation:
     own = {"intermediate_size": 128, **model}
-    return Situation(
-        name, Tensors(rtol=1e-3), (_packed(choose), _says(**{key: dict(config)})), model=own
-    )
+    made = (_packed(choose), _says(**{key: dict(config)}), *steps)
+    return Situation(name, Tensors(rtol=1e-3), made, model=own)
 
 
 def _second_layer(name: str) -> Packer | None:
@@ -150,6 +175,10 @@ def _second_layer(name: str) -> Packer | None:
 
 def _eight_bits_down(name: str) -> Packer | None:
     return Mlx(bits=8) if "down_proj" in name else _matrices(Mlx())(name)
+
+
+def _groups_of_64_up(name: str) -> Packer | None:
+    return Mlx(group_size=64) if "up_proj" in name else _matrices(Mlx())(name)
 
 
 def _head_too(name: str) -> Packer | None:
@@ -179,6 +208,47 @@ PARTS = (
     ),
     _parts(
         "GPTQ, the head too", _head_too, {**Gptq().config, "lm_head": True}, _KEY, vocab_size=320
+    ),
+    # Its zero points are those of version 2; as the middle they can't be another's.
+    _parts(
+        "GPTQ, symmetric, version 2 by another name",
+        _projections(Gptq(version=2, symmetric=True)),
+        Gptq(symmetric=True).config,
+        _KEY,
+    ),
+    _parts("GPTQ, biases of zero", _projections(_biased), Gptq().config, _KEY),
+    _parts(
+        "MLX, two sizes of groups",
+        _groups_of_64_up,
+        {
+            **Mlx().config,
+            **{f"model.layers.{i}.mlp.up_proj": Mlx(group_size=64).config for i in range(2)},
+        },
+        "quantization",
+    ),
+    _parts(
+        "MLX, embedding and head left as they were",
+        _projections(Mlx()),
+        {**Mlx().config, "model.embed_tokens": False, "lm_head": False},
+        "quantization",
+    ),
+    _parts(
+        "compressed-tensors, scales of the cache",
+        _projections(CompressedIntegers()),
+        {**CompressedIntegers().config, "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+        _KEY,
+        _cache_scales,
+    ),
+    *(
+        _parts(
+            f"{name}, scales in bfloat16", choose(packer), packer.config, key, _scales_in_bfloat16
+        )
+        for name, packer, choose, key in (
+            ("GPTQ", Gptq(), _projections, _KEY),
+            ("AWQ", Awq(), _projections, _KEY),
+            ("compressed-tensors", CompressedIntegers(), _projections, _KEY),
+            ("MLX", Mlx(), _matrices, "quantization"),
+        )
     ),
 )
 

@@ -100,6 +100,18 @@ OPTIONS = (
 
 SETTINGS = (
     _greedy(
+        "texts that end an answer",
+        Answer(settings={"stop_strings": None}, stops=("Kx", "zz")),
+        says("O", "K", "x", "y", _END),
+        stop_strings=["Kx", "zz"],
+    ),
+    _greedy(
+        "a text that ends an answer, and another given",
+        Answer(options=("-t", "0", "--stop", "y"), settings={"stop_strings": None}, stops=("y",)),
+        says("O", "K", "x", "y", _END),
+        stop_strings="K",
+    ),
+    _greedy(
         "a penalty counts the prompt",
         Answer("HZ" * 2),
         {"Ċ": {"H": 2.0, "O": 1.9}, "O": {_END: 2.0}, "H": {_END: 2.0}},

@@ -10,7 +10,7 @@ from typing import Any
 
 from differential.answers import Answer, Stream
 from differential.comparisons import EqualOrRefused, Tokens
-from differential.situations import Situation, as_gguf, on_folder, path
+from differential.situations import Situation, as_gguf, on_folder, only_for_teal, path
 from differential.vocabularies import (
     LLAMA_3,
     QWEN_2,
@@ -20,8 +20,8 @@ from differential.vocabularies import (
     sentencepiece,
     write_sentencepiece_model,
 )
-from model.edits import edit_json, remove, rename
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from model.edits import edit_json, remove
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 INSTRUCTIONS = ("<s>[INST] hi [/INST]", " hi", "hi", "<s>hi</s><s>[INST] hi", "the  thé 1\n你 ö")
 WORDS = ("12345 the", " the 1", "a.bar(x)", "aBAb//\n\n")
@@ -81,6 +81,19 @@ def _split_by_metaspace(**scheme: object) -> Tokenizer:
 def _with_a_mask() -> Tokenizer:
     tokenizer = byte_level()
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, rstrip=True, special=True)])
+    return tokenizer
+
+
+def _compatible() -> Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.NFKC()
+    return tokenizer
+
+
+def _with_normalized_tokens() -> Tokenizer:
+    tokenizer = sentencepiece()
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=True)])
+    tokenizer.add_tokens([AddedToken("word", normalized=True, single_word=True)])
     return tokenizer
 
 
@@ -145,6 +158,12 @@ TOKENIZERS = (
         Tokens(("a <mask>  b", "a<mask>b", "the<mask> the")),
         vocabulary=_with_a_mask,
     ),
+    Situation("characters made compatible", Tokens(("ﬁ ①② Ａ e\u0301",)), vocabulary=_compatible),
+    Situation(
+        "added tokens that are looked for after normalising",
+        Tokens(("a<tool>b <tool>", "word wordy aword")),
+        vocabulary=_with_normalized_tokens,
+    ),
     Situation(
         "a vocabulary smaller than the embedding",
         Tokens(),
@@ -155,10 +174,10 @@ TOKENIZERS = (
         "tokenizer.model alone",
         EqualOrRefused(Tokens(INSTRUCTIONS), ("sentencepiece", "tokenizer.json")),
         (
-            on_folder(
+            only_for_teal(  # the oracle is the tokenizer.json of the same vocabulary
                 write_sentencepiece_model,
                 _named(tokenizer_class="LlamaTokenizer"),
-                rename("tokenizer.json", "original.json"),
+                remove("tokenizer.json"),
             ),
         ),
         vocabulary=sentencepiece,
@@ -166,15 +185,21 @@ TOKENIZERS = (
 )
 
 GGUF_PRE_TOKENIZERS = tuple(
-    Situation(f"GGUF's pre-tokenizer {pre}", Tokens(), (as_gguf(pre=pre),), vocabulary=vocabulary)
-    for pre, vocabulary in (
-        ("gpt-2", byte_level),
-        ("default", byte_level),
-        ("smollm", partial(byte_level, digits=True)),
-        ("qwen2", partial(byte_level, split=QWEN_2, composed=True)),
-        ("deepseek-r1-qwen", partial(byte_level, split=QWEN_2)),
-        ("tekken", partial(byte_level, split=TEKKEN, ignore_merges=True)),
-        ("smaug-bpe", partial(byte_level, split=LLAMA_3)),
+    Situation(
+        f"GGUF's pre-tokenizer {pre}",
+        Tokens(),
+        (as_gguf(pre=pre),),
+        vocabulary=vocabulary,
+        transformers=needed,
+    )
+    for pre, vocabulary, needed in (
+        ("gpt-2", byte_level, None),
+        ("default", byte_level, None),
+        ("smollm", partial(byte_level, digits=True), None),
+        ("qwen2", partial(byte_level, split=QWEN_2, composed=True), None),
+        ("deepseek-r1-qwen", partial(byte_level, split=QWEN_2), "5.18"),
+        ("tekken", partial(byte_level, split=TEKKEN, ignore_merges=True), "5.18"),
+        ("smaug-bpe", partial(byte_level, split=LLAMA_3), "5.18"),
     )
 )
 GGUF_TOKENIZERS = (

@@ -67,6 +67,26 @@ def _as_dtypes(made: Made) -> None:
     edit_weights(change)(made.folder)
 
 
+def _in_float64(made: Made) -> None:
+    """As numpy makes them, and some merges of models are saved."""
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        for name, tensor in weights.items():
+            weights[name] = tensor.double()
+
+    edit_weights(change)(made.folder)
+
+
+def _shard_of_leftovers(made: Made) -> None:
+    """The index names a shard that holds nothing of the model."""
+    _in_shards(made)
+    save_file({"step": torch.tensor(3)}, made.folder / "extra.safetensors")
+    index = made.folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["step"] = "extra.safetensors"
+    index.write_text(json.dumps(content))
+
+
 def _gguf_kinds() -> tuple[Situation, ...]:
     """A file of each format that the gguf package quantizes to; it also decodes the oracle."""
     kinds = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0")
@@ -186,6 +206,8 @@ FILES = (
     Situation("an old index, its shard there", Tensors(), (on_folder(_left_index(shard=True)),)),
     Situation("an old index, its shard gone", Tensors(), (on_folder(_left_index(shard=False)),)),
     Situation("matrices in bfloat16, norms in float32", Tensors(), (_as_dtypes,)),
+    Situation("all in float64", Tensors(), (_in_float64,)),
+    Situation("a shard of leftovers", Tensors(), (_shard_of_leftovers,)),
     Situation(
         "another complete copy beside the shards",
         Tensors(),

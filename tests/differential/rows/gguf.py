@@ -1,0 +1,51 @@
+"""What a GGUF file says of itself besides its model, and how its bytes are laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from differential.comparisons import Refused, Tensors, Tokens
+from differential.rows.text import INSTRUCTIONS
+from differential.situations import Situation, as_gguf
+from differential.vocabularies import sentencepiece
+
+from teal_cli.errors import TealError
+
+
+def _file(name: str, keys: Mapping[str, Any]) -> Situation:
+    return Situation(f"GGUF: {name}", Tensors(), (as_gguf(keys),), families=("llama", "qwen2"))
+
+
+ROWS = (
+    *(
+        _file(f"tensors at multiples of {size} bytes", {"general.alignment": size})
+        for size in (8, 16, 64, 4096)
+    ),
+    _file("a file type that its tensors are not of", {"general.file_type": 2}),
+    _file("another number of tokens in a key", {"{arch}.vocab_size": 32000}),
+    _file(
+        "numbers given for each layer",
+        {
+            "{arch}.attention.head_count": [4, 4],
+            "{arch}.attention.head_count_kv": [2, 2],
+            "{arch}.feed_forward_length": [112, 112],
+        },
+    ),
+    Situation(
+        "GGUF: no beginning of a text",
+        Tokens(INSTRUCTIONS),
+        (as_gguf({"tokenizer.ggml.add_bos_token": False}),),
+        vocabulary=lambda: sentencepiece(begins=False),
+    ),
+    Situation(
+        "GGUF: no merges",
+        Refused(TealError, ("merges",)),
+        (as_gguf({"tokenizer.ggml.merges": None}),),
+    ),
+    Situation(
+        "GGUF: a text for a number",
+        Refused(TealError, ("context_length",)),
+        (as_gguf({"{arch}.context_length": "512"}),),
+    ),
+)
