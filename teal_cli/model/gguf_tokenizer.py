@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.errors import TealError, UnsupportedError, whole
+from teal_cli.model.tokenizer import panics_explained
 from teal_cli.progress import Reporter
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types
@@ -55,7 +56,8 @@ def write_tokenizer(
         UnsupportedError: its kind or its pre-tokenizer is not known.
     """
     try:
-        _write(folder, metadata, model_max_length, reporter)
+        with panics_explained():
+            _write(folder, metadata, model_max_length, reporter)
     except TealError:
         raise
     except Exception as error:  # the libraries raise bare exceptions
