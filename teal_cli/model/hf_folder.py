@@ -103,7 +103,7 @@ class HfFolder:
         return torch.float16
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One tensor in `dtype`; memory-mapped where that is its own.
+        """One tensor in `dtype`.
 
         Raises:
             UnsupportedError: it is stored in another format than float16, bfloat16 or float32,
