@@ -72,23 +72,10 @@ class Bounded:
             Exceeded: it takes too long or too much memory, or crashed.
             TealError: it raised such a one.
         """
-        if not hasattr(os, "fork"):
-            return self._work(*arguments)
-        if self._process is None:
-            self._start()
-        try:
-            self._connection.send(arguments)
-            if not self._connection.poll(self._seconds):
-                raise Exceeded(f"{self._what} takes more than {self._seconds:g} s")
-            done, outcome = self._connection.recv()
-        except (EOFError, OSError):
-            self.close()
-            raise Exceeded(
-                f"{self._what} makes the process that reads it crash or run out of memory"
-            ) from None
-        except BaseException:  # Ctrl-C too
-            self.close()
-            raise
+        if hasattr(os, "fork"):
+            done, outcome = self._ask(arguments)
+        else:
+            done, outcome = _outcome(self._work, arguments)
         if done:
             return outcome
         if outcome is None:
@@ -105,6 +92,25 @@ class Bounded:
             process.join()
 
     __del__ = close
+
+    def _ask(self, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+        """The outcome of a call in the other process."""
+        if self._process is None:
+            self._start()
+        try:
+            self._connection.send(arguments)
+            if not self._connection.poll(self._seconds):
+                raise Exceeded(f"{self._what} takes more than {self._seconds:g} s")
+            reply: tuple[bool, Any] = self._connection.recv()
+        except (EOFError, OSError):
+            self.close()
+            raise Exceeded(
+                f"{self._what} makes the process that reads it crash or run out of memory"
+            ) from None
+        except BaseException:  # Ctrl-C too
+            self.close()
+            raise
+        return reply
 
     def _start(self) -> None:
         import multiprocessing
@@ -133,17 +139,19 @@ def _serve(work: Callable[..., Any], connection: Any, parents: Any, megabytes: i
     _limit_memory(megabytes)
     with suppress(EOFError, OSError):
         while True:
-            arguments = connection.recv()
-            try:
-                reply = (True, work(*arguments))
-            except MemoryError:
-                reply = (False, None)
-            except TealError as error:
-                reply = (False, error)
-            except BaseException as error:  # a panic of Rust is no Exception
-                text = str(error) or type(error).__name__
-                reply = (False, Refused(text, getattr(error, "lineno", None)))
-            connection.send(reply)
+            connection.send(_outcome(work, connection.recv()))
+
+
+def _outcome(work: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+    """Whether the work was done, and what it returns or raises; None where memory ran out."""
+    try:
+        return True, work(*arguments)
+    except MemoryError:
+        return False, None
+    except (TealError, KeyboardInterrupt) as error:
+        return False, error
+    except BaseException as error:  # a panic of Rust is no Exception
+        return False, Refused(str(error) or type(error).__name__, getattr(error, "lineno", None))
 
 
 @contextmanager

@@ -118,21 +118,17 @@ def complete_tokenizer(folder: Path, name: str) -> None:
             hint="Put the tokenizer files of the model that it was made from into its folder.",
         )
     if form != "tokenizer.json":
+        # Every way to cut each token is tried: for long ones, that is without end.
+        convert = Bounded(_convert, what=f"{form} of {name}", seconds=600, megabytes=4096)
         try:
-            with panics_explained():
-                tokenizer = (
-                    _vocabulary(folder, name)
-                    if form == "vocab.json"
-                    else _single_file(folder / form, name)
-                )
-                tokenizer.save_pretrained(folder)
-        except TealError:
-            raise
-        except Exception as error:  # the libraries raise what they like
+            convert(folder / form, name)
+        except Refused as error:
             raise TealError(
                 f"{name} has no tokenizer.json, and its {form} cannot be converted: {whole(error)}",
                 hint="Put the tokenizer.json of the model that it was made from into its folder.",
             ) from None
+        finally:
+            convert.close()
     _check_growth(folder / "tokenizer.json", name)
     load_tokenizer(folder, name)
 
@@ -168,6 +164,15 @@ def _probe(path: Path) -> float:
     ids = tokenizer.encode(text).ids
     decoded = tokenizer.decode(ids, skip_special_tokens=False)
     return max(len(ids), len(decoded)) / len(text.encode())
+
+
+def _convert(path: Path, name: str) -> None:
+    """Write the tokenizer.json that transformers makes of another form."""
+    if path.name == "vocab.json":
+        tokenizer = _vocabulary(path.parent, name)
+    else:
+        tokenizer = _single_file(path, name)
+    tokenizer.save_pretrained(path.parent)
 
 
 def _single_file(path: Path, name: str) -> Any:
