@@ -131,7 +131,8 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 def messages() -> tuple[str, ...]:
     """Every text in the code, with … for what an f-string fills in."""
     found = []
-    for file in (ROOT / "teal_cli").rglob("*.py"):
+    folders = (ROOT / "teal_cli", ROOT / "kernels" / "teal_kernels")
+    for file in (file for folder in folders for file in folder.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = (
