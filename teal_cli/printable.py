@@ -25,5 +25,10 @@ def escaped(json_text: str) -> str:
     return _UNSAFE_OR_HALF.sub(_escape, json_text)
 
 
+def encodable(text: str) -> str:
+    """The text with "?" for halves of surrogate pairs, which no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _escape(found: re.Match[str]) -> str:
     return f"\\u{ord(found[0]):04x}"

@@ -196,7 +196,8 @@ def test_the_kernels_import_nothing_of_the_program() -> None:
 def messages() -> tuple[str, ...]:
     """Every text in the code, with … for what an f-string fills in."""
     found = []
-    for file in (ROOT / "teal_cli").rglob("*.py"):
+    folders = (ROOT / "teal_cli", ROOT / "kernels" / "teal_kernels")
+    for file in (file for folder in folders for file in folder.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = (

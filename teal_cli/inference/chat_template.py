@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+from teal_cli.bounded import Bounded, Exceeded
 from teal_cli.errors import TealError, UsageError
+from teal_cli.model.tokenizer import MOST_CHARACTERS
+from teal_cli.printable import encodable
 
 # Keys: role (system, user or assistant), content, and reasoning_content where an answer was
 # thought about: the names under which templates look for them.
@@ -44,6 +47,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._source = _chosen(tokenizer.chat_template, name)
         self._parts: dict[tuple[str, ...], bool] = {}  # by the roles of a shape
+        self._rendered = Bounded(partial(_rendered, tokenizer), what="the model's chat template")
 
     @classmethod
     def of(cls, tokenizer: Any, name: str | None = None) -> ChatTemplate | None:
@@ -106,6 +110,8 @@ class ChatTemplate:
             try:
                 parts = self._wants_parts(("user",))
                 return self._apply(turn, parts, add_generation_prompt=True, **{name: value})
+            except Exceeded:
+                raise
             except Exception:  # a template that fails is explained when it is rendered for good
                 return None
 
@@ -125,6 +131,8 @@ class ChatTemplate:
         for parts in (False, True):
             try:
                 text = self._apply(probe, parts, add_generation_prompt=True).lower()
+            except Exceeded:
+                raise
             except Exception:
                 continue
             kept[parts] = {word for word in words if word in text}
@@ -149,10 +157,20 @@ class ChatTemplate:
         if parts:
             for message in given:
                 message["content"] = [{"type": "text", "text": message["content"]}]
-        text = self._tokenizer.apply_chat_template(
-            given, chat_template=self._source, tokenize=False, **variables
-        )
-        return str(text)
+        text: str = self._rendered(self._source, given, variables)
+        return text
+
+
+def _rendered(
+    tokenizer: Any, source: str, messages: list[dict[str, Any]], variables: dict[str, Any]
+) -> str:
+    """What transformers makes of a template, with "?" for half surrogate pairs."""
+    text = str(
+        tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, **variables)
+    )
+    if len(text) > MOST_CHARACTERS:
+        raise TealError(f"the model's chat template makes a text of {len(text):,} characters of it")
+    return encodable(text)
 
 
 def check_think(template: ChatTemplate | None, think: bool | None) -> None:

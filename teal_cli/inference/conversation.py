@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from teal_cli.errors import UsageError
 from teal_cli.inference.chat_template import ChatTemplate, Message, check_think
-from teal_cli.inference.detokenizer import Printable, printable
+from teal_cli.inference.detokenizer import Printable
 from teal_cli.inference.ends import special_token_ids
 from teal_cli.inference.generate import Finish, Stats, Token
 from teal_cli.inference.sampling import Sampler
 from teal_cli.inference.session import Session
 from teal_cli.inference.text_stream import Limits, Text, generate_text
+from teal_cli.printable import encodable, printable
 from teal_cli.progress import Reporter
 
 Overflow = Literal["truncate", "stop"]
@@ -117,7 +118,7 @@ class Conversation:
                 "this model has no chat template, so it takes no system message",
                 hint="Leave it out: a base model continues the text of the prompt.",
             )
-        self._system = None if text is None else _encodable(text)
+        self._system = None if text is None else encodable(text)
 
     @property
     def think(self) -> bool | None:
@@ -180,7 +181,7 @@ class Conversation:
         Raises:
             UsageError: the turn does not fit into the context; it is forgotten.
         """
-        prompt = _encodable(prompt)
+        prompt = encodable(prompt)
         turns = [*(self._turns[:-2] if again else self._turns), {"role": "user", "content": prompt}]
         hidden = min(self._hidden, len(turns) - 1)
         longest = max_new_tokens
@@ -292,8 +293,3 @@ def _answer(said: str, thought: str) -> Message:
     if thought := thought.strip():
         message["reasoning_content"] = thought
     return message
-
-
-def _encodable(text: str) -> str:
-    """The text with "?" for half surrogate pairs, which stand for bytes that were no UTF-8."""
-    return text.encode("utf-8", "replace").decode()

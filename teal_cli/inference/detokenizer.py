@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from teal_cli.inference.ends import special_token_ids
+from teal_cli.model.tokenizer import panics_explained
 from teal_cli.printable import ESCAPE, UNSAFE, printable
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -48,7 +49,8 @@ class Detokenizer:
         self._run.append(token)
         if _BYTE_TOKEN.fullmatch(name):
             return ""
-        piece = self._stream.step(self._tokenizer, self._run)
+        with panics_explained():
+            piece = self._stream.step(self._tokenizer, self._run)
         self._run = []
         if not piece:
             return ""
@@ -61,7 +63,8 @@ class Detokenizer:
         return self._decode([*shown, *pending])[len(self._decode(shown)) :]
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        with panics_explained():
+            return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 class Printable:

@@ -285,6 +285,8 @@ def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter:
         options["deterministic"] = deterministic
     step: Step = module.DecodeStep(**step_tensors(decoder, cache), **options)
     step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches
+    if language == "numba" and (problem := module.cache_problem()) is not None:
+        reporter.note(problem)
     return step
 
 

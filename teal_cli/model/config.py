@@ -10,6 +10,7 @@ from typing import Any
 
 from teal_cli.errors import MissingError, TealError, UnsupportedError
 from teal_cli.model.rope_config import LARGEST, RopeConfig, rope_config
+from teal_cli.store.local import read_regular
 
 DAMAGED = "Download the model again."
 # How many experts a layer has, by family.
@@ -205,10 +206,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises:
         MissingError: there is no such file.
-        TealError: it is not JSON, or no object.
+        TealError: it is not JSON, no object, no regular file, or too large.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path).decode())
     except FileNotFoundError:
         raise MissingError(
             f"no {path.name} in {path.parent}",

@@ -12,7 +12,8 @@ from torch import Tensor
 from teal_cli.errors import TealError, UnsupportedError
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.gguf_config import hf_config
-from teal_cli.model.gguf_tensors import DAMAGED, GgufTensors
+from teal_cli.model.gguf_header import DAMAGED
+from teal_cli.model.gguf_tensors import GgufTensors
 from teal_cli.model.gguf_tokenizer import write_tokenizer
 from teal_cli.model.hf_layout import hf_shapes
 from teal_cli.progress import Reporter

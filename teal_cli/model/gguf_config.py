@@ -221,9 +221,7 @@ def _rope_scaling(
 
 
 def _divisors(tensor: Any) -> np.ndarray:
-    from gguf.quants import dequantize
-
-    values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(-1)
+    values = tensor.read(0, math.prod(tensor.shape[1:])).reshape(-1)
     if not (values > 0).all():
         raise TealError("rope_freqs.weight holds what is not above 0")
     return values
@@ -231,7 +229,7 @@ def _divisors(tensor: Any) -> np.ndarray:
 
 def _rows(tensors: Mapping[str, Any], name: str) -> int | None:
     """A matrix's rows, which GGUF names last."""
-    return int(tensors[name].shape[-1]) if name in tensors else None
+    return tensors[name].shape[-1] if name in tensors else None
 
 
 def _shortest(value: float) -> float:

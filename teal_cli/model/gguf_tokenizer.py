@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.errors import TealError, UnsupportedError, whole
+from teal_cli.model.tokenizer import panics_explained
 from teal_cli.progress import Reporter
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types
 _LONGEST = 4096  # characters; runs of spaces and dashes are the longest, with a few hundred
+_MOST_CUT = 1 << 30  # characters, in all cuts of all tokens: a second; Gemma 3 has 2 % of it
 
 # A word that is a token is taken before any merge, and a text begins with BOS.
 _LLAMA_3 = (
@@ -55,7 +57,8 @@ def write_tokenizer(
         UnsupportedError: its kind or its pre-tokenizer is not known.
     """
     try:
-        _write(folder, metadata, model_max_length, reporter)
+        with panics_explained():
+            _write(folder, metadata, model_max_length, reporter)
     except TealError:
         raise
     except Exception as error:  # the libraries raise bare exceptions
@@ -68,8 +71,12 @@ def _write(
     tokens, kind = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.model")
     if not tokens:
         raise TealError("the GGUF file holds no tokenizer")
-    if (longest := max(map(len, tokens))) > _LONGEST:  # every way to cut it would be tried
-        raise TealError(f"the GGUF file's tokenizer is damaged: a token of {longest:,} characters")
+    lengths = [len(token) for token in tokens]
+    # Every way to cut each of them is tried.
+    if max(lengths) > _LONGEST or sum(length**2 for length in lengths) > _MOST_CUT:
+        raise TealError(
+            f"the GGUF file's tokenizer is damaged: tokens of up to {max(lengths):,} characters"
+        )
     if kind == "gpt2" and "tokenizer.ggml.merges" not in metadata:  # every word would be letters
         raise TealError("the GGUF file's tokenizer is damaged: it holds no merges")
     if kind not in ("gpt2", "llama"):

@@ -109,7 +109,7 @@ class HfFolder:
         return torch.float16
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One tensor in `dtype`; memory-mapped where that is its own.
+        """One tensor in `dtype`.
 
         Raises:
             UnsupportedError: it is stored in another format than a float of 16, 32 or 64 bits, and

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from teal_cli.errors import MissingError, TealError, UnsupportedError
 from teal_cli.model.config import DAMAGED, read_object
+from teal_cli.model.safetensors_file import StoredTensor, read_header
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What torch.compile, DDP and FSDP put into the names of the module that they wrap.
@@ -35,11 +35,11 @@ class TensorFiles:
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder = folder
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        self._place: dict[str, tuple[Path, str]] = {}
+        self._tensors: dict[str, StoredTensor] = {}
         for shard in _shards(folder, config):
             self._open(shard)
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -51,14 +51,9 @@ class TensorFiles:
         return self.shapes[name]
 
     def read(self, name: str) -> Tensor:
-        """One tensor as it is stored; memory-mapped."""
+        """One tensor as it is stored."""
         self.shape(name)
-        path, stored = self._place[name]
-        try:
-            with safe_open(path, framework="pt") as shard:
-                return shard.get_tensor(stored)
-        except (SafetensorError, OSError) as error:
-            raise TealError(f"{name} of {path} cannot be read: {error}", hint=DAMAGED) from None
+        return self._tensors[name].read()
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two matrices of one shape hold the same values, read a few rows at a time."""
@@ -66,27 +61,17 @@ class TensorFiles:
         return all(a.float().equal(b.float()) for a, b in pairs)
 
     def _rows(self, name: str) -> Iterator[Tensor]:
-        path, stored = self._place[name]
-        with safe_open(path, framework="pt") as shard:
-            view = shard.get_slice(stored)
-            for start in range(0, self.shapes[name][0], _ROWS):
-                yield view[start : start + _ROWS]
+        for start in range(0, self.shapes[name][0], _ROWS):
+            yield self._tensors[name].rows(start, start + _ROWS)
 
     def _open(self, path: Path) -> None:
         if not os.path.isfile(path):  # pathlib's own would raise on a name that is none
             raise MissingError(f"{path.name!r} is missing from {self.folder}", hint=DAMAGED)
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for stored in shard.keys():  # noqa: SIM118 (not a dict)
-                    name = _name(stored)
-                    if name in self._place:
-                        raise TealError(f"{name} is in {self.folder} twice")
-                    view = shard.get_slice(stored)
-                    self._place[name] = path, stored
-                    self.shapes[name] = tuple(view.get_shape())
-                    self.dtypes[name] = view.get_dtype()
-        except (SafetensorError, OSError) as error:
-            raise TealError(f"{path} is truncated or damaged: {error}", hint=DAMAGED) from None
+        for stored, tensor in read_header(path).items():
+            name = _name(stored)
+            if name in self._tensors:
+                raise TealError(f"{name} is in {self.folder} twice")
+            self._tensors[name] = tensor
 
 
 def _name(stored: str) -> str:

@@ -23,12 +23,14 @@ from typing import Any, BinaryIO
 from teal_cli import __version__
 from teal_cli.errors import MissingError, TealError
 from teal_cli.progress import Reporter
+from teal_cli.store.local import read_regular
 
 CHECKPOINT, MANIFEST = "checkpoint", "manifest.json"  # a converted model: its kind, and its file
 CHAT = "chat"
 SCHEMAS = {CHECKPOINT: 2, CHAT: 1}  # the format of each kind
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY, _LOCK = ".partial-", ".lock"
+_SHORT_S = 1.0  # a wait that is not worth a word
 _ELSEWHERE = "Or choose another place: TEAL_HOME for teal's files, HF_HOME for the Hub's cache."
 
 
@@ -200,7 +202,7 @@ def lock(path: Path, reporter: Reporter, *, wait: bool = True) -> Iterator[None]
     from filelock import FileLock, Timeout
 
     file = path.with_name(f".{path.name}{_LOCK}")
-    held, timeout_s = FileLock(file), 0
+    held, timeout_s = FileLock(file), _SHORT_S if wait else 0.0
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -212,7 +214,10 @@ def lock(path: Path, reporter: Reporter, *, wait: bool = True) -> Iterator[None]
                     f"{path} is in use: {_holder(file)} is making it",
                     hint="Run the same command again when that has ended.",
                 ) from None
-            reporter.note(f"another process is making {path}; waiting for it")
+            reporter.note(
+                f"{_holder(file)} is making {path}; waiting for it (Ctrl-C ends the waiting and "
+                "leaves the other alone)"
+            )
             timeout_s = -1
         except FileNotFoundError:  # while this one waited, the folder was removed
             if path.parent.is_dir():
@@ -250,7 +255,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         TealError: it is damaged, of another kind, or of another version's format.
     """
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_regular(path).decode())
     except (FileNotFoundError, NotADirectoryError):
         raise MissingError(
             f"there is no {kind} in {path.parent}", hint="`teal convert` makes it."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
-from teal_cli.errors import UnsupportedError, UsageError
+from teal_cli.errors import TealError, UnsupportedError, UsageError
 
 GGUF_MAGIC = b"GGUF"
 # gguf-split's names; llama.cpp finds a model's other parts by them too.
@@ -16,6 +18,7 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE | re.DOTALL
 # Files cut into pieces that must be joined again, as some do that are above 50 GB.
 _PIECE = re.compile(r".+\.gguf[.-](split|part)[\w-]*", re.IGNORECASE | re.DOTALL)
 _HEAD_BYTES = 4096
+_DO_NOT_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _MOST_NAMES = 5  # in a message
 _FOLDER = "Name the model's folder."
 _SAFETENSORS = "Take the model as safetensors, and name its folder."
@@ -39,6 +42,37 @@ _FOREIGN = {
     b"<!doctype html": ("a web page", "Download the file itself."),
     b"<html": ("a web page", "Download the file itself."),
 }
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read bytes; a pipe, socket or device could keep a reader for ever.
+
+    Raises:
+        OSError: it cannot be opened.
+        TealError: it is of such a kind.
+    """
+    if stat.S_ISREG(path.stat().st_mode):  # a socket cannot even be opened
+        descriptor = os.open(path, os.O_RDONLY | _DO_NOT_WAIT)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+    raise TealError(
+        f"{path} is a folder, a pipe, a socket or a device, where a file should be",
+        hint="Name a file; what comes out of a pipe can be written into one first.",
+    )
+
+
+def read_regular(path: Path, most_bytes: int = 1 << 26) -> bytes:
+    """A file's content, of a size that a description has; the errors of `open_regular`.
+
+    Raises:
+        TealError: it is larger.
+    """
+    with open_regular(path) as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise TealError(f"{path} is larger than {most_bytes >> 20} MB, which no such file is")
+    return content
 
 
 def model_at(path: Path) -> tuple[Literal["folder", "gguf"], Path]:
@@ -106,7 +140,7 @@ def _check_gguf(path: Path) -> None:
             f"{path} is a piece of a GGUF file",
             hint="Join the pieces in their order first: cat PIECE… > model.gguf",
         )
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(_HEAD_BYTES)
     if head.startswith(GGUF_MAGIC):
         return
@@ -137,7 +171,7 @@ def _foreign(path: Path, head: bytes) -> tuple[str, str] | None:
 def _ollama_blob(manifest: Path) -> str:
     """The file name of the weights among ollama's blobs."""
     try:
-        layers = json.loads(manifest.read_text(encoding="utf-8"))["layers"]
+        layers = json.loads(read_regular(manifest))["layers"]
         digests = [
             layer["digest"] for layer in layers if layer["mediaType"].endswith("image.model")
         ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.errors import MissingError, TealError, UsageError, whole
+from teal_cli.store.local import open_regular
 
 DEFAULT_COLUMN = "text"
 
@@ -22,7 +23,7 @@ def read_file(path: Path, column: str | None = None) -> Iterator[str]:
     Raises:
         MissingError: there is no such file.
         UsageError: the table has no such column, or a column was named for plain text.
-        TealError: the file cannot be read as what its name says.
+        TealError: the file cannot be read as what its name says, or is a pipe or a device.
     """
     if not path.exists():
         raise MissingError(f"there is no file {path}", hint="Check the path given to --dataset.")
@@ -30,6 +31,7 @@ def read_file(path: Path, column: str | None = None) -> Iterator[str]:
         raise UsageError(
             f"{path} is a folder", hint="Name one .txt, .jsonl or .parquet file in it."
         )
+    open_regular(path).close()
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         return _read_json_lines(path, column)

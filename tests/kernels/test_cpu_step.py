@@ -238,24 +238,6 @@ def test_steps_on_several_threads_do_not_wait_for_each_other() -> None:
     assert results == [True] * 80
 
 
-def test_a_full_disk_does_not_stop_compilation() -> None:
-    class Function:
-        """Stands for one of numba's: it has compiled when it fails to write its cache."""
-
-        compiled: tuple[Any, ...] | None = None
-
-        def compile(self, signature: tuple[Any, ...]) -> None:
-            if self.compiled is None:
-                self.compiled = signature
-                raise OSError(28, "No space left on device")
-
-        def get_overload(self, signature: tuple[Any, ...]) -> str:
-            assert signature == self.compiled
-            return "machine code"
-
-    assert step_module._compile(Function(), (1, 2.0)) == "machine code"
-
-
 @pytest.mark.parametrize("blocked", [1, 2], ids=["package", "user-cache-too"])
 def test_folders_that_cannot_be_written_to(blocked: int, tmp_path: Path) -> None:
     """Compiled code then goes to the user's cache, or stays in this process."""

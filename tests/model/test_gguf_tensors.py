@@ -237,12 +237,18 @@ def real_gguf() -> Path:
 
 
 @pytest.mark.demo
-def test_a_real_files_tensors_decode_as_the_gguf_package_decodes_them(real_gguf: Path) -> None:
-    stored = GgufTensors(real_gguf)
-    kinds = {tensor.tensor_type.name for tensor in stored.tensors.values()}
+def test_a_real_file_is_read_as_the_gguf_package_reads_it(real_gguf: Path) -> None:
+    stored, theirs = GgufTensors(real_gguf), GGUFReader(real_gguf)
+    metadata = {name: field.contents() for name, field in theirs.fields.items()}
+    assert {f"GGUF.{name}" for name in ("version", "tensor_count", "kv_count")} <= metadata.keys()
+    assert stored.metadata == {k: v for k, v in metadata.items() if not k.startswith("GGUF.")}
+    assert {tensor.name for tensor in theirs.tensors} == stored.tensors.keys()
+    kinds = {tensor.kind.name for tensor in stored.tensors.values()}
     assert kinds == {"F32", "Q4_K", "Q5_0", "Q6_K", "Q8_0"}
     assert len(stored.tensors) == 236
-    for name, tensor in stored.tensors.items():
+    for tensor in theirs.tensors:
+        name = tensor.name
+        assert stored.shape(name) == tuple(reversed(tensor.shape.tolist()))
         found = stored.read(name, torch.float32).numpy()
         step = 1 << 14  # rows at a time
         for start in range(0, len(found), step):

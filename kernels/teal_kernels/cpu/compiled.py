@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numba import njit
 
+from teal_kernels.cpu.code_cache import CodeCache
 from teal_kernels.cpu.intrinsics import (
     address_of,
     atomic_add,
@@ -56,10 +58,16 @@ def _cached(function):
     name that contains the digest of all of them, nothing stale is found.
     """
     function.__qualname__ += f"_{_digest()}"
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written to
-        return compiled(function)
+    dispatcher = compiled(function)
+    with suppress(RuntimeError):  # neither the package's folder nor the user's cache takes files
+        dispatcher._cache = CodeCache(function)
+    return dispatcher
+
+
+def cache_problem():
+    """A sentence on why what was compiled is not kept on disk; None if it is."""
+    caches = (function._cache for function in (decode, project))
+    return next((cache.problem for cache in caches if getattr(cache, "problem", None)), None)
 
 
 @compiled

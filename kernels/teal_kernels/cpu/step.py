@@ -13,6 +13,7 @@ from torch import Tensor
 
 from teal_kernels.checks import check_projection
 from teal_kernels.cpu import compiled, team, vectors
+from teal_kernels.cpu.code_cache import check_cpu
 from teal_kernels.cpu.structures import VECTORS, Matrix, Model, Scratch, Shared, Team
 from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
 
@@ -332,9 +333,7 @@ def _compile(function: Any, arguments: tuple[Any, ...]) -> Any:
 
     Calling that costs 0.2 us; finding it anew for every call's named tuples, 50 us.
     """
+    check_cpu()
     signature = tuple(numba.typeof(argument) for argument in arguments)
-    try:
-        function.compile(signature)
-    except OSError:  # compiled, but the disk is full: this process has it all the same
-        function.compile(signature)
+    function.compile(signature)
     return function.get_overload(signature)
