@@ -32,18 +32,18 @@ def parse_sparsity(text: str) -> float:
     if rest or not 0.0 <= value < 1.0:
         raise UsageError(
             f"sparsity is a share from 0 to below 1, not {quoted(text.strip())}",
-            hint=_as_share(text, value) + "0.4 and 40% both skip 40 % of the inputs.",
+            hint=_as_share(text, value),
         )
     return value
 
 
 def _as_share(text: str, value: float) -> str:
-    """What may have been meant by a number that is no share, as a sentence; empty if nothing."""
+    """How to write a share: the one that may have been meant, or an example."""
     if "," in text:
-        return "A decimal number has a point, as in 0.4. "
+        return "A decimal number has a point, as in 0.4."
     if 1 < value < 100 and "%" not in text:
-        return f"{value:g} % is {value / 100:g} or {value:g}%. "
-    return ""
+        return f"{value:g} % is written {value / 100:g} or {value:g}%."
+    return "0.4 and 40% both skip 40 % of the inputs."
 
 
 def parse_sparsities(text: str) -> tuple[float, ...]:

@@ -117,9 +117,10 @@ def explained(error: Any) -> UsageError:
     if isinstance(error, typer.BadParameter):
         return _bad_value(error, help_hint)
     if missing := re.match(r"Option '(\S+)' requires", message):
-        return UsageError(f"{missing[1]} needs a value", hint=help_hint)
+        hint = f"It follows behind, as in {missing[1]} VALUE."
+        return UsageError(f"{missing[1]} needs a value", hint=hint)
     if flag := re.match(r"Option '(\S+)' does not take", message):
-        return UsageError(f"{flag[1]} takes no value", hint=help_hint)
+        return UsageError(f"{flag[1]} takes no value", hint="Leave it out.")
     if extra := re.search(r"unexpected extra arguments?(?:\(s\))? \((.*)\)", message):
         return UsageError(f"{path} takes no further argument {quoted(extra[1])}", hint=help_hint)
     if message.startswith("Missing command"):
@@ -135,7 +136,7 @@ def _bad_value(error: Any, help_hint: str) -> UsageError:
         choices, typed = re.findall(r"'([^']*)'", choice[2]), choice[1].strip("'")
         return UsageError(
             f"{option} takes {', '.join(choices[:-1])} or {choices[-1]}, not {quoted(typed)}",
-            hint=f"{did_you_mean(typed, choices)}{help_hint}",
+            hint=f"{did_you_mean(typed, choices, cutoff=0.5)}{help_hint}",
         )
     for pattern, takes in _RANGES.items():
         if found := re.search(pattern, message):

@@ -193,7 +193,7 @@ COMMANDS = {
         _Command("/stats", "show what the answers took so far", _stats),
         _Command("/save FILE", "store the conversation", _save),
         _Command("/load FILE", "go on from a stored conversation", _load),
-        _Command("/system [TEXT]", "show or set the system message; none takes it away", _system),
+        _Command("/system [TEXT]", "show or set the system message; 'none' drops it", _system),
         _Command("/think [on|off|auto]", "think before answers, or not", _think),
         _Command("/compare [on|off]", "answer dense and sparse, or once again", _compare),
         _Command("/retry", "answer the last prompt again", _retry),

@@ -102,7 +102,9 @@ def find(text: str) -> StoredModel:
     for model in stored:
         if model.slug is not None and (model.slug in slugs or printable(model.slug) == name):
             return model
-    near = did_you_mean(text, [model.name for model in stored])
+    known = {model.name for model in stored}
+    short = [name for name in models.names() if models.hub_name(name) in known]
+    near = did_you_mean(text, [*short, *sorted(known)])
     raise MissingError(
         f"no model {quoted(text)} is stored", hint=f"{near}`teal models` lists what is."
     )

@@ -186,7 +186,11 @@ def test_bad_sparsities_are_usage_errors(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("40", "40 % is 0.4 or 40%."), ("1.5", "1.5 % is 0.015 or 1.5%."), ("0,4", "has a point")],
+    [
+        ("40", "40 % is written 0.4 or 40%."),
+        ("1.5", "1.5 % is written 0.015 or 1.5%."),
+        ("0,4", "has a point"),
+    ],
 )
 def test_a_percentage_without_its_sign_is_explained(text: str, said: str) -> None:
     with pytest.raises(UsageError) as error:
