@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from teal_cli import console
+from teal_cli.chat.prompt import only_prompt
 from teal_cli.errors import UsageError
 from teal_cli.options import (
     DeterministicOption,
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 # Room for the conversation where --context does not say: 1 GB of cache at Llama-3-8B's shape.
 _DEFAULT_CONTEXT = 8192
-_PATIENCE_S = 2.0  # until a pipe that brings nothing is told of
 
 SparsityOption = Annotated[
     float | None,
@@ -214,7 +213,7 @@ def chat(
     answer goes to stdout, all else to stderr. Ctrl-C ends an answer and keeps what was said;
     /help lists what can be typed besides prompts.
     """
-    text = _one_shot_prompt(prompt, words)
+    text = only_prompt(prompt, words)
     if json and text is None:
         raise UsageError("--json answers once: it needs a prompt", hint="Give one with --prompt.")
     if json and compare:
@@ -333,48 +332,3 @@ def _conversation(
         template=template,
         think=think,
     )
-
-
-def _one_shot_prompt(option: str | None, words: list[str] | None) -> str | None:
-    """The only prompt: what was typed, then what a pipe brings; None where a person is to talk."""
-    if option is not None and words:
-        raise UsageError(
-            "the prompt is given twice, behind the model and with --prompt", hint="Leave one out."
-        )
-    typed = " ".join(words) if words else option
-    if sys.stdin.isatty() and typed != "-":
-        piped = ""
-        if typed is None:
-            return None
-    else:
-        try:
-            piped = _piped_text()
-        except OSError:  # there is none, which harms only where it would be the prompt
-            if typed in (None, "-"):
-                raise
-            piped = ""
-    parts = [part for part in (typed, piped) if part and part.strip() and part != "-"]
-    if not parts:
-        raise UsageError(
-            "the prompt is empty", hint="Give a text behind the model, or through a pipe."
-        )
-    return "\n\n".join(parts)
-
-
-def _piped_text() -> str:
-    """All of stdin; where its other end keeps it open and says nothing, a line tells so."""
-    waited = threading.Timer(
-        _PATIENCE_S,
-        console.reporter().note,
-        ["reading stdin to its end; `< /dev/null` leaves it out"],
-    )
-    waited.daemon = True
-    waited.start()
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"the text on stdin is not UTF-8: {error}", hint="Convert it, for example with iconv."
-        ) from None
-    finally:
-        waited.cancel()

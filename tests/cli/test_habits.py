@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from teal_cli import app, console
-from teal_cli.chat import answers
-from teal_cli.commands.chat import _piped_text
+from teal_cli.chat import answers, prompt
 from teal_cli.examples import EXAMPLES
 
 Run = Callable[..., tuple[int, str, str]]
@@ -113,6 +112,7 @@ def test_help_ends_with_examples_that_parse(run: Run, command: str) -> None:
             "transformers?",
         ),
         ("chat --dtype fp16", "--dtype takes float16", "Did you mean float16? "),
+        ("eval demo --quantize in4", "there is no quantization 'in4'", "Did you mean int4? "),
         ("chat --max-tokens 0", "--max-tokens takes 1 or more, not '0'", "teal chat --help"),
         ("chat -n many", "--max-tokens takes a whole number, not 'many'", "teal chat --help"),
         ("chat -t warm", "--temperature takes a number, not 'warm'", "teal chat --help"),
@@ -183,9 +183,9 @@ def test_a_pipe_that_brings_nothing_is_told_of(
     monkeypatch.setattr(
         console.ConsoleReporter, "note", lambda self, text: (note(self, text), told.set())
     )
-    monkeypatch.setattr(sys.modules["teal_cli.commands.chat"], "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(prompt, "_PATIENCE_S", 0.01)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Silent()))
-    assert _piped_text() == ""
+    assert prompt._piped_text() == ""
     assert "reading stdin to its end" in capsys.readouterr().err
 
 
@@ -231,3 +231,9 @@ def test_prompts_are_kept_where_that_is_asked_for(
     monkeypatch.setenv("TEAL_HISTORY", "1")
     assert run("chat", tiny_model, "-s", "0")[0] == 0
     assert asked == [None, path, path]
+
+
+def test_a_mistyped_method_is_asked_about(run: Run, tiny_model: Path) -> None:
+    code, out, said = run("chat", tiny_model, "-p", "x", "-s", "0.4", "--method", "unifrm", "-q")
+    assert (code, out) == (2, "")
+    assert "Did you mean uniform? There are: " in said
