@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from teal_cli import __version__, console, process
+from teal_cli import __version__, console, process, usage
 from teal_cli.commands.bench import bench
 from teal_cli.commands.calibrate import calibrate
 from teal_cli.commands.chat import chat
@@ -26,6 +26,7 @@ from teal_cli.commands.convert import convert
 from teal_cli.commands.download import download
 from teal_cli.commands.eval import evaluate
 from teal_cli.commands.models import models
+from teal_cli.examples import epilog
 from teal_cli.faults import explain
 from teal_cli.options import QuietOption, VerboseOption
 
@@ -49,9 +50,11 @@ def main() -> None:
     code: int | str | None = 0
     try:
         with process.ended_by_signals():
-            build()(prog_name="teal")
+            code = build()(prog_name="teal", standalone_mode=False)
     except SystemExit as end:
         code = end.code
+    except usage.ParserError as error:
+        code = _report(usage.explained(error))
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
@@ -78,7 +81,8 @@ def build() -> typer.Typer:
     app = typer.Typer(
         name="teal",
         help=_root.__doc__,
-        no_args_is_help=True,
+        epilog=epilog(""),
+        cls=usage.Group,
         # Rich's help alone would take most of the 0.4 s that `teal --help` may last.
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -87,7 +91,7 @@ def build() -> typer.Typer:
     app.callback()(_root)
     for name, command in _COMMANDS.items():
         summary = inspect.cleandoc(command.__doc__ or "").split("\n\n")[0]
-        app.command(name, short_help=summary)(_with_output_options(command))
+        app.command(name, short_help=summary, epilog=epilog(name))(_with_output_options(command))
     return app
 
 
@@ -124,10 +128,7 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    """Run local large language models faster, by skipping what their activations leave unused.
-
-    Try: teal chat
-    """
+    """Run local large language models faster, by skipping what their activations leave unused."""
     console.configure(quiet=quiet, verbose=verbose)
 
 

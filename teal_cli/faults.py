@@ -92,7 +92,7 @@ def explain(error: Exception) -> TealError:
     said = on_one_line(str(error))
     sentence = f"internal error ({type(error).__name__}{': ' + said if said else ''})"
     if os.environ.get("TEAL_DEBUG") == "1":
-        return TealError(sentence)
+        return TealError(sentence, hint="Report it with this traceback and what `teal --env` says.")
     return TealError(f"{sentence}, run with TEAL_DEBUG=1 for the traceback")
 
 

@@ -6,40 +6,58 @@ added to every command by `teal_cli.app`.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import typer
+
+from teal_cli.errors import UsageError
+from teal_cli.suggestions import quoted
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 Quantize = Literal["int8", "int8+head", "int4", "int4+head", "int4-128", "int4-128+head"]
 
 
-def check_sparsity(value: float | None) -> float | None:
-    """Option callback: the value itself, if it is in [0, 1)."""
-    if value is not None and not 0.0 <= value < 1.0:
-        raise typer.BadParameter(f"{value:g} is not in [0, 1).")
+def parse_sparsity(text: str) -> float:
+    """The share in "0.4" or "40%".
+
+    Raises:
+        UsageError: it is no number, or not in [0, 1).
+    """
+    number, percent, rest = text.strip().partition("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        value = math.nan
+    if rest or not 0.0 <= value < 1.0:
+        raise UsageError(
+            f"sparsity is a share from 0 to below 1, not {quoted(text.strip())}",
+            hint=_as_share(text, value),
+        )
     return value
 
 
+def _as_share(text: str, value: float) -> str:
+    """How to write a share: the one that may have been meant, or an example."""
+    if "," in text:
+        return "A decimal number has a point, as in 0.4."
+    if 1 < value < 100 and "%" not in text:
+        return f"{value:g} % is written {value / 100:g} or {value:g}%."
+    return "0.4 and 40% both skip 40 % of the inputs."
+
+
 def parse_sparsities(text: str) -> tuple[float, ...]:
-    """The sparsities in a comma-separated list such as "0.25,0.4,0.5", without repeats.
+    """The sparsities in a comma-separated list such as "0.25,40%,0.5", without repeats.
 
     Raises:
-        typer.BadParameter: an entry is not a number in [0, 1), or there is none.
+        UsageError: an entry is not a share in [0, 1), or there is none.
     """
-    values: dict[float, None] = {}
-    for entry in text.split(","):
-        try:
-            value = float(entry)
-        except ValueError:
-            raise typer.BadParameter(f"{entry.strip()!r} is not a number.") from None
-        check_sparsity(value)
-        values[value] = None
-    return tuple(values)
+    return tuple(dict.fromkeys(parse_sparsity(entry) for entry in text.split(",")))
 
 
-def _check_sparsities(text: str) -> str:
-    parse_sparsities(text)
+def _check_sparsities(text: str | None) -> str | None:
+    if text is not None:
+        parse_sparsities(text)
     return text
 
 
@@ -51,16 +69,20 @@ def complete_stored(incomplete: str) -> list[str]:
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """The models that begin so: stored ones, 'demo', and checkpoints and .gguf files; paths too."""
+    """The models that begin so: short names, stored ones, checkpoints, .gguf files, paths."""
     import glob
     import os
+
+    from teal_cli.store import models
 
     begun = glob.escape(os.path.expanduser(incomplete))
     files = [os.path.dirname(path) for path in glob.glob(f"{begun}*/config.json")]
     files += glob.glob(f"{begun}*.gguf")
     if "/" in incomplete:
         files += glob.glob(f"{begun}*/")
-    known = [name for name in ("demo",) if name.startswith(incomplete)]
+    # Not all of them at once: they would bury what is here.
+    names = models.names() if incomplete else ["demo"]
+    known = [name for name in names if name.startswith(incomplete)]
     return [*known, *complete_stored(incomplete), *sorted(set(files))]
 
 
@@ -68,8 +90,8 @@ ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A Hub id (org/name), a local folder, a .gguf file or 'demo'. "
-        "Left out: the last model used, at first the demo model.",
+        help="A Hub id (org/name), a short name such as llama3, a local folder, a .gguf file or"
+        " 'demo'. Left out: the last model used, at first the demo model.",
         autocompletion=complete_model,
     ),
 ]
@@ -101,15 +123,6 @@ QuantizeOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="'auto', 'cpu', 'cuda' or 'cuda:N'.")]
-SparsityOption = Annotated[
-    float,
-    typer.Option(
-        "--sparsity",
-        "-s",
-        help="Share of the projections' inputs to skip, from 0 (exact) to below 1.",
-        callback=check_sparsity,
-    ),
-]
 # The value is the text as typed, checked; `parse_sparsities` turns it into numbers.
 SparsitiesOption = Annotated[
     str,
@@ -117,7 +130,7 @@ SparsitiesOption = Annotated[
         "--sparsity",
         "-s",
         metavar="LIST",
-        help="Sparsities to compare, separated by commas.",
+        help="Sparsities to compare, separated by commas, as 0.4 or 40%.",
         callback=_check_sparsities,
     ),
 ]

@@ -18,6 +18,8 @@ from teal_cli.model.quantization import Quantization
 from teal_cli.model.random_weights import SHAPES, random_decoder
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.profile import Profile
+from teal_cli.store import models
+from teal_cli.suggestions import did_you_mean, quoted
 
 # A text that any model continues; repeated where a longer prompt is asked for.
 _TEXT = (
@@ -35,19 +37,6 @@ class Subject:
     description: dict[str, Any]
     prompt: list[int]
     thresholds_for: ThresholdsFor
-
-
-def check_has_weights(model: str | None) -> None:
-    """Make sure that a model is more than the name of a built-in shape.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if model in SHAPES and not Path(model).exists():
-        raise UsageError(
-            f"{model} is a built-in shape, which has no weights",
-            hint=f"Measure it with random ones: teal bench {model} --random-weights",
-        )
 
 
 def model_subject(
@@ -96,7 +85,7 @@ def random_subject(
     """Random weights at a model's shape, a random prompt, and thresholds that decoding meets.
 
     Args:
-        model: a key of SHAPES, or a folder that holds a config.json.
+        model: a key of SHAPES or another short name of it, or a folder that holds a config.json.
         dtype: of the weights.
         settings: the seed is theirs.
         device: where to make the weights.
@@ -154,12 +143,14 @@ def _shape(model: str | None) -> tuple[str, ModelConfig]:
     """A built-in shape, or the one in a folder's config.json."""
     if model is not None and (folder := Path(model).expanduser()).is_dir():
         return folder.resolve().name, ModelConfig.from_file(folder / "config.json")
-    if model is None or model not in SHAPES:
+    name = models.short_name(model or "")
+    if name not in SHAPES:
         raise UsageError(
-            "--random-weights needs a shape" + (f", and {model!r} is none" if model else ""),
-            hint=f"Name a folder with a config.json, or one of: {', '.join(SHAPES)}.",
+            "--random-weights needs a shape" + (f", and {quoted(model)} is none" if model else ""),
+            hint=f"{did_you_mean(model or '', SHAPES)}"
+            f"Name a folder with a config.json, or one of: {', '.join(SHAPES)}.",
         )
-    return model, SHAPES[model]
+    return name, SHAPES[name]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -7,8 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 from teal_cli import console
 from teal_cli.chat.state import Chat
@@ -35,6 +35,7 @@ class Answer:
 
     text: str
     finish: Finish
+    thinking: str = ""
 
 
 class _Writer(Protocol):
@@ -53,8 +54,19 @@ class _PlainWriter:
         print(flush=True)
 
 
+class _NoWriter:
+    def write(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def answer(chat: Chat, prompt: str, *, again: bool = False) -> Answer:
-    """Stream one answer to stdout and its cost to stderr; with `chat.compare`, a dense one too."""
+    """Stream one answer to stdout and its cost to stderr; with `chat.compare`, a dense one too.
+
+    With `chat.silent`, nothing is shown of it.
+    """
     if not chat.compare or not chat.sparsity:
         return _answer(chat, prompt, again=again)
     return _compare(chat, prompt, again=again)
@@ -63,7 +75,7 @@ def answer(chat: Chat, prompt: str, *, again: bool = False) -> Answer:
 def _answer(chat: Chat, prompt: str, *, again: bool) -> Answer:
     conversation = chat.conversation
     was_nearly_full = conversation.nearly_full
-    writer, said, thinking = _writer(chat), "", False
+    writer, said, thought, thinking = _writer(chat), "", "", False
     reporter = console.reporter()
     waiting = Waiting(reporter)
     wanted = reporter.animated and not chat.plain
@@ -83,8 +95,10 @@ def _answer(chat: Chat, prompt: str, *, again: bool) -> Answer:
                     thinking = False
                     console.print_dim("")  # ends the last line of the thinking
                 if isinstance(step, Text) and step.thinking:
-                    thinking = True
-                    console.print_dim(step.text, end="")
+                    thought += step.text
+                    if not chat.silent:
+                        thinking = True
+                        console.print_dim(step.text, end="")
                 elif isinstance(step, Text):
                     said += step.text
                     writer.write(step.text)
@@ -105,7 +119,7 @@ def _answer(chat: Chat, prompt: str, *, again: bool) -> Answer:
     console.print_dim(_statistics(chat, finish))
     if conversation.nearly_full and not was_nearly_full and conversation.has_template:
         console.print_dim(_nearly_full(chat))
-    return Answer(said, finish)
+    return Answer(said, finish, thought.strip())
 
 
 def _compare(chat: Chat, prompt: str, *, again: bool) -> Answer:
@@ -157,7 +171,34 @@ def _excerpt(words: list[str]) -> str:
     return f"“{' '.join(words[:_SHOWN_WORDS])}{more}”"
 
 
+def document(chat: Chat, answer: Answer) -> dict[str, Any]:
+    """An answer for a program: what was said, how it ended, what made it and how fast."""
+    stats = answer.finish.stats
+    return {
+        "kind": "answer",
+        "schema": 1,
+        "model": chat.model,
+        "weights": chat.weights,
+        "device": str(chat.session.decoder.device),
+        "backend": chat.session.backend,
+        "sparsity": chat.sparsity,
+        "method": (chat.method or chat.profile().default_method) if chat.sparsity else None,
+        "realised_sparsity": stats.realised_sparsity,
+        "sampling": asdict(chat.conversation.sampler.sampling),
+        "answer": answer.text,
+        "thinking": answer.thinking or None,
+        "finish_reason": answer.finish.reason,
+        "prompt_tokens": stats.prompt_tokens,
+        "new_tokens": stats.new_tokens,
+        "time_to_first_token_s": stats.time_to_first_token_s,
+        "decode_s": stats.decode_s,
+        "tokens_per_s": stats.tokens_per_s,
+    }
+
+
 def _writer(chat: Chat) -> _Writer:
+    if chat.silent:
+        return _NoWriter()
     if chat.plain:
         return _PlainWriter()
     from rich.console import Console

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from teal_cli import console
 from teal_cli.chat.slash import COMMANDS
 from teal_cli.chat.state import KEYS
-from teal_cli.store import paths
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
 
 _PROMPT, _CONTINUED = ">>> ", "... "
@@ -25,13 +23,16 @@ _QUOTES = '"""'
 Reader = Callable[[], str]
 
 
-def open_reader() -> Reader:
-    """The best reader that this terminal and this installation allow."""
+def open_reader(history: Path | None = None) -> Reader:
+    """The best reader that this terminal and this installation allow.
+
+    Earlier prompts are those of this chat, or where `history` names a file, of others too.
+    """
     screen = next((stream for stream in (sys.stdout, sys.stderr) if console.is_rich(stream)), None)
     if screen is None:
         return _read_plainly
     try:
-        session = line_editor(screen)
+        session = line_editor(screen, history)
     except ImportError:
         console.reporter().note(
             "prompt_toolkit is not installed: no history, no completion, and a paste of several "
@@ -49,22 +50,25 @@ def unquote(text: str) -> tuple[str, bool]:
     return inner.removesuffix(_QUOTES).strip("\n"), True
 
 
-def line_editor(screen: TextIO) -> PromptSession[str]:
-    """A prompt_toolkit session on a terminal.
+def line_editor(screen: TextIO, history: Path | None = None) -> PromptSession[str]:
+    """A prompt_toolkit session on a terminal; `history` as for `open_reader`.
 
     Raises:
         ImportError: prompt_toolkit is not installed.
     """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.application import get_app_session
+    from prompt_toolkit.history import InMemoryHistory
     from prompt_toolkit.output import create_output
     from prompt_toolkit.shortcuts import CompleteStyle
+
+    from teal_cli.chat.history import FileHistory
 
     return PromptSession(
         _PROMPT,
         multiline=True,  # a paste keeps its lines; the bindings let Enter send
         prompt_continuation=lambda width, line, wraps: " " * width if wraps else _CONTINUED,
-        history=_history(),
+        history=FileHistory(history) if history is not None else InMemoryHistory(),
         completer=_completer(),
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,
@@ -72,16 +76,6 @@ def line_editor(screen: TextIO) -> PromptSession[str]:
         enable_suspend=True,
         output=get_app_session().output if screen is sys.stdout else create_output(screen),
     )
-
-
-def _history() -> History:
-    from prompt_toolkit.history import InMemoryHistory
-
-    from teal_cli.chat.history import FileHistory
-
-    if os.environ.get("TEAL_NO_HISTORY", "0") not in ("", "0"):
-        return InMemoryHistory()
-    return FileHistory(paths.state_dir() / "chat-history.jsonl")
 
 
 def _bindings() -> KeyBindings:

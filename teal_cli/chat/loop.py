@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from teal_cli import console
 from teal_cli.chat import answers, editor, slash
@@ -10,13 +11,18 @@ from teal_cli.chat.state import Chat
 from teal_cli.errors import TealError
 
 
-def talk(chat: Chat) -> None:
-    """Answer turn after turn until the user leaves; nothing that fails ends the chat."""
+def talk(chat: Chat, history: Path | None = None) -> None:
+    """Answer turn after turn until the user leaves; nothing that fails ends the chat.
+
+    Nothing of it is kept but the prompts, where `history` names a file for them.
+    """
     console.print_dim(f"{chat.model}, {slash.sparsity_of(chat)}")
     console.print_dim("/help lists the commands, Ctrl-C ends an answer, Ctrl-D leaves.")
     if not chat.conversation.has_template:
         console.print_dim("This model has no chat template: it continues what you write.")
-    read = editor.open_reader()
+    if history is not None:
+        console.print_dim(f"Prompts are kept in {history}.")
+    read = editor.open_reader(history)
     leaves = False
     while not leaves:
         try:

@@ -10,7 +10,9 @@ from pathlib import Path
 from teal_cli.chat.state import KEYS, Chat
 from teal_cli.errors import UsageError
 from teal_cli.inference.transcript import Transcript
+from teal_cli.options import parse_sparsity
 from teal_cli.printable import printable
+from teal_cli.suggestions import did_you_mean
 
 _KEYS_HELP = """\
 Enter sends. Several lines go between \"\"\" and \"\"\", or are pasted as they are.
@@ -42,11 +44,14 @@ def run(chat: Chat, line: str) -> Outcome:
         TealError: it failed.
     """
     name, *rest = line.strip().split(maxsplit=1)
+    name = _ALIASES.get(name, name)
     command = COMMANDS.get(name)
     if command is None:
+        near = did_you_mean(name, (*COMMANDS, *_ALIASES))
         raise UsageError(
             f"there is no command {name}",
-            hint="/help lists them. A text that begins with a slash needs a space before it.",
+            hint=f"{near}/help lists them. A text that begins with a slash needs a space before"
+            " it.",
         )
     argument = rest[0] if rest else ""
     if argument and " " not in command.usage:
@@ -67,11 +72,7 @@ def _clear(chat: Chat, _: str) -> Outcome:
 
 def _sparsity(chat: Chat, argument: str) -> Outcome:
     if argument:
-        try:
-            value = float(argument)
-        except ValueError:
-            raise UsageError(f"sparsity is a number from 0 to below 1, not {argument!r}") from None
-        chat.set_sparsity(value)
+        chat.set_sparsity(parse_sparsity(argument))
     return Outcome(sparsity_of(chat))
 
 
@@ -85,7 +86,6 @@ def _set(chat: Chat, argument: str) -> Outcome:
 
 def _show(chat: Chat, _: str) -> Outcome:
     session, conversation = chat.session, chat.conversation
-    turns = sum(message["role"] == "user" for message in conversation.messages)
     rows = [
         ("model", chat.model),
         ("runs on", f"{session.decoder.device}, {chat.weights}, {session.backend}"),
@@ -94,7 +94,7 @@ def _show(chat: Chat, _: str) -> Outcome:
         ("context", f"{_context(chat)}, then {conversation.overflow}"),
         ("system", conversation.system or "the template's own, if it has one"),
         ("thinking", _thinking(chat)),
-        ("turns", str(turns)),
+        ("turns", str(_turns(chat))),
     ]
     return Outcome("\n".join(f"{name:<9} {printable(value)}" for name, value in rows))
 
@@ -134,15 +134,34 @@ def _load(chat: Chat, argument: str) -> Outcome:
         raise UsageError("this model has no chat template, so it goes on from no conversation")
     transcript = Transcript.load(_path(argument))
     chat.conversation.restore(transcript.messages)
-    said = f"loaded {len(transcript.messages)} messages"
+    system = chat.conversation.system
+    turns = _turns(chat)
+    said = f"loaded {turns} turn{'' if turns == 1 else 's'}"
+    said += " and no system message" if system is None else " and the system message:"
     if transcript.model != chat.model:
-        said += f", said with {printable(transcript.model)}"
-    return Outcome(said)
+        said = f"said with {printable(transcript.model)}: {said}"
+    return Outcome(said if system is None else f"{said}\n{printable(system)}")
 
 
 def _system(chat: Chat, argument: str) -> Outcome:
-    chat.conversation.set_system(argument or None)
-    return Outcome("the system message is set" if argument else "there is no system message now")
+    if argument:
+        chat.conversation.set_system(None if argument.lower() == "none" else argument)
+    system = chat.conversation.system
+    if system is None:
+        return Outcome("there is no system message but the template's own, if it has one")
+    return Outcome(f"the system message is: {printable(system)}")
+
+
+def _compare(chat: Chat, argument: str) -> Outcome:
+    choices = {"": not chat.compare, "on": True, "off": False}
+    if argument.lower() not in choices:
+        raise UsageError(f"/compare takes on or off, not {argument!r}")
+    chat.compare = choices[argument.lower()]
+    if not chat.compare:
+        return Outcome("answers are made once")
+    if not chat.sparsity:
+        return Outcome("answers will be made twice once /sparsity is above 0")
+    return Outcome("every answer is made twice now, dense and sparse; the sparse one stays")
 
 
 def _think(chat: Chat, argument: str) -> Outcome:
@@ -174,12 +193,14 @@ COMMANDS = {
         _Command("/stats", "show what the answers took so far", _stats),
         _Command("/save FILE", "store the conversation", _save),
         _Command("/load FILE", "go on from a stored conversation", _load),
-        _Command("/system [TEXT]", "set the system message, or take it away", _system),
+        _Command("/system [TEXT]", "show or set the system message; 'none' drops it", _system),
         _Command("/think [on|off|auto]", "think before answers, or not", _think),
+        _Command("/compare [on|off]", "answer dense and sparse, or once again", _compare),
         _Command("/retry", "answer the last prompt again", _retry),
-        _Command("/bye", "leave", _bye),
+        _Command("/bye", "leave; /exit and /quit do too", _bye),
     )
 }
+_ALIASES = {"/?": "/help", "/exit": "/bye", "/quit": "/bye", "/q": "/bye"}
 
 
 def _path(argument: str) -> Path:
@@ -191,6 +212,10 @@ def sparsity_of(chat: Chat) -> str:
     if not chat.sparsity:
         return "sparsity 0 (dense)"
     return f"sparsity {chat.sparsity:g}, by {chat.method or chat.profile().default_method}"
+
+
+def _turns(chat: Chat) -> int:
+    return sum(message["role"] == "user" for message in chat.conversation.messages)
 
 
 def _settings(chat: Chat) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from teal_cli.errors import UsageError
 from teal_cli.inference.sampling import Sampler
+from teal_cli.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from teal_cli.inference.conversation import Conversation
@@ -61,6 +62,7 @@ class Chat:
     think_tokens: int = 2048
     compare: bool = False
     plain: bool = True
+    silent: bool = False  # answers are handed over, not shown
     last: Finish | None = None
     totals: Totals = field(default_factory=Totals)
 
@@ -92,7 +94,8 @@ class Chat:
         """
         key = key.lower().replace("_", "-")
         if key not in KEYS:
-            raise UsageError(f"there is no setting {key!r}", hint=f"There are: {', '.join(KEYS)}.")
+            hint = f"{did_you_mean(key, KEYS)}There are: {', '.join(KEYS)}."
+            raise UsageError(f"there is no setting {key!r}", hint=hint)
         if key in COUNT_KEYS:
             value = _number(key, text, int)
             if value < 1:

@@ -75,7 +75,7 @@ BenchSparsitiesOption = Annotated[
         "--sparsity",
         "-s",
         metavar="LIST",
-        help="Sparsities to compare, separated by commas."
+        help="Sparsities to compare, separated by commas, as 0.4 or 40%."
         " [default: 0.25,0.4,0.5, with --kernels 0.65 too]",
     ),
 ]
@@ -163,7 +163,6 @@ def bench(
     if random_weights:
         tested = subject.random_subject(model, floats, settings, target_device, reporter, kind)
     else:
-        subject.check_has_weights(model)
         checkpoint = pipeline.ensure_checkpoint(
             models.resolve(model, revision),
             dtype=dtype,

@@ -22,7 +22,7 @@ from teal_cli.options import (
     QuantizeOption,
     RevisionOption,
     TokenOption,
-    check_sparsity,
+    parse_sparsity,
 )
 
 if TYPE_CHECKING:
@@ -74,8 +74,9 @@ ShownSparsityOption = Annotated[
     typer.Option(
         "--sparsity",
         "-s",
+        metavar="X",
         help="With --show: the target to look up. [default: 0.5]",
-        callback=check_sparsity,
+        parser=parse_sparsity,
     ),
 ]
 LayerOption = Annotated[

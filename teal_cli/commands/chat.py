@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from teal_cli import console
+from teal_cli.chat.prompt import only_prompt
 from teal_cli.errors import UsageError
 from teal_cli.options import (
     DeterministicOption,
     DeviceOption,
     DtypeOption,
+    JsonOption,
     MethodOption,
     ModelArgument,
     OfflineOption,
     QuantizeOption,
     RevisionOption,
     TokenOption,
-    check_sparsity,
+    parse_sparsity,
 )
 
 if TYPE_CHECKING:
@@ -33,15 +35,22 @@ if TYPE_CHECKING:
 # Room for the conversation where --context does not say: 1 GB of cache at Llama-3-8B's shape.
 _DEFAULT_CONTEXT = 8192
 
-
 SparsityOption = Annotated[
     float | None,
     typer.Option(
         "--sparsity",
         "-s",
-        help="Share of the projections' inputs to skip, from 0 (exact) to below 1."
+        metavar="X",
+        help="Share of the projections' inputs to skip, from 0 (exact) to below 1; 40% is 0.4."
         " [default: 0.4; 0.25 below a billion weights]",
-        callback=check_sparsity,
+        parser=parse_sparsity,
+    ),
+]
+WordsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="PROMPT",
+        help="Answer this and leave, as with --prompt; several words need no quotes.",
     ),
 ]
 PromptOption = Annotated[
@@ -49,7 +58,17 @@ PromptOption = Annotated[
     typer.Option(
         "--prompt",
         "-p",
-        help="Answer this and leave; '-' reads it from stdin, as a pipe into teal does.",
+        help="Answer this and leave. Text from a pipe follows it after an empty line; alone it is"
+        " the prompt, as it is with '-'.",
+    ),
+]
+HistoryOption = Annotated[
+    bool,
+    typer.Option(
+        "--history",
+        envvar="TEAL_HISTORY",
+        help="Keep the prompts that are typed for later chats, in chat-history.jsonl in the user"
+        " state folder. TEAL_HISTORY=1 says so for all chats. [default: they are not kept]",
     ),
 ]
 SystemOption = Annotated[
@@ -158,6 +177,7 @@ PlainOption = Annotated[
 
 def chat(
     model: ModelArgument = None,
+    words: WordsArgument = None,
     sparsity: SparsityOption = None,
     prompt: PromptOption = None,
     system: SystemOption = None,
@@ -176,6 +196,7 @@ def chat(
     overflow: OverflowOption = "truncate",
     compare: CompareOption = False,
     plain: PlainOption = False,
+    history: HistoryOption = False,
     method: MethodOption = None,
     deterministic: DeterministicOption = False,
     dtype: DtypeOption = None,
@@ -184,14 +205,19 @@ def chat(
     revision: RevisionOption = None,
     token: TokenOption = None,
     offline: OfflineOption = False,
+    json: JsonOption = False,
 ) -> None:
-    """Talk to a model, sparsely; with --prompt or piped text, answer once.
+    """Talk to a model, sparsely; with a prompt or piped text, answer once.
 
     Whatever is missing (the model, its conversion, its sparsity profile) is made first. The
     answer goes to stdout, all else to stderr. Ctrl-C ends an answer and keeps what was said;
     /help lists what can be typed besides prompts.
     """
-    text = _one_shot_prompt(prompt)
+    text = only_prompt(prompt, words)
+    if json and text is None:
+        raise UsageError("--json answers once: it needs a prompt", hint="Give one with --prompt.")
+    if json and compare:
+        raise UsageError("--json takes one answer, --compare makes two: leave one out")
     if compare and sparsity == 0:
         raise UsageError("--compare needs a sparsity above 0")
     if stop and not all(stop):
@@ -199,14 +225,14 @@ def chat(
     reporter = console.reporter()
 
     from teal_cli import pipeline
-    from teal_cli.chat.answers import answer
+    from teal_cli.chat.answers import answer, document
     from teal_cli.chat.loop import talk
     from teal_cli.chat.state import Chat
     from teal_cli.inference.defaults import chat_defaults, left_out, sampling_defaults, stop_texts
     from teal_cli.inference.device import pick_device
     from teal_cli.inference.sampling import Sampling
     from teal_cli.inference.session import Session
-    from teal_cli.store import models
+    from teal_cli.store import models, paths
 
     options = {
         "temperature": temperature,
@@ -268,11 +294,16 @@ def chat(
         think_tokens=think_tokens,
         compare=compare,
         plain=plain or not console.is_rich(sys.stdout),
+        silent=json,
     )
     chat.set_sparsity(target)
     if text is None:
-        talk(chat)
-    elif answer(chat, text).finish.reason == "interrupted":
+        talk(chat, paths.state_dir() / "chat-history.jsonl" if history else None)
+        return
+    said = answer(chat, text)
+    if json:
+        console.print_json(document(chat, said))
+    if said.finish.reason == "interrupted":
         raise typer.Exit(130)
 
 
@@ -302,17 +333,3 @@ def _conversation(
         template=template,
         think=think,
     )
-
-
-def _one_shot_prompt(prompt: str | None) -> str | None:
-    """The only prompt, from the option or a pipe; None where a person sits at a terminal."""
-    if prompt is None and sys.stdin.isatty():
-        return None
-    if prompt is None or prompt == "-":
-        try:
-            prompt = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"the text on stdin is not UTF-8: {error}") from None
-    if not prompt.strip():
-        raise UsageError("the prompt is empty", hint="Give a text with --prompt or through a pipe.")
-    return prompt

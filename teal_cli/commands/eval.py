@@ -24,6 +24,7 @@ from teal_cli.options import (
     TokenOption,
     parse_sparsities,
 )
+from teal_cli.suggestions import did_you_mean, quoted
 
 if TYPE_CHECKING:
     from teal_cli.evaluation.comparison import QualityReport
@@ -262,7 +263,8 @@ def _quantizations(text: str | None) -> tuple[str | None, ...]:
     for name in names:
         if name not in ("none", *get_args(Quantize)):
             raise UsageError(
-                f"there is no quantization {name!r}",
-                hint=f"There are: none, {', '.join(get_args(Quantize))}.",
+                f"there is no quantization {quoted(name)}",
+                hint=f"{did_you_mean(name, get_args(Quantize))}"
+                f"There are: none, {', '.join(get_args(Quantize))}.",
             )
     return tuple(sorted((None if name == "none" else name for name in names), key=bool))

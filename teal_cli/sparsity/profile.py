@@ -18,6 +18,7 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.sites import PROJECTIONS, SITES
 from teal_cli.sparsity.histogram import BINS
 from teal_cli.sparsity.quantiles import Quantiles
+from teal_cli.suggestions import did_you_mean, quoted
 
 _KIND, _SCHEMA = "profile", 3
 # Prefixes of the tensors that hold what belongs to a method.
@@ -36,7 +37,10 @@ def check_method(method: str) -> None:
         UsageError: it is not.
     """
     if method not in METHODS:
-        raise UsageError(f"there is no method {method!r}", hint=f"There are: {', '.join(METHODS)}.")
+        raise UsageError(
+            f"there is no method {quoted(method)}",
+            hint=f"{did_you_mean(method, METHODS)}There are: {', '.join(METHODS)}.",
+        )
 
 
 @dataclass(frozen=True, slots=True)

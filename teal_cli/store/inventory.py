@@ -21,6 +21,7 @@ from teal_cli.progress import Reporter
 from teal_cli.store import artifacts, local, models, paths
 from teal_cli.store.artifacts import CHECKPOINT, MANIFEST
 from teal_cli.store.models import ModelRef
+from teal_cli.suggestions import did_you_mean, quoted
 
 _HALF_DONE = "being made, or left by a run that was killed"
 
@@ -89,7 +90,7 @@ def find(text: str) -> StoredModel:
     Raises:
         MissingError: there is none of this name.
     """
-    name, path = models.ALIASES.get(text, text), os.path.realpath(os.path.expanduser(text))
+    name, path = models.hub_name(text), os.path.realpath(os.path.expanduser(text))
     with contextlib.suppress(TealError, OSError):  # a folder may stand for the file in it
         path = str(local.model_at(Path(path))[1])
     # Where a manifest is gone, the folder's name is all that says what it was made for.
@@ -101,7 +102,12 @@ def find(text: str) -> StoredModel:
     for model in stored:
         if model.slug is not None and (model.slug in slugs or printable(model.slug) == name):
             return model
-    raise MissingError(f"no model {text!r} is stored", hint="`teal models` lists what is.")
+    known = {model.name for model in stored}
+    short = [name for name in models.names() if models.hub_name(name) in known]
+    near = did_you_mean(text, [*short, *sorted(known)])
+    raise MissingError(
+        f"no model {quoted(text)} is stored", hint=f"{near}`teal models` lists what is."
+    )
 
 
 def remove(model: StoredModel, reporter: Reporter) -> int:

@@ -15,28 +15,59 @@ from typing import Literal
 from teal_cli.errors import MissingError, TealError, UsageError
 from teal_cli.progress import Silent
 from teal_cli.store import artifacts, local, paths
+from teal_cli.suggestions import did_you_mean, quoted
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ALIASES = {"demo": DEMO}
-# What people call the models that `teal bench --random-weights` knows by shape.
+# Short names, and what they mean on the Hub: the variant that chats. As ollama and people write
+# them, upper or lower case, with or without a hyphen or colon before the size.
 SHORT_NAMES = {
+    "demo": DEMO,
     "llama-2-7b": "meta-llama/Llama-2-7b-chat-hf",
     "llama-2-13b": "meta-llama/Llama-2-13b-chat-hf",
     "llama-2-70b": "meta-llama/Llama-2-70b-chat-hf",
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
     "llama-3-70b": "meta-llama/Meta-Llama-3-70B-Instruct",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B-Instruct",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
-    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.1",
+    "llama-3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "qwen2-0.5b": "Qwen/Qwen2-0.5B-Instruct",
+    "qwen2-1.5b": "Qwen/Qwen2-1.5B-Instruct",
+    "qwen2-7b": "Qwen/Qwen2-7B-Instruct",
+    "qwen2-72b": "Qwen/Qwen2-72B-Instruct",
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen2.5-14b": "Qwen/Qwen2.5-14B-Instruct",
+    "qwen2.5-32b": "Qwen/Qwen2.5-32B-Instruct",
+    "qwen2.5-72b": "Qwen/Qwen2.5-72B-Instruct",
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
     "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-14b": "Qwen/Qwen3-14B",
+    "qwen3-32b": "Qwen/Qwen3-32B",
     "smollm2-135m": DEMO,
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+}
+# A family's name alone is the size that most people run.
+FAMILIES = {
+    "llama-2": "llama-2-7b",
+    "llama-3": "llama-3-8b",
+    "llama-3.1": "llama-3.1-8b",
+    "llama-3.2": "llama-3.2-3b",
+    "llama-3.3": "llama-3.3-70b",
+    "mistral": "mistral-7b",
+    "tinyllama": "tinyllama-1.1b",
+    "qwen2": "qwen2-7b",
+    "qwen2.5": "qwen2.5-7b",
+    "qwen3": "qwen3-8b",
+    "smollm2": "smollm2-1.7b",
 }
 _LONGEST_BYTES = 100  # of a local model's name in its folder's
 # The Hub's own rule.
@@ -90,32 +121,63 @@ def resolve(text: str | None, revision: str | None = None) -> ModelRef:
             raise UsageError(f"--revision goes with a model on the Hub, {text} is local")
         kind, path = local.model_at(path)
         return ModelRef(kind, str(path), path)
-    name = ALIASES.get(text, text)
+    name = hub_name(text)
     if not _HUB_ID.fullmatch(name):
-        raise MissingError(
-            f"there is no model {text!r}",
-            hint=_hint(text) + "Name a Hub id (org/name), a local folder, a .gguf file, or 'demo'.",
-        )
+        raise MissingError(f"there is no model {quoted(text)}", hint=_hint(text))
     return ModelRef("hub", name, revision=revision)
 
 
+def names() -> list[str]:
+    """Every short name, as it is written most."""
+    return [*SHORT_NAMES, *FAMILIES]
+
+
+def short_name(text: str) -> str | None:
+    """The key of SHORT_NAMES that a user means; None if it is none of them."""
+    plain = _plain(text)
+    if plain in _BY_PLAIN:
+        return _BY_PLAIN[plain]
+    return _BY_PLAIN.get(re.sub(r"^meta|(instruct|chat|it|latest)$", "", plain))
+
+
+def hub_name(text: str) -> str:
+    """What a short name means on the Hub; any other text as it is."""
+    name = short_name(text)
+    return text if name is None else SHORT_NAMES[name]
+
+
+def _plain(name: str) -> str:
+    """A name without case, hyphens and colons, which everyone sets elsewhere."""
+    return re.sub(r"[-_: ]", "", name.lower())
+
+
+_BY_PLAIN = {_plain(name): name for name in SHORT_NAMES} | {
+    _plain(family): name for family, name in FAMILIES.items()
+}
+
+
 def _hint(text: str) -> str:
-    """What may have been meant by a name that is none, as sentences; empty if nothing is known."""
+    """What may have been meant by a name that is none, as sentences."""
+    usual = "Name a Hub id (org/name), a local folder, a .gguf file, or 'demo'."
     address = _ADDRESS.fullmatch(text)
     if address is not None:
-        return f"On the Hub that is {address['id']}. "
-    name, colon, _ = text.partition(":")
-    if colon and _OLLAMA_NAME.fullmatch(text):
-        return _guess(name) + _OLLAMA
-    return _guess(text)
+        return f"On the Hub that is {address['id']}. {usual}"
+    if " " in text and not os.path.dirname(text):
+        return "A prompt goes behind the model's name: teal chat demo 'Hello.' " + usual
+    if ":" in text and _OLLAMA_NAME.fullmatch(text):
+        family, _, size = text.partition(":")
+        near = did_you_mean(f"{family}-{size.partition('-')[0]}", names(), cutoff=0.7)
+        return (near or did_you_mean(family, names(), cutoff=0.7)) + _OLLAMA + usual
+    return did_you_mean(text, [*names(), *_neighbours(text)], cutoff=0.7) + usual
 
 
-def _guess(text: str) -> str:
-    """The model on the Hub that a short name may mean, as a question; empty if there is none."""
-    import difflib
-
-    close = difflib.get_close_matches(text.lower(), SHORT_NAMES, n=1, cutoff=0.8)
-    return f"Did you mean {SHORT_NAMES[close[0]]}? " if close else ""
+def _neighbours(text: str) -> list[str]:
+    """The files and folders beside the one that a path would name."""
+    folder = os.path.dirname(text)
+    try:
+        return [os.path.join(folder, name) for name in os.listdir(folder or ".")]
+    except (OSError, ValueError):
+        return []
 
 
 def remember(ref: ModelRef) -> None:

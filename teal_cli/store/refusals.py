@@ -7,8 +7,9 @@ import re
 from typing import Any, Literal
 
 from teal_cli.errors import AccessError, MissingError, TealError
-from teal_cli.store import artifacts
+from teal_cli.store import artifacts, models
 from teal_cli.store.listing import NonsenseError
+from teal_cli.suggestions import did_you_mean
 
 AGAIN = "Run the same command again: it continues where it stopped."
 _BETWEEN = (
@@ -91,7 +92,8 @@ def _refusal(
     if isinstance(error, errors.RepositoryNotFoundError):
         return MissingError(
             f"there is no model {name!r} on the Hub, or it is private",
-            hint="Check the spelling; for a private model log in with `hf auth login` or pass "
+            hint=did_you_mean(name, set(models.SHORT_NAMES.values()), cutoff=0.85)
+            + "Check the spelling; for a private model log in with `hf auth login` or pass "
             "--token.",
         )
     if status == 429:

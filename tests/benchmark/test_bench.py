@@ -122,11 +122,10 @@ def test_random_weights_need_a_shape(model: str | None) -> None:
     assert "tinyllama-1.1b" in caught.value.hint
 
 
-def test_a_shape_without_random_weights_is_explained() -> None:
-    with pytest.raises(UsageError, match="built-in shape") as caught:
-        subject.check_has_weights("llama-2-7b")
-    assert caught.value.hint == (
-        "Measure it with random ones: teal bench llama-2-7b --random-weights"
-    )
-    subject.check_has_weights("org/name")
-    subject.check_has_weights(None)
+def test_a_shape_is_named_as_people_write_it() -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(TealError, match=r"llama-2-70b in float32 needs"):
+        subject.random_subject("Llama2:70b", torch.float32, Settings(), cpu, Silent())
+    with pytest.raises(UsageError, match="'lama-2-70b' is none") as caught:
+        subject.random_subject("lama-2-70b", torch.float32, Settings(), cpu, Silent())
+    assert str(caught.value.hint).startswith("Did you mean llama-2-70b? ")

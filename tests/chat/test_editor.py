@@ -79,20 +79,23 @@ def test_ctrl_c_clears_the_line_and_ctrl_d_leaves(keys: Type) -> None:
         keys(CTRL_D)
 
 
-def test_the_next_chat_remembers(
-    keys: Type, teal_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys("first\r")
-    keys(PASTE.format("two\nlines") + "\r")
-    assert keys(f"{UP}{UP}{UP}\r") == "first"
+def test_the_next_chat_remembers_where_that_is_asked_for(teal_home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "state" / "history.jsonl"
     with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
-        pipe.send_text(f"{UP}\r")
-        assert editor.line_editor(sys.stdout).prompt() == "first"
-        monkeypatch.setenv("TEAL_NO_HISTORY", "1")
-        stored = (teal_home / "state" / "chat-history.jsonl").read_bytes()
-        pipe.send_text(f"{UP}secret\r")
-        assert editor.line_editor(sys.stdout).prompt() == "secret"
-        assert (teal_home / "state" / "chat-history.jsonl").read_bytes() == stored
+
+        def typed(text: str, history: Path | None = path) -> str:
+            pipe.send_text(text)
+            return editor.line_editor(sys.stdout, history).prompt()
+
+        typed("first\r")
+        typed(PASTE.format("two\nlines") + "\r")
+        assert typed(f"{UP}{UP}{UP}\r") == "first"
+        stored = path.read_bytes()
+        assert path.stat().st_mode & 0o777 == 0o600
+        # Unless it is asked for, nothing is kept, and nothing is read.
+        assert typed(f"{UP}secret\r", None) == "secret"
+        assert path.read_bytes() == stored
+    assert not teal_home.exists()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_sparsity_changes_the_loaded_model_at_once(chat: Chat, profile: Any) -> 
     assert profile.asked == [(0.4, None)]
 
 
-@pytest.mark.parametrize("value", ["1", "-0.1", "nan", "half", "0.4 0.5", "inf"])
+@pytest.mark.parametrize("value", ["1", "-0.1", "nan", "half", "0.4 0.5", "inf", "40"])
 def test_a_wrong_sparsity_changes_nothing(chat: Chat, value: str) -> None:
     slash.run(chat, "/sparsity 0.4")
     with pytest.raises(UsageError, match="sparsity"):
@@ -93,6 +93,33 @@ def test_what_cannot_be_done_is_said(chat: Chat, line: str, said: str) -> None:
     assert [chat.setting(key) for key in KEYS] == before
 
 
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [("/hlep", "/help"), ("/HELP", "/help"), ("/sparsty 0.4", "/sparsity"), ("/exti", "/exit")],
+)
+def test_a_mistyped_command_is_asked_about(chat: Chat, line: str, meant: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        slash.run(chat, line)
+    assert str(caught.value.hint).startswith(f"Did you mean {meant}? ")
+    with pytest.raises(UsageError) as caught:
+        slash.run(chat, "/set temprature 1")
+    assert str(caught.value.hint).startswith("Did you mean temperature? ")
+
+
+def test_comparing_is_turned_on_and_off(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "once /sparsity is above 0" in slash.run(chat, "/compare").text
+    slash.run(chat, "/sparsity 40%")
+    assert chat.sparsity == 0.4
+    answers.answer(chat, "Hi")
+    assert capsys.readouterr().out.startswith("dense\n")
+    assert slash.run(chat, "/compare").text == "answers are made once"
+    answers.answer(chat, "Hi")
+    assert not capsys.readouterr().out.startswith("dense\n")
+    assert "twice" in slash.run(chat, "/compare on").text
+    with pytest.raises(UsageError, match="takes on or off"):
+        slash.run(chat, "/compare maybe")
+
+
 def test_a_setting_counts_from_the_next_token_on(chat: Chat) -> None:
     first = answers.answer(chat, "Hi").text
     slash.run(chat, "/set temperature 5")
@@ -107,10 +134,14 @@ def test_a_setting_counts_from_the_next_token_on(chat: Chat) -> None:
 
 def test_help_names_every_command(chat: Chat) -> None:
     text = slash.run(chat, "/help").text
-    names = "/help /clear /sparsity /set /show /stats /save /load /system /think /retry /bye"
+    names = (
+        "/help /clear /sparsity /set /show /stats /save /load /system /think /compare /retry /bye"
+    )
     assert all(f"{name} " in text for name in names.split())
     assert all(len(line) < 80 for line in text.splitlines())
-    assert slash.run(chat, "/bye") == Outcome(leave=True)
+    for name in ("/bye", "/exit", "/quit", "/q"):
+        assert slash.run(chat, name) == Outcome(leave=True)
+    assert slash.run(chat, "/?").text == text
 
 
 def test_retry_answers_the_last_prompt_again(chat: Chat) -> None:
@@ -140,13 +171,17 @@ def test_a_conversation_is_saved_and_goes_on(chat: Chat, tmp_path: Path) -> None
     said = chat.conversation.messages
     assert [message["role"] for message in said] == ["system", "user", "assistant"]
     assert "3 messages" in slash.run(chat, f"/save {path}").text
+    assert slash.run(chat, "/system").text == "the system message is: Be brief. And\nkind."
+    assert chat.conversation.messages == said
     slash.run(chat, "/clear")
-    slash.run(chat, "/system")
+    assert slash.run(chat, "/system none").text.startswith("there is no system message")
+    assert slash.run(chat, "/system").text.startswith("there is no system message")
     assert chat.conversation.messages == []
-    assert slash.run(chat, f"/load {path}").text == "loaded 3 messages"
+    brought = "loaded 1 turn and the system message:\nBe brief. And\nkind."
+    assert slash.run(chat, f"/load {path}").text == brought
     assert chat.conversation.messages == said
     chat.model = "org/other"
-    assert slash.run(chat, f"/load {path}").text == "loaded 3 messages, said with org/tiny"
+    assert slash.run(chat, f"/load {path}").text == f"said with org/tiny: {brought}"
     path.write_text("{")
     with pytest.raises(TealError, match="is no conversation"):
         slash.run(chat, f"/load {path}")

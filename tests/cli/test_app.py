@@ -84,12 +84,12 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["talk"], "No such command 'talk'"),
-        (["chat", "--no-such"], "No such option"),
-        (["chat", "--sparsity", "1"], "1 is not in [0, 1)"),
-        (["chat", "--sparsity", "-0.1"], "is not in [0, 1)"),
-        (["chat", "--sparsity", "nan"], "is not in [0, 1)"),
-        (["chat", "--sparsity", "half"], "Invalid value for"),
+        (["talk"], "there is no command 'talk'\nIn teal that is: teal chat MODEL\n"),
+        (["chat", "--no-such"], "teal chat has no option '--no-such'"),
+        (["chat", "--sparsity", "1"], "a share from 0 to below 1, not '1'"),
+        (["chat", "--sparsity", "-0.1"], "a share from 0 to below 1"),
+        (["chat", "--sparsity", "nan"], "a share from 0 to below 1"),
+        (["chat", "--sparsity", "half"], "a share from 0 to below 1"),
         (["chat", "--dtype", "int3"], "float16"),
         (["chat", "--max-tokens", "0"], "--max-tokens"),
         (["chat", "--prompt", " "], "the prompt is empty"),

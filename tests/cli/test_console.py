@@ -15,8 +15,8 @@ import pytest
 
 from teal_cli import console
 from teal_cli.console import ConsoleReporter, format_amount, format_rate, format_seconds
-from teal_cli.errors import TealError
-from teal_cli.options import parse_sparsities
+from teal_cli.errors import TealError, UsageError
+from teal_cli.options import parse_sparsities, parse_sparsity
 
 SCRIPT = """
 import sys
@@ -175,14 +175,29 @@ def test_rates(per_s: float, unit: str, text: str) -> None:
 
 
 def test_sparsities_are_a_list_without_repeats() -> None:
-    assert parse_sparsities("0.25, 0.4,0.40,0") == (0.25, 0.4, 0.0)
+    assert parse_sparsities("0.25, 0.4,40%,0") == (0.25, 0.4, 0.0)
 
 
-@pytest.mark.parametrize("text", ["", "0.5,", "a", "1", "0.5,1.2", "nan", "-0.1"])
+@pytest.mark.parametrize(
+    "text", ["", "0.5,", "a", "1", "0.5,1.2", "nan", "-0.1", "100%", "4%0", "%", "0.4%%", "-1%"]
+)
 def test_bad_sparsities_are_usage_errors(text: str) -> None:
-    with pytest.raises(Exception, match=r"is not") as error:
+    with pytest.raises(UsageError, match=r"a share from 0 to below 1, not"):
         parse_sparsities(text)
-    assert getattr(error.value, "exit_code", None) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("40", "40 % is written 0.4 or 40%."),
+        ("1.5", "1.5 % is written 0.015 or 1.5%."),
+        ("0,4", "has a point"),
+    ],
+)
+def test_a_percentage_without_its_sign_is_explained(text: str, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_sparsity(text)
+    assert said in str(error.value.hint)
 
 
 HOSTILE = "evil\x1b[2J\x1b]0;title\x07\u202egnp.exe\x9b31m[bold]:fire:\x7f"

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from teal_cli import app
+from teal_cli.examples import EXAMPLES
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 INTRODUCTION = """\
@@ -23,7 +24,7 @@ INTRODUCTION = """\
 Made from the commands' own help texts: `tests/cli/test_reference.py` writes and checks it.
 
 Results go to stdout, everything else to stderr. `NO_COLOR` turns colours off, `TEAL_HOME` puts
-everything that teal stores into one folder, `TEAL_NO_HISTORY=1` keeps no prompts of chats,
+everything that teal stores into one folder, `TEAL_HISTORY=1` keeps the prompts of chats,
 `TEAL_DEBUG=1` shows the traceback of an error. `teal --install-completion` lets the shell complete
 commands, options and the names of models.
 
@@ -55,7 +56,10 @@ def section(title: str, command: Any) -> str:
     # Typer's own options (completion) carry no annotation of ours.
     rows = [row(p, annotations[p.name]) for p in command.params if p.name in annotations]
     table = "\n".join(["| option | meaning |", "| --- | --- |", *rows])
-    return f"## {title}\n\n{inspect.cleandoc(command.help)}\n\n{table}\n"
+    examples = "\n".join(EXAMPLES[title.partition(" ")[2]])
+    return (
+        f"## {title}\n\n{inspect.cleandoc(command.help)}\n\n```bash\n{examples}\n```\n\n{table}\n"
+    )
 
 
 def row(parameter: Any, annotation: Any) -> str:

@@ -112,7 +112,7 @@ def test_a_chat_goes_on(
     error: Exception, run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: Iterator[str] = iter(["Hi", "Hi", "/bye"])
-    monkeypatch.setattr(editor, "open_reader", lambda: lambda: next(lines))
+    monkeypatch.setattr(editor, "open_reader", lambda history: lambda: next(lines))
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr(answers, "_silent_keys", nullcontext)  # there is no real terminal
     prefill, failed = Session.prefill, []

@@ -179,6 +179,13 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub: Hub, tmp_path: Path) ->
             "Check the spelling",
             id="404-name",
         ),
+        pytest.param(
+            ["Qwen/Qwen2.5-7B-Instuct"],
+            3,
+            "there is no model",
+            "Did you mean Qwen/Qwen2.5-7B-Instruct?",
+            id="near-miss",
+        ),
         pytest.param(["org/private"], 3, "or it is private", "--token", id="private"),
         pytest.param(
             ["org/pickles"], 3, "no model in the safetensors format", "Choose", id="pickles"

@@ -70,17 +70,74 @@ def test_what_is_no_name(text: str) -> None:
     assert "org/name" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("text", ["llama-3-8b", "Llama-3-8B", "lama-3-8b", "llama3-8b"])
-def test_a_short_name_leads_to_the_hubs(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        *[
+            (text, "meta-llama/Meta-Llama-3-8B-Instruct")
+            for text in ("llama-3-8b", "Llama3", "llama3:8b")
+        ],
+        *[
+            (text, "meta-llama/Llama-3.1-8B-Instruct")
+            for text in ("llama3.1", "Meta-Llama-3.1-8B-Instruct")
+        ],
+        ("llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct"),
+        ("llama3.2:latest", "meta-llama/Llama-3.2-3B-Instruct"),
+        ("llama2-chat", "meta-llama/Llama-2-7b-chat-hf"),
+        ("mistral", "mistralai/Mistral-7B-Instruct-v0.3"),
+        ("tinyllama", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+        ("qwen2.5-7b", "Qwen/Qwen2.5-7B-Instruct"),
+        ("QWEN3_8B", "Qwen/Qwen3-8B"),
+        ("smollm2", "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
+        ("smollm2:135m", DEMO),
+    ],
+)
+def test_a_short_name_is_taken_for_what_it_means(
+    text: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert resolve(text, "v2") == ModelRef("hub", name, revision="v2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / text).mkdir()  # what is here goes before a name
+    assert resolve(text).kind == "folder"
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        *[("lama-3-8b", "llama-3-8b"), ("qwen3-80b", "qwen3-8b"), ("tinylama", "tinyllama")],
+        *[("dmeo", "demo"), ("llama3.1:8b-q4_0", "llama-3.1-8b"), ("./my-modle", "./my-model")],
+    ],
+)
+def test_a_near_miss_is_asked_about(
+    text: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingError) as caught:
-        models.resolve(text)
-    assert "Did you mean meta-llama/Meta-Llama-3-8B-Instruct?" in str(caught.value.hint)
+        resolve(text)
+    assert f"Did you mean {meant}?" in str(caught.value.hint)
+    with pytest.raises(MissingError) as caught:
+        resolve("gpt2")
+    assert "Did you mean" not in str(caught.value.hint)
 
 
-def test_every_shape_has_a_name_on_the_hub() -> None:
-    assert set(models.SHORT_NAMES) == set(SHAPES)
-    for name in models.SHORT_NAMES.values():
-        assert models.resolve(name).kind == "hub"
+def test_a_prompt_in_the_models_place_and_a_lost_token_are_told() -> None:
+    with pytest.raises(MissingError) as caught:
+        resolve("What is the capital of France?")
+    assert "A prompt goes behind the model's name" in str(caught.value.hint)
+    with pytest.raises(MissingError) as caught:
+        resolve("hf_SECRETsecretSECRET")
+    assert "SECRET" not in caught.value.message + str(caught.value.hint)
+
+
+def test_short_names_are_told_apart_and_name_every_shape() -> None:
+    assert set(SHAPES) < set(models.SHORT_NAMES)
+    assert set(models.FAMILIES.values()) <= set(models.SHORT_NAMES)
+    for name in models.SHORT_NAMES:
+        assert models.short_name(name) == name
+        assert resolve(name) == resolve(models.SHORT_NAMES[name])
+    for family, name in models.FAMILIES.items():
+        assert models.short_name(family) == name
 
 
 def test_every_model_has_a_folder_name_of_its_own(tmp_path: Path) -> None:
