@@ -12,25 +12,22 @@ from rich.text import Text
 from teal_cli.console import LineTask, format_amount, format_left, format_rate
 from teal_cli.progress import Road
 
+_START_S = 0.2
 
-class _Said(ProgressColumn):
-    """What a function of the task says now."""
 
-    def __init__(self, field: str) -> None:
-        super().__init__()
-        self._field = field
+class _Text(ProgressColumn):
+    """What the task itself says."""
 
     def render(self, task: RichTask) -> Text:
-        return Text(task.fields[self._field](), no_wrap=True)
+        return Text(task.fields["text"](), no_wrap=True)
 
 
 def new_progress() -> Progress:
-    """A display on stderr: label, bar, and what the task's `amount` and `left` say."""
+    """A display on stderr: label, bar, and what the task's `text` says."""
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=16),
-        _Said("amount"),
-        _Said("left"),
+        BarColumn(bar_width=10),
+        _Text(),
         console=Console(stderr=True, highlight=False),
         transient=True,
     )
@@ -45,41 +42,46 @@ class BarTask(LineTask):
         super().__init__()
         self._progress, self._total, self._unit, self._road = progress, total, unit, road
         self._began_s = time.monotonic()
-        # The rate counts from the first report on: it may be of what an earlier run has done.
-        self._first: tuple[float, int] | None = None
-        self._id = progress.add_task(label, total=total, amount=self.amount, left=self.left)
+        self._from: tuple[float, int] | None = None  # what the rate counts from
+        self._id = progress.add_task(label, total=total, text=self.text)
 
     def advance(self, amount: int = 1) -> None:
         super().advance(amount)
-        self._first = self._first or (time.monotonic(), self.done)
+        if self._from is None:
+            # A report at the very start is of what an earlier run has done.
+            kept = self.done if time.monotonic() - self._began_s < _START_S else 0
+            self._from = self._began_s, kept
         self._progress.advance(self._id, amount)
 
     def remove(self) -> None:
         self._progress.remove_task(self._id)
 
-    def amount(self) -> str:
-        """How much is done, of how much, how fast."""
+    def text(self) -> str:
+        """How much is done, of how much, and what is left; how fast, where there is room."""
         text = format_amount(self.done, self._unit)
         if self._total is not None:
             text = f"{text.removesuffix(self._unit).rstrip()} of "
             text += format_amount(self._total, self._unit)
-        rate = self._per_s()
-        return f"{text}, {format_rate(rate, self._unit)}" if rate else text
+        per_s = self._per_s()
+        if not per_s:
+            return text
+        if self._road is None or self._total is None:
+            text += f", {format_rate(per_s, self._unit)}"
+        return text if self._total is None else f"{text}, {self._left(self._total, per_s)}"
 
-    def left(self) -> str:
-        """About how long it takes until all is done; empty while nothing is measured."""
-        rate = self._per_s()
-        if not rate or self._total is None:
-            return ""
-        rest_s = max(self._total - self.done, 0) / rate
-        if self._road is None:
-            return f"about {format_left(rest_s)} left"
-        left_s = self._road.left_s(rest_s, time.monotonic() - self._began_s)
-        if left_s is None:
-            return f"about {format_left(rest_s)} left in this step"
+    def _left(self, total: int, per_s: float) -> str:
+        rest_s = max(total - self.done, 0) / per_s
+        left_s = rest_s
+        if self._road is not None:
+            known = self._road.left_s(rest_s, time.monotonic() - self._began_s)
+            if known is None:
+                return f"{format_left(rest_s)} left in this step"
+            left_s = known
         return f"about {format_left(left_s)} left"
 
     def _per_s(self) -> float:
-        if self._first is None or self.done <= self._first[1]:
+        """The rate, once there is something to tell it from."""
+        if self._from is None:
             return 0.0
-        return (self.done - self._first[1]) / max(time.monotonic() - self._first[0], 1e-9)
+        seconds, done = time.monotonic() - self._from[0], self.done - self._from[1]
+        return done / seconds if done and seconds > _START_S else 0.0
