@@ -43,13 +43,15 @@ class BarTask(LineTask):
         self._progress, self._total, self._unit, self._road = progress, total, unit, road
         self._began_s = time.monotonic()
         self._from: tuple[float, int] | None = None  # what the rate counts from
+        self._last_s = self._began_s  # when the last report came
         self._id = progress.add_task(label, total=total, text=self.text)
 
     def advance(self, amount: int = 1) -> None:
         super().advance(amount)
+        self._last_s = time.monotonic()
         if self._from is None:
             # A report at the very start is of what an earlier run has done.
-            kept = self.done if time.monotonic() - self._began_s < _START_S else 0
+            kept = self.done if self._last_s - self._began_s < _START_S else 0
             self._from = self._began_s, kept
         self._progress.advance(self._id, amount)
 
@@ -70,7 +72,9 @@ class BarTask(LineTask):
         return text if self._total is None else f"{text}, {self._left(self._total, per_s)}"
 
     def _left(self, total: int, per_s: float) -> str:
-        rest_s = max(total - self.done, 0) / per_s
+        # It runs down between two reports, for as long as one usually takes.
+        waited_s = min(time.monotonic() - self._last_s, 1 / per_s)
+        rest_s = max((total - self.done) / per_s - waited_s, 0)
         left_s = rest_s
         if self._road is not None:
             known = self._road.left_s(rest_s, time.monotonic() - self._began_s)
@@ -83,5 +87,5 @@ class BarTask(LineTask):
         """The rate, once there is something to tell it from."""
         if self._from is None:
             return 0.0
-        seconds, done = time.monotonic() - self._from[0], self.done - self._from[1]
+        seconds, done = self._last_s - self._from[0], self.done - self._from[1]
         return done / seconds if done and seconds > _START_S else 0.0
