@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from teal_cli.faults import explain
 from teal_cli.printable import escaped, printable
+from teal_cli.progress import Road
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from teal_cli.bar import BarTask
     from teal_cli.progress import Task
 
 BOLD, _DIM, _RED = "1", "2", "31"
@@ -234,7 +236,15 @@ def format_rate(per_s: float, unit: str) -> str:
     return f"{format_amount(per_s, unit)}/s"
 
 
-class _LineTask:
+def format_left(seconds: float) -> str:
+    """A time to wait, as exact as an estimate is: 5 s, 40 s, 2 min, 1 h 10 min."""
+    if seconds < 57.5:
+        return f"{max(round(seconds / 5), 1) * 5} s"
+    minutes = round(seconds / 60)
+    return f"{max(minutes, 1)} min" if minutes < 60 else format_seconds(seconds - seconds % 600)
+
+
+class LineTask:
     """Counts what is done, so that the closing line can say how much it was."""
 
     def __init__(self) -> None:
@@ -244,31 +254,19 @@ class _LineTask:
         self.done += amount
 
 
-class _BarTask(_LineTask):
-    def __init__(self, progress: Progress, label: str, total: int | None, unit: str) -> None:
-        super().__init__()
-        self._progress = progress
-        self._id = progress.add_task(label, total=total, unit=unit)
-
-    def advance(self, amount: int = 1) -> None:
-        super().advance(amount)
-        self._progress.advance(self._id, amount)
-
-    def remove(self) -> None:
-        self._progress.remove_task(self._id)
-
-
 class ConsoleReporter:
     """Draws the core's progress on stderr.
 
     On a terminal a task is a bar with its rate and the time left, replaced by one line when it
-    ends. Elsewhere it is a line when it starts and one when it ends. When quiet, nothing.
+    ends; steps of a road share one bar and one line. Elsewhere a task is a line when it starts
+    and one when it ends. When quiet, nothing.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
         self._animated = not quiet and is_rich(sys.stderr)
         self._progress: Progress | None = None  # while any task is drawn
+        self._road = Road()
 
     @property
     def animated(self) -> bool:
@@ -287,33 +285,59 @@ class ConsoleReporter:
         else:
             print(line, file=sys.stderr, flush=True)
 
+    def expect(self, costs: Sequence[float | None]) -> None:
+        """Number the tasks that come next as steps; no costs end the road that there was."""
+        if not self._road.steps:
+            self._road = Road()
+        self._road.expect(costs)
+        if not costs and self._road.steps:
+            if self._animated:
+                steps = f"{self._road.steps} step{'s' if self._road.steps > 1 else ''}"
+                self.note(f"{steps} in {format_seconds(self._road.seconds)}")
+            self._road = Road()
+
+    def skip(self) -> None:
+        """Count a step that turned out to be done."""
+        self._road.begin()
+
     @contextmanager
     def task(self, label: str, total: int | None = None, unit: str = "it") -> Iterator[Task]:
         """Show a piece of work until the block ends; an error leaves no closing line."""
         label = _one_line(label)
+        road = self._road if self._progress is None and self._road.begin() else None
+        if road is not None and road.total > 1:
+            label = f"step {road.steps} of {road.total}: {label}"
         started = time.monotonic()
         if self._animated:
-            with self._bar(label, total, unit) as bar:
+            with self._bar(label, total, unit, road) as bar:
                 yield bar
             done = bar.done
         else:
             size = f" ({format_amount(total, unit)})" if total is not None else ""
             self.note(f"{label}{size} ...")
-            line = _LineTask()
+            line = LineTask()
             yield line
             done = line.done
         elapsed = max(time.monotonic() - started, 1e-9)
+        if road is not None:
+            road.finish(elapsed)
+            if self._animated:
+                return
         amount = f"{format_amount(done, unit)} in " if done else ""
         rate = f", {format_rate(done / elapsed, unit)}" if done and elapsed > 0.1 else ""
         self.note(f"{label}: {amount}{format_seconds(elapsed)}{rate}")
 
     @contextmanager
-    def _bar(self, label: str, total: int | None, unit: str) -> Iterator[_BarTask]:
+    def _bar(
+        self, label: str, total: int | None, unit: str, road: Road | None
+    ) -> Iterator[BarTask]:
+        from teal_cli.bar import BarTask, new_progress
+
         outermost = self._progress is None
         if self._progress is None:
-            self._progress = _new_progress()
+            self._progress = new_progress()
             self._progress.start()
-        bar = _BarTask(self._progress, label, total, unit)
+        bar = BarTask(self._progress, label, total, unit, road)
         try:
             yield bar
         finally:
@@ -321,30 +345,3 @@ class ConsoleReporter:
             if outermost:
                 self._progress.stop()
                 self._progress = None
-
-
-def _new_progress() -> Progress:
-    """A rich progress display on stderr: label, bar, amount, rate, time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Task as RichTask
-    from rich.text import Text
-
-    class Amount(ProgressColumn):
-        def render(self, task: RichTask) -> Text:
-            unit = task.fields["unit"]
-            text = format_amount(task.completed, unit)
-            if task.total is not None:
-                text = f"{text.removesuffix(unit).rstrip()} of {format_amount(task.total, unit)}"
-            if task.speed:
-                text = f"{text}, {format_rate(task.speed, unit)}"
-            return Text(text, no_wrap=True)
-
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        Amount(),
-        TimeRemainingColumn(compact=True),
-        console=Console(stderr=True, highlight=False),
-        transient=True,
-    )

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from teal_cli.errors import MissingError, TealError, UsageError
 from teal_cli.model.checkpoint import MANIFEST, Checkpoint
-from teal_cli.progress import Reporter, Silent
+from teal_cli.progress import Reporter
 from teal_cli.store import artifacts, hub, models, paths
 from teal_cli.store.models import ModelRef
+from teal_cli.text.sample import SampleSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,26 +24,11 @@ if TYPE_CHECKING:
     from teal_cli.model.config import ModelConfig
     from teal_cli.model.convert import Rounding
     from teal_cli.sparsity.profile import Profile
-    from teal_cli.text.corpora import Corpus
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CalibrationSettings:
-    """The text that calibration reads: `samples` windows of `seq_len` tokens.
-
-    On the demo model, three times as many windows move the model's sparsity at a target by
-    0.0002, and that of a single projection by at most 0.017 (mean 0.002).
-    """
-
-    dataset: str | None = None
-    column: str | None = None
-    samples: int = 16
-    seq_len: int = 512
-    seed: int = 0
-
 
 # Rounding with regard for inputs learns a matrix of products where a profile learns quantiles.
-ROUNDING_TEXT = CalibrationSettings(samples=64)
+ROUNDING_TEXT = SampleSettings(samples=64)
+# Thresholds for a first answer: a fifteenth of the work of a whole calibration.
+QUICK_TEXT = SampleSettings(samples=4)
 
 
 def ensure_checkpoint(
@@ -50,6 +36,7 @@ def ensure_checkpoint(
     *,
     dtype: str | None = None,
     quantize: str | None = None,
+    thresholds: Literal["best", "quick"] | None = None,
     device: str = "auto",
     token: str | None = None,
     offline: bool = False,
@@ -58,8 +45,10 @@ def ensure_checkpoint(
     """The model's converted checkpoint, downloaded and converted first if it is not there.
 
     A converted model of the Hub is used as it is, without asking the Hub for a newer one
-    (`teal convert` does); a local one is compared with its source. `quantize` is a key of
-    QUANTIZATIONS, and `device` where a quantized one is made.
+    (`teal convert` does); a local one is compared with its source. `dtype` None is the source's
+    own, `quantize` is a key of QUANTIZATIONS, and `device` where a quantized one is made. With
+    `thresholds`, those that the command asks `ensure_profile` for next, the steps are counted to
+    the end.
     """
     from teal_cli.model.convert import COMPANIONS, convert, renew_companions
 
@@ -69,9 +58,18 @@ def ensure_checkpoint(
             source = hub.fetch(ref, offline=True, reporter=reporter)
             checkpoint = renew_companions(checkpoint, source, reporter)
     if checkpoint is None:
-        source = hub.fetch(ref, token=token, offline=offline, reporter=reporter)
-        rounding = rounding_for(quantize, device=device, offline=offline, reporter=reporter)
-        checkpoint = Checkpoint(convert(source, dtype=dtype, rounding=rounding, reporter=reporter))
+        arrived = "the model's files are", "what has been downloaded is"
+        with _broken_off(reporter, lambda: arrived[not hub.is_here(ref)]):
+            ahead = _steps_to_thresholds(ref, quantize, thresholds)
+            reporter.expect([None] * (1 if hub.is_here(ref) else 2) + ahead)
+            try:
+                source = hub.fetch(ref, token=token, offline=offline, reporter=reporter)
+            except MissingError as error:
+                raise _or_another_dtype(error, ref, quantize) from error
+            rounding = rounding_for(quantize, device=device, offline=offline, reporter=reporter)
+            folder = convert(source, dtype=dtype, rounding=rounding, reporter=reporter)
+            reporter.expect(ahead)
+        checkpoint = Checkpoint(folder)
     models.remember(ref)
     return checkpoint
 
@@ -90,7 +88,7 @@ def rounding_for(
     Args:
         quantize: its name.
         method: "gptq" or "nearest"; None takes the best, and what is there of any.
-        text: fields of `CalibrationSettings` that the user gave, for a method that reads text.
+        text: fields of `SampleSettings` that the user gave, for a method that reads text.
         device: where such a method runs.
         offline: ask no server for the text.
         reporter: follows what takes long.
@@ -120,37 +118,50 @@ def rounding_for(
         asked["settings"] = dataclasses.asdict(settings)
 
     def read(tokenizer: Any, config: ModelConfig) -> tuple[Tensor, dict[str, Any]]:
-        corpus, tokens = _read_text(settings, tokenizer, config, offline, reporter)
-        return tokens, _provenance(corpus, settings)
+        corpus, tokens = settings.read(
+            tokenizer, config.context_length, offline=offline, reporter=reporter
+        )
+        return tokens, settings.provenance(corpus)
 
     return Gptq(kind, read, pick_device(device), asked)
 
 
 def ensure_profile(
-    checkpoint: Checkpoint, *, device: str = "auto", offline: bool = False, reporter: Reporter
+    checkpoint: Checkpoint,
+    *,
+    quick: bool = False,
+    device: str = "auto",
+    offline: bool = False,
+    reporter: Reporter,
 ) -> Profile:
     """The checkpoint's sparsity profile: its own, else the built-in one, else calibrated now.
+
+    Args:
+        checkpoint: the model.
+        quick: thresholds that are made in a hurry will do, where there are no better ones.
+        device: where the model runs.
+        offline: ask no server for the text.
+        reporter: follows what takes long.
 
     Raises:
         TealError: the profile that is there belongs to other weights.
     """
-    from teal_cli.sparsity import presets
-    from teal_cli.sparsity.profile import Profile
+    from teal_cli.sparsity import stored
 
-    path = profile_path(checkpoint)
-    if path.exists():
-        artifacts.remove_leftovers(_work_dir(path))
-        profile = Profile.load(path)
-        profile.check(checkpoint.config, checkpoint.fingerprint)
-        return profile
-    # Rounding changes the activations, and the built-in thresholds are of float weights.
-    preset = presets.preset_for(checkpoint.name) if checkpoint.quantization is None else None
-    if preset is not None:
-        preset.check(checkpoint.config)
-        return preset
-    return make_profile(
-        checkpoint, CalibrationSettings(), device=device, offline=offline, reporter=reporter
-    )
+    found = stored.profile_of(checkpoint)
+    profile = None if found is None else found[0]
+    if profile is None or (profile.quick and not quick):
+        text = QUICK_TEXT if quick else None
+        profile = make_profile(
+            checkpoint, text, quick=quick, device=device, offline=offline, reporter=reporter
+        )
+    reporter.expect(())  # nothing is left to make
+    if profile.quick:
+        reporter.note(
+            f"quick thresholds, learnt from {profile.provenance['samples']} windows of text: "
+            f"`teal calibrate {stored.arguments(checkpoint)}` makes better ones"
+        )
+    return profile
 
 
 def stored_profile(
@@ -162,28 +173,27 @@ def stored_profile(
         MissingError: the model has no profile yet.
         TealError: the profile that is there belongs to other weights, or is damaged.
     """
-    from teal_cli.sparsity import presets
-    from teal_cli.sparsity.profile import Profile
+    from teal_cli.sparsity import presets, stored
 
     checkpoint = _converted(ref, dtype, quantize)
-    if checkpoint is not None and (path := profile_path(checkpoint)).exists():
-        profile = Profile.load(path)
-        profile.check(checkpoint.config, checkpoint.fingerprint)
-        return profile, path
-    preset = presets.preset_for(ref.name) if quantize is None else None
-    if preset is None:
-        named = f"{ref.path or ref.name}{f' --quantize {quantize}' if quantize else ''}"
-        raise MissingError(
-            f"{named} has no profile yet", hint=f"Make one with: teal calibrate {named}"
-        )
-    return preset, None
+    if checkpoint is not None:
+        found = stored.profile_of(checkpoint)
+    else:
+        preset = presets.preset_for(ref.name) if quantize is None else None
+        found = None if preset is None else (preset, None)
+    if found is None:
+        words = {"--quantize": quantize, "--dtype": dtype}
+        options = "".join(f" {name} {value}" for name, value in words.items() if value)
+        raise stored.no_profile(f"{ref.path or ref.name}{options}")
+    return found
 
 
 def make_profile(
     checkpoint: Checkpoint,
-    settings: CalibrationSettings,
+    settings: SampleSettings | None = None,
     *,
     method: str | None = None,
+    quick: bool = False,
     force: bool = False,
     device: str = "auto",
     offline: bool = False,
@@ -193,155 +203,112 @@ def make_profile(
 
     Args:
         checkpoint: the model.
-        settings: the text.
+        settings: the text; None is the usual one, and a quantized model then starts from what
+            the profile of its floats gives each projection, unless `force` says otherwise.
         method: how to share sparsity out, by default the best; `uniform` comes with each.
-        force: leave aside a profile of the same text, whose histograms would serve again.
+        quick: learn the distributions alone, and mark the profile.
+        force: put the profile in the place of any, and use nothing of one of the same text.
         device: where the model runs.
         offline: ask no server for the text.
         reporter: follows the layers.
+
+    Raises:
+        UsageError: a profile of another text is there, and nobody said `force`.
     """
     from teal_cli.inference.device import pick_device
-    from teal_cli.sparsity import presets, streaming
-    from teal_cli.sparsity.calibrate import calibrate
+    from teal_cli.sparsity import presets, stored, streaming
+    from teal_cli.sparsity.calibrate import calibrate, costs
     from teal_cli.sparsity.profile import METHODS, Profile
 
-    path = profile_path(checkpoint)
+    path = stored.profile_path(checkpoint)
     before = _modified(path)
-    corpus, tokens = _read_text(
-        settings, checkpoint.tokenizer(), checkpoint.config, offline, reporter
+    floats = stored.of_floats(checkpoint) if settings in (None, QUICK_TEXT) and not force else None
+    settings = settings or SampleSettings()
+    corpus, tokens = settings.read(
+        checkpoint.tokenizer(),
+        checkpoint.config.context_length,
+        offline=offline,
+        reporter=reporter,
     )
-    work_dir = _work_dir(path)
+    work_dir = stored.work_dir(path, quick=quick)
     with artifacts.lock(path, reporter):
+        own = stored.usable_profile(checkpoint)
+        base = None
+        if own is not None and not own.quick and stored.of_text(own, settings, corpus.fingerprint):
+            base = own
+        known = presets.allocations_for(checkpoint.name)
+        if floats is not None:
+            known = {**known, **floats.allocations}
+            method = method or floats.default_method
         method = method or METHODS[0]
-        base = _same_text(path, checkpoint, settings, corpus.fingerprint)
         # Another process may have made one while this one waited.
-        if base is not None and method in base.offsets and _modified(path) != before:
-            return base
+        wanted = own is not None and (quick or (base is not None and method in own.offsets))
+        if own is not None and wanted and _modified(path) != before:
+            return own
         if force:
             base = None
+        elif base is None:
+            stored.check_replaceable(checkpoint, own)
         artifacts.remove_leftovers(path)
         artifacts.remove_leftovers(work_dir)
         reporter.note(
             f"calibrating {checkpoint.name} on {corpus.name} ({corpus.part}): "
             f"{len(tokens)} windows of {tokens.shape[1]} tokens → {path}"
         )
-        known = presets.allocations_for(checkpoint.name)
-        profile = calibrate(
-            streaming.load(checkpoint, pick_device(device), reporter),
-            tokens,
-            model=checkpoint.name,
-            fingerprint=checkpoint.fingerprint,
-            methods=tuple(dict.fromkeys((method, *known, "uniform"))),
-            base=base,
-            allocations=known,
-            provenance=_provenance(corpus, settings),
-            work_dir=work_dir,
-            reporter=reporter,
+        methods = () if quick else tuple(dict.fromkeys((method, *known, "uniform")))
+        provenance = settings.provenance(corpus)
+        if quick:
+            provenance["quick"] = True
+        if floats is not None:
+            provenance["allocations"] = f"of {floats.model} without quantization"
+        reporter.expect(costs(len(tokens), methods, base=base, allocations=known))
+        kept = (
+            f"`teal chat {stored.arguments(checkpoint)} -s 0` answers now, without sparsity; the "
+            "converted model and the layers that are done are"
         )
-        with artifacts.spent(work_dir):
+        with _broken_off(reporter, lambda: kept):
+            profile = calibrate(
+                streaming.load(checkpoint, pick_device(device), reporter),
+                tokens,
+                model=checkpoint.name,
+                fingerprint=checkpoint.fingerprint,
+                methods=methods,
+                base=base,
+                allocations=known,
+                provenance=provenance,
+                work_dir=work_dir,
+                reporter=reporter,
+            )
+        with artifacts.spent(work_dir), artifacts.spent(stored.work_dir(path, quick=True)):
             profile.save(path)
+        reporter.expect(())
     return Profile.load(path)  # as every later run sees it: rounded to float32
 
 
-def made_as_asked(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Profile | None:
-    """The profile that is there, if it belongs to the checkpoint and was made as asked.
-
-    Args:
-        checkpoint: the model.
-        given: fields of `CalibrationSettings` that the user gave.
-    """
+def _steps_to_thresholds(
+    ref: ModelRef, quantize: str | None, thresholds: str | None
+) -> list[float | None]:
+    """What calibration will cost, as far as that is known before the model is here."""
     from teal_cli.sparsity import presets
-    from teal_cli.sparsity.profile import Profile
-    from teal_cli.text.corpora import is_file, load_corpus
+    from teal_cli.sparsity.calibrate import costs
+    from teal_cli.sparsity.profile import METHODS
 
-    path = profile_path(checkpoint)
-    if not path.exists():
-        if given or checkpoint.quantization is not None:
-            return None
-        return presets.preset_for(checkpoint.name)
-    artifacts.remove_leftovers(_work_dir(path))
+    known = ref.name == models.DEMO or presets.preset_for(ref.name) is not None
+    if thresholds is None or (known and quantize is None):
+        return []
+    if thresholds == "quick":
+        return costs(QUICK_TEXT.samples, ())
+    return costs(SampleSettings().samples, (METHODS[0], "uniform"))
+
+
+@contextlib.contextmanager
+def _broken_off(reporter: Reporter, what_is_kept: Callable[[], str]) -> Iterator[None]:
+    """Tell whoever presses Ctrl-C in the block what is kept."""
     try:
-        profile = Profile.load(path)
-        profile.check(checkpoint.config, checkpoint.fingerprint)
-    except TealError:  # damaged, or the model has changed since
-        return None
-    made = {**profile.provenance.get("settings", {}), "dataset": profile.provenance.get("dataset")}
-    if any(made.get(name) != value for name, value in given.items()):
-        return None
-    if "dataset" in given and is_file(given["dataset"]):
-        corpus = load_corpus(
-            given["dataset"],
-            split_role="calibration",
-            column=given.get("column"),
-            reporter=Silent(),
-        )
-        if corpus.fingerprint != profile.provenance.get("dataset_fingerprint"):
-            return None
-    return profile
-
-
-def profile_path(checkpoint: Checkpoint) -> Path:
-    """Where the checkpoint's profile is, or will be."""
-    return paths.profile_path(checkpoint.folder.parent.name, checkpoint.folder.name)
-
-
-def _work_dir(profile: Path) -> Path:
-    """What a calibration of this profile has done so far."""
-    return paths.cache_dir() / "calibration" / profile.parent.name / profile.stem
-
-
-def _read_text(
-    settings: CalibrationSettings,
-    tokenizer: Any,
-    config: ModelConfig,
-    offline: bool,
-    reporter: Reporter,
-) -> tuple[Corpus, Tensor]:
-    """The text that settings name, and its windows [samples, seq_len] int64."""
-    from teal_cli.text.corpora import load_corpus
-    from teal_cli.text.windows import windows
-
-    corpus = load_corpus(
-        settings.dataset,
-        split_role="calibration",
-        column=settings.column,
-        offline=offline,
-        reporter=reporter,
-    )
-    tokens = windows(
-        tokenizer,
-        corpus,
-        seq_len=min(settings.seq_len, config.context_length),
-        samples=settings.samples,
-        seed=settings.seed,
-    )
-    return corpus, tokens
-
-
-def _provenance(corpus: Corpus, settings: CalibrationSettings) -> dict[str, Any]:
-    return {
-        "dataset": corpus.name,
-        "dataset_part": corpus.part,
-        "dataset_fingerprint": corpus.fingerprint,
-        "seed": settings.seed,
-        "settings": dataclasses.asdict(settings),
-    }
-
-
-def _same_text(
-    path: Path, checkpoint: Checkpoint, settings: CalibrationSettings, text: str
-) -> Profile | None:
-    """The profile that is there, if it is of these weights and of this text."""
-    from teal_cli.sparsity.profile import Profile
-
-    try:
-        profile = Profile.load(path)
-        profile.check(checkpoint.config, checkpoint.fingerprint)
-    except TealError:
-        return None
-    made = profile.provenance
-    same = made.get("settings") == dataclasses.asdict(settings)
-    return profile if same and made.get("dataset_fingerprint") == text else None
+        yield
+    except KeyboardInterrupt:
+        reporter.note(f"{what_is_kept()} kept: the same command goes on from there")
+        raise
 
 
 def _modified(path: Path) -> int | None:
@@ -349,22 +316,32 @@ def _modified(path: Path) -> int | None:
 
 
 def _converted(ref: ModelRef, dtype: str | None, quantize: str | None) -> Checkpoint | None:
-    """The checkpoint that is there; of several dtypes, and none asked for, the newest."""
-    folder = paths.model_dir(ref.slug)
+    """The checkpoint that is there; where no dtype is asked for, the one in the source's own."""
     if dtype is not None:
         candidates = [paths.checkpoint_dir(ref.slug, dtype, quantize)]
     else:
-        pattern = paths.checkpoint_dir(ref.slug, "[!.-]*", quantize).name
-        manifests = [
-            path
-            for path in folder.glob(f"{pattern}/{MANIFEST}")
-            if quantize or "-" not in path.parent.name
-        ]
-        manifests.sort(key=lambda path: path.stat().st_mtime)
-        candidates = [path.parent for path in manifests[-1:]]
+        # Versions before did not note the own dtype; what they made first was nobody's option.
+        candidates = sorted(_forms(ref, quantize), key=lambda f: (f / MANIFEST).stat().st_mtime)
     for candidate in candidates:
         try:
-            return Checkpoint(candidate)
+            checkpoint = Checkpoint(candidate)
         except MissingError:
             continue
+        if dtype is not None or checkpoint.in_own_dtype:
+            return checkpoint
     return None
+
+
+def _forms(ref: ModelRef, quantize: str | None) -> list[Path]:
+    """Folders of a model's checkpoints of one quantization, in all dtypes."""
+    pattern = paths.checkpoint_dir(ref.slug, "[!.-]*", quantize).name
+    found = paths.model_dir(ref.slug).glob(f"{pattern}/{MANIFEST}")
+    return [file.parent for file in found if quantize or "-" not in file.parent.name]
+
+
+def _or_another_dtype(error: MissingError, ref: ModelRef, quantize: str | None) -> TealError:
+    """The error with a hint at what is here of a model whose source is not."""
+    forms = sorted(folder.name.split("-")[0] for folder in _forms(ref, quantize))
+    if not forms:
+        return error
+    return MissingError(str(error), hint=f"It is here in another dtype: --dtype {forms[0]}.")

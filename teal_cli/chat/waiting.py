@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -50,3 +50,11 @@ class Waiting:
         self.stop()
         with self._reporter.task(label, total, unit) as task:
             yield task
+
+    def expect(self, costs: Sequence[float | None]) -> None:
+        """Count what comes next."""
+        self._reporter.expect(costs)
+
+    def skip(self) -> None:
+        """Count a task that is done already."""
+        self._reporter.skip()

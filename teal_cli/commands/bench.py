@@ -167,6 +167,7 @@ def bench(
             models.resolve(model, revision),
             dtype=dtype,
             quantize=quantize,
+            thresholds=None if kernels or tune else "best",
             device=device,
             token=token,
             offline=offline,

@@ -134,21 +134,22 @@ def calibrate(
     _check_no_show(given, look, import_dir, {"method": method, "quantize": quantize})
 
     from teal_cli import pipeline
+    from teal_cli.sparsity import stored
     from teal_cli.store import models
 
     ref = models.resolve(model, revision)
     where: dict[str, Any] = {"device": device, "offline": offline, "reporter": console.reporter()}
     checkpoint = pipeline.ensure_checkpoint(
-        ref, dtype=dtype, quantize=quantize, token=token, **where
+        ref, dtype=dtype, quantize=quantize, thresholds="best", token=token, **where
     )
     limit = checkpoint.config.context_length
     if seq_len is not None and seq_len > limit:
         raise UsageError(f"--seq-len {seq_len} is beyond this model's context of {limit} tokens")
     if import_dir is not None:
-        profile = _import(checkpoint, import_dir, where["reporter"])
+        profile = _import(checkpoint, import_dir, where["reporter"], force=force)
     else:
         profile = _learn(checkpoint, given, method, force=force, **where)
-    path = pipeline.profile_path(checkpoint)
+    path = stored.profile_path(checkpoint)
     _report(profile, path if path.exists() else None, json=json)
 
 
@@ -201,15 +202,20 @@ def _learn(
 ) -> Profile:
     """The profile that is there, if it was made as asked, else a new one."""
     from teal_cli import pipeline
+    from teal_cli.sparsity import stored
+    from teal_cli.text.sample import SampleSettings
 
-    found = None if force else pipeline.made_as_asked(checkpoint, given)
+    found = None if force else stored.usable_or_built_in(checkpoint)
+    if found is not None and (found.quick or not stored.made_as_asked(found, given)):
+        found = None
     if found is not None and (method is None or method in found.methods):
         reporter.note("up to date: --force calibrates again")
+        reporter.expect(())
         return found
     before = found.provenance.get("settings", {}) if found is not None else {}
     return pipeline.make_profile(
         checkpoint,
-        pipeline.CalibrationSettings(**(before | given)),
+        SampleSettings(**(before | given)) if before or given else None,
         method=method,
         force=force,
         device=device,
@@ -218,18 +224,22 @@ def _learn(
     )
 
 
-def _import(checkpoint: Checkpoint, folder: Path, reporter: Reporter) -> Profile:
+def _import(checkpoint: Checkpoint, folder: Path, reporter: Reporter, *, force: bool) -> Profile:
     """Store a TEAL release as the model's profile."""
-    from teal_cli import pipeline
+    from teal_cli.sparsity import stored
     from teal_cli.sparsity.release import import_release
     from teal_cli.store import artifacts
 
     profile = import_release(
         folder, checkpoint.config, model=checkpoint.name, fingerprint=checkpoint.fingerprint
     )
-    path = pipeline.profile_path(checkpoint)
+    path = stored.profile_path(checkpoint)
     with artifacts.lock(path, reporter):
+        own = stored.usable_profile(checkpoint)
+        if not force and own is not None and own.provenance != profile.provenance:
+            stored.check_replaceable(checkpoint, own)
         profile.save(path)
+    reporter.expect(())
     return profile
 
 

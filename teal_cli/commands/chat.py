@@ -80,7 +80,7 @@ TemperatureOption = Annotated[
         "--temperature",
         "-t",
         help="Randomness of the answer; 0 always takes the likeliest token."
-        " [default: the model's own, else 0.7; 0.2 below a billion weights]",
+        " [default: the model's own, else 0.7; 0 below a billion weights]",
     ),
 ]
 TopKOption = Annotated[
@@ -244,10 +244,12 @@ def chat(
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     Sampling(**given)  # refuse a bad value before anything is downloaded
     target_device = pick_device(device)
+    quick = method in (None, "uniform")  # an answer first; another method takes a calibration
     checkpoint = pipeline.ensure_checkpoint(
         models.resolve(model, revision),
         dtype=dtype,
         quantize=quantize,
+        thresholds=None if sparsity == 0 else "quick" if quick else "best",
         device=device,
         token=token,
         offline=offline,
@@ -269,7 +271,7 @@ def chat(
     @cache
     def profile() -> Profile:
         return pipeline.ensure_profile(
-            checkpoint, device=device, offline=offline, reporter=reporter
+            checkpoint, quick=quick, device=device, offline=offline, reporter=reporter
         )
 
     converse = _conversation(checkpoint, sampling, template, think)

@@ -173,7 +173,7 @@ def evaluate(
     )
     forms = []
     for kind in kinds:
-        made = checkpoint(quantize=kind, **where)
+        made = checkpoint(quantize=kind, thresholds="best", **where)
         profile = pipeline.ensure_profile(made, **where)
         forms.append(_form(made, profile, methods, sparsities, tasks=specs is not None))
     # A task's own dense run is what its sparse ones are compared with.

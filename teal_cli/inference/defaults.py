@@ -15,6 +15,9 @@ from teal_cli.model.config import ModelConfig
 _SMALL_MODEL_WEIGHTS = 1_000_000_000
 _LARGEST = 1e9  # no temperature, top-k or penalty is beyond it
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")  # settings that a greedy answer does not use
+# What transformers draws with where an author who wants sampling names nothing else
+# (GenerationConfig._get_default_generation_params).
+_DRAWN_WITH = {"temperature": 1.0, "top_k": 50}
 
 # What else of transformers' settings changes the text, with the value that changes nothing; those
 # of the second table only where tokens are drawn.
@@ -59,12 +62,13 @@ def chat_defaults(config: ModelConfig) -> ChatDefaults:
     """Defaults by size.
 
     40 % costs Llama-2-7B 3 % of perplexity and Llama-3-8B 6 % (TEAL, arXiv 2408.14690, table 1);
-    on SmolLM2-135M it costs 17 to 20 % and 25 % costs 3 %, so a small model gets 25 %. 0.2 is
-    the temperature that SmolLM2's authors use; 0.7 is what larger chat models are tuned for.
+    on SmolLM2-135M it costs 17 to 20 % and 25 % costs 3 %, so a small model gets 25 %, and always
+    its likeliest token: at a temperature of 0.2 SmolLM2-135M names another capital of France than
+    Paris with some seeds, dense too. 0.7 is what larger chat models are tuned for.
     """
     per_layer = sum(inputs * outputs for inputs, outputs in config.projection_shapes.values())
     if per_layer * config.num_hidden_layers < _SMALL_MODEL_WEIGHTS:
-        return ChatDefaults(sparsity=0.25, temperature=0.2, top_p=0.9)
+        return ChatDefaults(sparsity=0.25, temperature=0.0, top_p=0.9)
     return ChatDefaults(sparsity=0.4, temperature=0.7, top_p=0.9)
 
 
@@ -94,7 +98,7 @@ def stop_texts(generation_defaults: Mapping[str, Any]) -> list[str]:
 def sampling_defaults(
     generation_defaults: Mapping[str, Any], defaults: ChatDefaults, given: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Settings of `Sampling`: the model's own where its author chose any, else ours.
+    """Settings of `Sampling`: the model's own where its author chose sampling, else ours.
 
     Args:
         generation_defaults: the content of generation_config.json, perhaps empty.
@@ -111,10 +115,11 @@ def sampling_defaults(
             raise _unusable("do_sample", sample, "temperature")
         sample = None
     names: tuple[str, ...] = ("repetition_penalty",)
-    if sample and any(name in stored for name in _DRAWING):
-        chosen, names = {"temperature": 1.0}, (*names, *_DRAWING)
+    chosen: dict[str, Any]
+    if sample:
+        chosen, names = _DRAWN_WITH, (*names, *_DRAWING)
     else:
-        temperature = defaults.temperature if sample is None or sample else 0.0
+        temperature = defaults.temperature if sample is None else 0.0
         chosen = {"temperature": temperature, "top_p": defaults.top_p}
     own = {name: stored[name] for name in names if name in stored and name not in given}
     for name, value in own.items():

@@ -60,6 +60,16 @@ class Checkpoint:
         return dtype
 
     @property
+    def in_own_dtype(self) -> bool:
+        """Whether that is the dtype that its source converts to when nobody asks for another.
+
+        Versions before did not record it: what they made counts as made so.
+        """
+        return bool(
+            self._manifest.get("own_dtype", self._manifest["dtype"]) == self._manifest["dtype"]
+        )
+
+    @property
     def quantization(self) -> Quantization | None:
         """How the matrices are stored; None is in `dtype`."""
         return quantization(self._manifest.get("quantization"))

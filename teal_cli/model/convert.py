@@ -248,6 +248,7 @@ def _convert(
             "revision": source.revision,
             "source": source.fingerprint,
             "dtype": name,
+            "own_dtype": str(reader.dtype).removeprefix("torch."),
             "reading": READING,
             "companions": COMPANIONS,
         }

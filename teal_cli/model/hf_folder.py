@@ -179,7 +179,8 @@ def to_finite(
     ):
         if not same:
             target.copy_(source)
-        if target.isfinite().all():
+        # A sum tells as much in a sixth of the time, unless it overflows.
+        if target.sum(dtype=torch.float32).isfinite() or target.isfinite().all():
             continue
         if source.isfinite().all():
             kind = str(dtype).removeprefix("torch.")

@@ -21,9 +21,15 @@ from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
 from teal_cli.sparsity import greedy, sensitivity
 from teal_cli.sparsity.observe import SKIPPED_POSITIONS, collect
-from teal_cli.sparsity.profile import METHODS, ModelShape, Profile, check_method
+from teal_cli.sparsity.profile import (
+    METHODS,
+    REFINED_TARGETS,
+    ModelShape,
+    Profile,
+    check_method,
+)
 from teal_cli.sparsity.quantiles import Quantiles
-from teal_cli.sparsity.refine import refine
+from teal_cli.sparsity.refine import REFINED_WINDOWS, refine
 from teal_cli.sparsity.workspace import Workspace
 
 _ALLOCATE = {"sensitivity": sensitivity.allocate, "greedy": greedy.allocate}
@@ -97,6 +103,31 @@ def calibrate(
         "device": str(decoder.device),
     }
     return dataclasses.replace(profile, provenance={**(provenance or {}), **made})
+
+
+def costs(
+    samples: int,
+    methods: Sequence[str],
+    *,
+    base: Profile | None = None,
+    allocations: Mapping[str, Tensor] | None = None,
+) -> list[float | None]:
+    """What each task of `calibrate` with a folder costs, in windows through the model.
+
+    None is not known. Arguments are as for `calibrate`, with how many windows there are.
+    """
+    known = (allocations or {}) if base is None else base.allocations
+    found: list[float | None] = [] if base is not None else [samples]
+    if "sensitivity" in methods and "sensitivity" not in known:
+        # The histograms' pass has left the forward one in the folder.
+        found += [0 if base is None else samples, sensitivity.BACKWARD_COST * samples]
+    if "greedy" in methods and "greedy" not in known:
+        found.append(None)
+    missing = [name for name in methods if base is None or name not in base.offsets]
+    if missing:
+        passes = 1 + len(missing) * len(REFINED_TARGETS)
+        found += [float(min(samples, REFINED_WINDOWS))] * passes
+    return found
 
 
 def _check(decoder: Decoder, windows: Tensor, methods: Iterable[str]) -> None:

@@ -89,6 +89,11 @@ class Profile:
         return (*self.allocations, "uniform")
 
     @property
+    def quick(self) -> bool:
+        """Whether it was made in a hurry, from few windows, to be replaced by a better one."""
+        return bool(self.provenance.get("quick"))
+
+    @property
     def default_method(self) -> str:
         """The best allocation method that this profile has."""
         return self.methods[0]

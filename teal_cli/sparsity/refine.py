@@ -22,7 +22,7 @@ from teal_cli.sparsity.quantiles import Quantiles
 from teal_cli.sparsity.workspace import Workspace
 
 # 2,000 tokens of a layer are more than a million activations.
-_WINDOWS = 4
+REFINED_WINDOWS = 4
 
 
 def refine(
@@ -38,7 +38,7 @@ def refine(
     The sparse model is compared with the dense one on the same few windows, whose own
     distribution is not quite the profile's.
     """
-    windows = windows[:_WINDOWS]
+    windows = windows[:REFINED_WINDOWS]
     states = workspace.states("dense", decoder, windows)
     counts = collect(decoder, windows, states, label="dense", reporter=reporter)
     dense = Quantiles.from_counts(counts)

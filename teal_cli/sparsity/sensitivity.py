@@ -27,6 +27,9 @@ from teal_cli.sparsity.workspace import Workspace
 LEVELS = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
 _TARGETS = torch.linspace(0, 0.95, 96, dtype=torch.float64)
 
+# In forward passes: 85 s against 23 s on SmolLM2-135M and two cores of an AMD EPYC.
+BACKWARD_COST = 4
+
 # Only ratios of costs matter; float16 gradients would vanish below 6e-8.
 _LOSS_SCALE = 256.0
 

@@ -62,6 +62,7 @@ def sweep(
     if done is not None:
         found[:first] = done
         if first == steps:
+            reporter.skip()
             return found
         reporter.note(f"resuming at layer {first + 1} of {steps}")
     with reporter.task(label, total=steps, unit="layers") as task:

@@ -38,7 +38,7 @@ def demo_gguf(reporter: Reporter, *, offline: bool = False) -> Path:
         MissingError: it is not here and cannot be fetched.
         TealError: what came is not the file that it should be, or the disk is full.
     """
-    path = paths.cache_dir() / "demo" / GGUF
+    path = _path()
     if _is_whole(path):
         return path
     if (installed := _installed_gguf()) is not None:
@@ -56,6 +56,20 @@ def demo_gguf(reporter: Reporter, *, offline: bool = False) -> Path:
     return path
 
 
+def is_here() -> bool:
+    """Whether the file is in teal's cache or an installed package."""
+    return _is_whole(_path()) or _installed_gguf() is not None
+
+
+def is_demo(path: Path) -> bool:
+    """Whether a file is the demo model's, whatever its name."""
+    return path.stat().st_size == GGUF_BYTES and _sha256(path) == GGUF_SHA256
+
+
+def _path() -> Path:
+    return paths.cache_dir() / "demo" / GGUF
+
+
 def _is_whole(path: Path) -> bool:
     # Its SHA-256 was checked before it got this name.
     return path.is_file() and path.stat().st_size == GGUF_BYTES
@@ -66,9 +80,7 @@ def _installed_gguf() -> Path | None:
     if spec is None or spec.origin is None:
         return None
     path = Path(spec.origin).with_name(GGUF)
-    if path.is_file() and path.stat().st_size == GGUF_BYTES and _sha256(path) == GGUF_SHA256:
-        return path
-    return None
+    return path if path.is_file() and is_demo(path) else None
 
 
 def _fetch_wheel(path: Path, reporter: Reporter) -> None:

@@ -69,7 +69,10 @@ def fetch(
         paths.check_name(ref.path, "the model")
     if ref.kind == "gguf":
         assert ref.path is not None
-        return Source(ref, None, ref.path, _stat_fingerprint(_whole(ref.path)))
+        parts = _whole(ref.path)
+        if demo.is_demo(ref.path):
+            return demo_source(ref.path, ref)
+        return Source(ref, None, ref.path, _stat_fingerprint(parts))
     if ref.kind == "folder":
         assert ref.path is not None
         return Source(ref, ref.path, None, _stat_fingerprint(_relevant(ref.path)))
@@ -95,6 +98,13 @@ def fetch(
         hint=(refusal and refusal.hint)
         or f"Run `teal download {ref.name}` where there is a network, or name a local folder.",
     )
+
+
+def is_here(ref: ModelRef) -> bool:
+    """Whether a model's files, of some revision, are on this machine."""
+    if ref.path is not None or snapshot.cached(ref.name, ref.revision) is not None:
+        return True
+    return ref.name == DEMO and ref.revision is None and demo.is_here()
 
 
 def _hub_source(ref: ModelRef, folder: Path) -> Source:

@@ -11,6 +11,7 @@ import torch
 
 from teal_cli import app, console, pipeline
 from teal_cli.progress import Silent
+from teal_cli.sparsity import stored
 from teal_cli.sparsity.calibrate import calibrate
 from teal_cli.store import models
 
@@ -31,7 +32,7 @@ def prepare(model: Path, methods: tuple[str, ...] = ()) -> None:
         provenance={"dataset": "random tokens"},
         reporter=Silent(),
     )
-    profile.save(pipeline.profile_path(checkpoint))
+    profile.save(stored.profile_path(checkpoint))
 
 
 def runner(

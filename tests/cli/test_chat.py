@@ -116,6 +116,26 @@ def test_the_authors_settings_count_unless_an_option_does(
     assert "min-p must be from 0 to 1" in said
 
 
+def test_the_first_answer_takes_quick_thresholds(
+    chat: Chat, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("TEAL_HOME", str(tmp_path / "home"))
+    arguments = (tiny_model, "-p", "Hello", "-n", "4")
+    for first in (True, False):
+        code, _, said = chat(*arguments)
+        assert code == 0
+        assert f"`teal calibrate {tiny_model}` makes better ones" in said
+        assert ("4 windows of 512 tokens" in said) == first
+        assert "backward" not in said
+    # A method that only a whole calibration has is made.
+    code, _, said = chat(*arguments, "--method", "sensitivity")
+    assert code == 0
+    assert "backward" in said
+    assert "quick thresholds" not in said
+    assert "quick thresholds" not in chat(*arguments)[2]
+
+
 def test_dense_needs_no_profile_and_says_so(chat: Chat, base_model: Path) -> None:
     code, _, said = chat(base_model, "-p", "Once upon", "-n", "4", "-s", "0")
     assert code == 0

@@ -14,9 +14,16 @@ from pathlib import Path
 import pytest
 
 from teal_cli import console
-from teal_cli.console import ConsoleReporter, format_amount, format_rate, format_seconds
+from teal_cli.console import (
+    ConsoleReporter,
+    format_amount,
+    format_left,
+    format_rate,
+    format_seconds,
+)
 from teal_cli.errors import TealError, UsageError
 from teal_cli.options import parse_sparsities, parse_sparsity
+from teal_cli.progress import Road
 
 SCRIPT = """
 import sys
@@ -67,6 +74,92 @@ def test_a_terminal_shows_bars_and_keeps_one_line_a_task() -> None:
     assert re.search(r"Layers: 2 layers in", out)
     assert "x" * 80 in out.replace("\r\n", "")
     assert out.rstrip().endswith("statistics\x1b[0m")
+
+
+ROAD = """
+import time
+from teal_cli import console
+reporter = console.reporter()
+reporter.expect([None, None, 4.0])
+with reporter.task("Downloading", 20, "B") as task:
+    for _ in range(4):
+        task.advance(5)
+        time.sleep(0.1)
+reporter.expect([0, 4.0, 40.0])
+reporter.skip()
+with reporter.task("calibrating", 4, "layers") as task:
+    for _ in range(4):
+        time.sleep(0.2)
+        task.advance()
+reporter.expect([4.0])
+with reporter.task("dense", 4, "layers") as task:
+    time.sleep(0.3)
+    task.advance(4)
+    time.sleep(0.3)
+reporter.expect(())
+with reporter.task("evaluating", 1, "passes") as task:
+    task.advance()
+"""
+
+
+def test_steps_of_one_road_share_a_bar_and_a_line() -> None:
+    out = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal(ROAD, COLUMNS="120"))
+    assert "step 1 of 3: Downloading" in out
+    assert "5 s left in this step" in out
+    assert "left in this step" not in out.split("step 3 of 4")[1]
+    assert re.search(r"step 4 of 4: dense .*4 of 4 layers, about 5 s left", out)
+    assert "step 3 of 4: calibrating" in out
+    assert re.search(r"3 of 4 layers, about \d+ s left", out)
+    assert "step 4 of 4: dense" in out
+    lines = out.splitlines()
+    assert any(re.search(r"4 steps in \d\.\d s$", line) for line in lines)
+    assert not any(re.search(r"(Downloading|calibrating|dense): .* in ", line) for line in lines)
+    assert re.search(r"evaluating: 1 passes in", out)
+    assert "step 5" not in out
+
+
+def test_elsewhere_each_step_has_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = ConsoleReporter()
+    reporter.expect([None, 4.0])
+    for label in ("Downloading", "calibrating"):
+        with reporter.task(label, 2, "it") as task:
+            task.advance(2)
+    reporter.expect(())
+    with reporter.task("one", 2):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "step 1 of 2: Downloading (2 it) ..."
+    assert lines[2] == "step 2 of 2: calibrating (2 it) ..."
+    assert [line.partition(":")[0] for line in lines[4:]] == ["one (2 it) ...", "one"]
+    assert len(lines) == 6
+
+
+def test_what_is_left_is_told_from_measured_rates() -> None:
+    road = Road()
+    road.expect([None, 16.0, 0, 64.0])
+    assert road.begin()
+    assert road.left_s(3.0, 1.0) is None  # how long calibration takes is not known yet
+    road.finish(4.0)
+    assert road.begin()
+    assert road.left_s(6.0, 2.0) == 6 + 64 * (2 + 6) / 16
+    road.finish(8.0)
+    assert road.begin()  # done already, free
+    road.finish(0.0)
+    assert (road.steps, road.total) == (3, 4)
+    assert road.begin()
+    assert road.left_s(30.0, 2.0) == 30.0
+    assert not road.begin()
+    road.expect([4.0, None])
+    road.begin()
+    assert road.left_s(1.0, 1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "5 s"), (38, "40 s"), (57, "55 s"), (58, "1 min"), (130, "2 min"), (5000, "1 h 20 min")],
+)
+def test_what_is_left_is_no_more_exact_than_it_is(seconds: float, text: str) -> None:
+    assert format_left(seconds) == text
 
 
 def test_no_color_and_dumb_terminals() -> None:

@@ -15,7 +15,7 @@ from teal_cli.model.random_weights import SHAPES
 
 def test_defaults_follow_the_size_and_the_model() -> None:
     small, large = chat_defaults(SHAPES["smollm2-135m"]), chat_defaults(SHAPES["llama-2-7b"])
-    assert (small.sparsity, small.temperature) == (0.25, 0.2)
+    assert (small.sparsity, small.temperature) == (0.25, 0.0)
     assert (large.sparsity, large.temperature) == (0.4, 0.7)
     one_layer = replace(SHAPES["llama-2-7b"], num_hidden_layers=1, sliding_windows=(None,))
     assert chat_defaults(one_layer) == small
@@ -25,14 +25,13 @@ def test_defaults_follow_the_size_and_the_model() -> None:
     assert sampling_defaults({"temperature": 0.1}, large) == {"temperature": 0.7, "top_p": 0.9}
     own = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "eos_token_id": 1}
     assert sampling_defaults(own, large) == {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
-    assert sampling_defaults({"do_sample": True, "top_p": 0.8}, small) == {
-        "temperature": 1.0,
-        "top_p": 0.8,
-    }
+    assert sampling_defaults({"do_sample": True, "top_p": 0.8}, small) == {**THEIRS, "top_p": 0.8}
+    assert sampling_defaults({}, small)["temperature"] == 0.0
 
 
 LARGE = chat_defaults(SHAPES["llama-2-7b"])
 OURS = {"temperature": 0.7, "top_p": 0.9}
+THEIRS = {"temperature": 1.0, "top_k": 50}  # transformers' own
 
 
 @pytest.mark.parametrize(
@@ -46,12 +45,12 @@ OURS = {"temperature": 0.7, "top_p": 0.9}
             {"temperature": 0.0, "top_p": 0.9, "repetition_penalty": 1.1},
         ),
         ({"do_sample": None, "temperature": None}, OURS),
-        ({"do_sample": True}, OURS),
-        ({"do_sample": True, "temperature": None, "top_k": None}, OURS),
+        ({"do_sample": True}, THEIRS),
+        ({"do_sample": True, "temperature": None, "top_k": None}, THEIRS),
         ({"repetition_penalty": 1.05}, {**OURS, "repetition_penalty": 1.05}),
         (
             {"do_sample": True, "repetition_penalty": 1.05},
-            {**OURS, "repetition_penalty": 1.05},
+            {**THEIRS, "repetition_penalty": 1.05},
         ),
         ({"do_sample": True, "top_k": -1}, {"temperature": 1.0, "top_k": -1}),
         (
@@ -68,7 +67,7 @@ def test_what_the_author_says_is_done(stored: dict[str, Any], expected: dict[str
 def test_what_is_given_is_not_looked_for() -> None:
     stored = {"do_sample": True, "temperature": "hot", "top_k": True, "repetition_penalty": -1}
     given = {"temperature": 0.0, "top_k": 5, "repetition_penalty": 1.2}
-    assert "top_k" not in sampling_defaults(stored, LARGE, given)
+    assert sampling_defaults(stored, LARGE, given) == THEIRS  # what is stored is not looked at
     for name in given:
         some = {key: value for key, value in given.items() if key != name}
         with pytest.raises(TealError, match=name.replace("_", ".")) as error:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,43 @@ from benchmark.commands import Command, runner
 
 from teal_cli import pipeline
 from teal_cli.model.sites import PROJECTIONS
-from teal_cli.progress import Silent
-from teal_cli.sparsity import presets
+from teal_cli.progress import Silent, Task
+from teal_cli.sparsity import presets, release
 from teal_cli.sparsity.profile import ModelShape, Profile
 from teal_cli.store import models
+from teal_cli.text.sample import SampleSettings
+
+
+class Notes(Silent):
+    """Keeps what it is told; presses Ctrl-C once so many layers are done."""
+
+    def __init__(self, pressed_after: int | None = None) -> None:
+        self.notes: list[str] = []
+        self.labels: list[str] = []
+        self.expected: list[tuple[float | None, ...]] = []
+        self.steps = 0
+        self._left = pressed_after
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def expect(self, costs: Sequence[float | None]) -> None:
+        self.expected.append(tuple(costs))
+
+    def skip(self) -> None:
+        self.steps += 1
+
+    @contextmanager
+    def task(self, label: str, total: int | None = None, unit: str = "it") -> Iterator[Task]:
+        self.labels.append(label)
+        self.steps += 1
+        yield self
+
+    def advance(self, amount: int = 1) -> None:
+        if self._left is not None and amount:
+            self._left -= amount
+            if self._left == 0:
+                raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -62,23 +98,156 @@ def test_makes_a_profile_shows_it_and_is_done(
 
 
 @pytest.mark.parametrize(
-    "change", [("--samples", "2"), ("--seq-len", "64"), ("--seed", "1"), ("--force",), "text"]
+    "change", [("--samples", "2"), ("--seq-len", "64"), ("--seed", "1"), (), "text", "import"]
 )
-def test_other_options_or_other_text_calibrate_again(
-    calibrate: Command, teal_home: Path, tiny_model: Path, text: Path, change: Any
+def test_a_profile_is_replaced_only_by_force(
+    calibrate: Command,
+    teal_home: Path,
+    tiny_model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Any,
 ) -> None:
     options = [str(tiny_model), "--dataset", str(text), "--samples", "3", "--seq-len", "100"]
     calibrate(*options)
     (path,) = stored(teal_home)
-    before = path.stat().st_mtime_ns
+    before = path.read_bytes()
     if change == "text":
         text.write_text(text.read_text().replace("fox", "dog"))
+    elif change == "import":
+        monkeypatch.setattr(
+            release,
+            "import_release",
+            lambda *_, **__: dataclasses.replace(Profile.load(path), provenance={"dataset": "x"}),
+        )
+        options = [str(tiny_model), "--import", str(tmp_path)]
     else:
         options += change
-    code, _, err = calibrate(*options)
+    code, out, err = calibrate(*options)
+    if change:
+        assert (code, out) == (2, "")
+        assert "has a profile already" in err
+        assert "3 windows of 100 tokens" in err
+        assert "--force" in err
+    assert path.read_bytes() == before
+    code, _, err = calibrate(*options, "--force")
     assert code == 0
     assert "up to date" not in err
-    assert path.stat().st_mtime_ns > before
+    assert path.read_bytes() != before
+    if change == "import":
+        assert calibrate(*options)[0] == 0  # the same again takes nothing away
+        assert calibrate(str(tiny_model), "--method", "greedy")[0] == 2
+
+
+def test_quick_thresholds_are_replaced_without_a_question(
+    calibrate: Command, teal_home: Path, tiny_model: Path, text: Path
+) -> None:
+    pytest.importorskip("datasets")
+    checkpoint = pipeline.ensure_checkpoint(models.resolve(str(tiny_model)), reporter=Silent())
+    said = Notes()
+    quick = pipeline.ensure_profile(checkpoint, quick=True, reporter=said)
+    assert quick.quick
+    assert quick.provenance["samples"] == 4
+    assert quick.methods == ("uniform",)
+    assert f"`teal calibrate {tiny_model}` makes better ones" in said.notes[-1]
+    assert pipeline.ensure_profile(checkpoint, quick=True, reporter=said).quick  # as it is
+    assert sum("calibrating" in note for note in said.notes) == 1
+
+    code, _, err = calibrate(
+        str(tiny_model), "--dataset", str(text), "--samples", "3", "--method", "uniform"
+    )
+    assert code == 0
+    assert "up to date" not in err
+    (path,) = stored(teal_home)
+    assert not Profile.load(path).quick
+    assert not pipeline.ensure_profile(checkpoint, quick=True, reporter=Silent()).quick
+
+
+def test_what_wants_the_best_replaces_quick_thresholds(
+    teal_home: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    checkpoint = pipeline.ensure_checkpoint(models.resolve(str(tiny_model)), reporter=Silent())
+    assert pipeline.ensure_profile(checkpoint, quick=True, reporter=Silent()).quick
+    (path,) = stored(teal_home)
+    best = pipeline.ensure_profile(checkpoint, reporter=Silent())
+    assert (best.quick, best.default_method) == (False, "sensitivity")
+    assert Profile.load(path).methods == best.methods
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_quantized_model_starts_from_its_floats(
+    calibrate: Command, teal_home: Path, tiny_model: Path, text: Path, quick: bool
+) -> None:
+    pytest.importorskip("datasets")
+    calibrate(str(tiny_model), "--dataset", str(text), "--samples", "2", "--seq-len", "64")
+    (path,) = stored(teal_home)
+    floats = Profile.load(path)
+    ref = models.resolve(str(tiny_model))
+    rounded = pipeline.ensure_checkpoint(ref, quantize="int8", reporter=Silent())
+    said = Notes()
+    profile = pipeline.ensure_profile(rounded, quick=quick, reporter=said)
+    assert not any("backward" in label for label in said.labels)
+    assert any("sensitivity at 0.5" in label for label in said.labels) != quick
+    assert torch.equal(profile.allocations["sensitivity"], floats.allocations["sensitivity"])
+    assert profile.fingerprint == rounded.fingerprint
+    assert not torch.equal(profile.thresholds(0.5), floats.thresholds(0.5))
+    assert "without quantization" in profile.provenance["allocations"]
+
+    code, _, err = calibrate(str(tiny_model), "--quantize", "int8", "--force")
+    assert code == 0
+    assert "backward" in err  # its own search
+
+
+def test_quick_thresholds_of_floats_are_no_start(teal_home: Path, tiny_model: Path) -> None:
+    pytest.importorskip("datasets")
+    ref = models.resolve(str(tiny_model))
+    floats = pipeline.ensure_checkpoint(ref, reporter=Silent())
+    pipeline.ensure_profile(floats, quick=True, reporter=Silent())
+    rounded = pipeline.ensure_checkpoint(ref, quantize="int8", reporter=Silent())
+    said = Notes()
+    pipeline.ensure_profile(rounded, reporter=said)
+    assert any("backward" in label for label in said.labels)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_ctrl_c_says_what_is_kept(
+    calibrate: Command, teal_home: Path, tiny_model: Path, quick: bool
+) -> None:
+    pytest.importorskip("datasets")
+    checkpoint = pipeline.ensure_checkpoint(models.resolve(str(tiny_model)), reporter=Silent())
+    pressed = Notes(pressed_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.ensure_profile(checkpoint, quick=quick, reporter=pressed)
+    assert f"`teal chat {tiny_model} -s 0` answers now" in pressed.notes[-1]
+    assert "layers that are done are kept: the same command goes on" in pressed.notes[-1]
+    again = Notes()
+    pipeline.ensure_profile(checkpoint, quick=True, reporter=again)
+    resumed = any("resuming at layer 3" in note for note in again.notes)
+    assert resumed == quick
+    again = Notes()
+    pipeline.ensure_profile(checkpoint, reporter=again)  # quick ones have cost it nothing
+    assert any("resuming at layer 3" in note for note in again.notes) != quick
+    assert not list((teal_home / "cache" / "calibration").rglob("*.bin"))
+
+
+@pytest.mark.parametrize("methods", [(), ("sensitivity", "uniform"), ("greedy", "uniform")])
+def test_every_task_was_announced(
+    teal_home: Path, tiny_model: Path, methods: tuple[str, ...]
+) -> None:
+    pytest.importorskip("datasets")
+    said = Notes()
+    checkpoint = pipeline.ensure_checkpoint(models.resolve(str(tiny_model)), reporter=Silent())
+    method = methods[0] if methods else None
+    pipeline.make_profile(checkpoint, method=method, quick=not methods, reporter=said)
+    assert said.steps == len(said.expected[0]) > 0
+    assert said.expected[-1] == ()
+    if methods == ("sensitivity", "uniform"):
+        said = Notes()
+        settings = SampleSettings()
+        pipeline.make_profile(checkpoint, settings, method="greedy", reporter=said)
+        assert said.steps == len(said.expected[0]) > 0
 
 
 def test_without_a_network_or_named_data(calibrate: Command, tiny_model: Path) -> None:
@@ -172,7 +341,7 @@ def test_built_in_profile_needs_no_calibration(
         ModelShape.of(checkpoint.config),
         type(known.quantiles)(known.quantiles.shares[:3], known.quantiles.values[:3]),
     )
-    monkeypatch.setattr(presets, "preset_for", lambda name: built_in)
+    monkeypatch.setattr(presets, "preset_for", lambda name, source="": built_in)
     code, _, err = calibrate(str(tiny_model))
     assert code == 0
     assert "up to date" in err

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
+from sparsity.preset_files import pack
 
+from teal_cli import pipeline
 from teal_cli.errors import TealError
+from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.random_weights import SHAPES
 from teal_cli.model.sites import PROJECTIONS
+from teal_cli.progress import Silent
 from teal_cli.sparsity import presets
-from teal_cli.sparsity.profile import Profile
+from teal_cli.sparsity.calibrate import calibrate
+from teal_cli.sparsity.observe import SKIPPED_POSITIONS, collect
+from teal_cli.sparsity.profile import REFINED_TARGETS, Profile
+from teal_cli.sparsity.quantiles import Quantiles
+from teal_cli.sparsity.spool import MemoryStates
+from teal_cli.store import demo, hub, models
+from teal_cli.text.corpora import load_corpus
+from teal_cli.text.windows import windows
 
 SHAPE_OF = {
     "meta-llama/Llama-2-7b-hf": "llama-2-7b",
@@ -104,5 +116,109 @@ def test_names_are_the_hub_s_whatever_their_case() -> None:
 
 
 def test_files_stay_small() -> None:
-    folder = Path(presets.__file__).parent
-    assert sum(path.stat().st_size for path in folder.glob("*.npz")) < 300_000
+    sizes = [file.stat().st_size for file in Path(presets.__file__).parent.glob("*.npz")]
+    assert max(sizes) < 100_000
+    assert sum(sizes) < 320_000
+
+
+DEMO_SOURCE = f"sha256:{demo.GGUF_SHA256}"
+
+
+def test_the_demo_model_is_known_by_its_content() -> None:
+    profile = presets.preset_for("/some/where/model.gguf", DEMO_SOURCE)
+    assert profile is not None
+    assert (profile.model, profile.fingerprint) == ("/some/where/model.gguf", None)
+    assert profile.methods == ("sensitivity", "uniform")
+    assert set(profile.offsets) == {"sensitivity", "uniform"}
+    assert all(len(offsets) == len(REFINED_TARGETS) for offsets in profile.offsets.values())
+    profile.check(SHAPES["smollm2-135m"])
+    for method in profile.methods:
+        for sparsity in (0.0, 0.25, 0.4, 0.5, 0.65, 0.8, 0.94):
+            allocation = profile.allocation(profile.asked(sparsity, method), method)
+            realised = profile.model_sparsity(
+                profile.sparsity_at(profile.thresholds(sparsity, method))
+            )
+            assert realised == pytest.approx(profile.model_sparsity(allocation), abs=1e-4)
+    said = profile.provenance
+    assert "Wikipedia" in said["dataset"]
+    assert said["tokens"] == said["samples"] * (said["seq_len"] - SKIPPED_POSITIONS)
+    assert {"teal", "torch", "date"} <= said.keys()
+    assert "/" not in str(dict(said))
+
+
+def test_other_weights_of_the_demo_model_have_none() -> None:
+    for source in ("", f"hub:{models.DEMO}@0123", "sha256:" + "0" * 64):
+        assert presets.preset_for(models.DEMO, source) is None
+    # Its allocations are of its own text: calibrated on another, they are found again.
+    assert presets.allocations_for(models.DEMO) == {}
+
+
+def test_a_file_is_the_demo_model_by_its_bytes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, other = tmp_path / "any name.gguf", tmp_path / "other.gguf"
+    file.write_bytes(b"GGUF" * 9)
+    other.write_bytes(b"GGUF" * 8 + b"gguf")
+    monkeypatch.setattr(demo, "GGUF_BYTES", 36)
+    monkeypatch.setattr(demo, "GGUF_SHA256", hashlib.sha256(b"GGUF" * 9).hexdigest())
+    found = {
+        path: hub.fetch(models.ModelRef("gguf", str(path), path), reporter=Silent())
+        for path in (file, other)
+    }
+    assert found[file].fingerprint == f"sha256:{demo.GGUF_SHA256}"
+    assert found[file].ref.path == file
+    assert found[other].fingerprint.startswith("files:")
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_demo_model_needs_no_calibration(
+    demo_gguf: Path, tmp_path: Path, teal_home: Path, dtype: str
+) -> None:
+    file = tmp_path / "renamed.gguf"
+    file.symlink_to(demo_gguf)
+    ref = models.resolve(str(file))
+    checkpoint = pipeline.ensure_checkpoint(ref, dtype=dtype, reporter=Silent())
+    profile = pipeline.ensure_profile(checkpoint, reporter=Silent())
+    assert "built in" in profile.provenance["dataset"]
+    assert not (teal_home / "data" / "profiles").exists()
+    assert pipeline.stored_profile(ref, dtype)[1] is None
+
+    # Text of another kind, and still about what is asked for.
+    corpus = load_corpus("pydoc", split_role="calibration", reporter=Silent())
+    tokens = windows(checkpoint.tokenizer(), corpus, seq_len=128, samples=3, seed=0)
+    thresholds = profile.thresholds(0.4)
+    counts = collect(
+        checkpoint.load(),
+        tokens,
+        MemoryStates(),
+        thresholds=thresholds,
+        label="sparse",
+        reporter=Silent(),
+    )
+    realised = profile.model_sparsity(Quantiles.from_counts(counts).sparsity(thresholds))
+    assert realised == pytest.approx(0.4, abs=0.03)
+
+
+@pytest.mark.demo
+def test_packing_keeps_thresholds(demo_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Within the histograms' bins, a 64th of a value wide, all of a calibrated profile is kept."""
+    corpus = load_corpus("pydoc", split_role="calibration", reporter=Silent())
+    tokens = windows(demo_checkpoint.tokenizer(), corpus, seq_len=96, samples=3, seed=0)
+    made = calibrate(
+        demo_checkpoint.load(), tokens, model="m", methods=("sensitivity",), reporter=Silent()
+    )
+    content = pack(made, {"dataset": "pydoc"})
+    assert len(content) < 120_000
+    (tmp_path / "some--model.npz").write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(presets, "_FOLDER", tmp_path)
+        packed = presets.preset_for("some/model")
+    assert packed is not None
+    assert packed.provenance == {"dataset": "pydoc"}
+    for method in ("sensitivity", "uniform"):
+        for sparsity in (0.05, 0.25, 0.4, 0.5, 0.65, 0.8, 0.9):
+            expected = made.thresholds(sparsity, method)
+            torch.testing.assert_close(
+                packed.thresholds(sparsity, method), expected, rtol=1 / 64, atol=1e-7
+            )

@@ -1,11 +1,12 @@
-"""Built-in profiles: the thresholds and greedy tables that the TEAL authors released.
+"""Built-in profiles: those of the TEAL authors' release, and the demo model's.
 
-The figures are data of the release that accompanies "Training-Free Activation Sparsity in Large
-Language Models" (arXiv 2408.14690, MIT licence); README.md beside the files says what they hold.
+The release accompanies "Training-Free Activation Sparsity in Large Language Models"
+(arXiv 2408.14690, MIT licence); README.md beside the files says what they hold.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,28 @@ import numpy
 import torch
 from torch import Tensor
 
-from teal_cli.sparsity.profile import ModelShape, Profile
+from teal_cli.sparsity.profile import METHODS, ModelShape, Profile
 from teal_cli.sparsity.quantiles import Quantiles
+from teal_cli.store.demo import GGUF, GGUF_SHA256
 
 _FOLDER = Path(__file__).parent
-_GREEDY_UNIT = 1e-4
+_UNIT = 1e-4  # of sparsity, in allocations
+# Files that are known by their content, whatever name they go by.
+_SOURCES = {f"sha256:{GGUF_SHA256}": GGUF.removesuffix(".gguf")}
+_RELEASE = {"dataset": "the TEAL authors' release (built in)"}
 
 
-def preset_for(name: str) -> Profile | None:
-    """The built-in profile of a model on the Hub; None if there is none.
+def preset_for(name: str, source: str = "") -> Profile | None:
+    """The built-in profile of a model; None if there is none.
 
-    It belongs to the weights that the model's authors published, whatever the fingerprint of
-    their conversion.
+    A model on the Hub is known by its name, and the profile belongs to the weights that its
+    authors published, whatever the fingerprint of their conversion.
+
+    Args:
+        name: the model's.
+        source: the fingerprint of the files that it was converted from.
     """
-    data = _read(name)
+    data = _read(_SOURCES.get(source, name))
     if data is None or "values" not in data:
         return None
     values = torch.from_numpy(data["values"]).double() * torch.from_numpy(data["scale"])[..., None]
@@ -40,8 +49,13 @@ def preset_for(name: str) -> Profile | None:
             projections=tuple((int(rows), int(columns)) for rows, columns in data["projections"]),
         ),
         quantiles=Quantiles(shares, values),
-        allocations={"greedy": _greedy(data)},
-        provenance={"dataset": "the TEAL authors' release (built in)"},
+        allocations=_allocations(data),
+        offsets={
+            method: torch.from_numpy(data[f"{method}_offsets"])
+            for method in METHODS
+            if f"{method}_offsets" in data
+        },
+        provenance=json.loads(str(data["provenance"])) if "provenance" in data else _RELEASE,
     )
 
 
@@ -51,13 +65,17 @@ def allocations_for(name: str) -> dict[str, Tensor]:
     Llama-3-8B has nothing else: the histograms released for it are Llama-2-7B's.
     """
     data = _read(name)
-    return {} if data is None else {"greedy": _greedy(data)}
+    return {} if data is None else _allocations(data)
 
 
-def _greedy(data: Mapping[str, Any]) -> Tensor:
-    """The greedy search's sparsities, float32 [A, num_hidden_layers, 7]."""
-    levels = data["greedy_steps"].cumsum(0, dtype=numpy.int64)
-    return torch.from_numpy(levels).mul(_GREEDY_UNIT).float()
+def _allocations(data: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The sparsities that methods give, float32 [A, num_hidden_layers, 7] each."""
+    found = {}
+    for method in METHODS:
+        if f"{method}_steps" in data:
+            levels = data[f"{method}_steps"].cumsum(0, dtype=numpy.int64)
+            found[method] = torch.from_numpy(levels).mul(_UNIT).float()
+    return found
 
 
 def _read(name: str) -> dict[str, Any] | None:

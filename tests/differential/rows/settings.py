@@ -159,6 +159,9 @@ SETTINGS = (
     _chances("min-p beside top-k and top-p", temperature=1.5, top_k=40, top_p=0.95, min_p=0.02),
     _chances("no temperature", top_k=5),
     _chances("top-p alone", top_p=0.5, top_k=0),
+    _chances("sampling and nothing else"),
+    _chances("a top-k of transformers' own", temperature=0.9),
+    _chances("a top-k of transformers' own beside top-p", top_p=0.8),
     _chances("a tiny top-p", temperature=1.0, top_p=1e-06, top_k=0),
 )
 
