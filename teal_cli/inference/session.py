@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+from teal_kernels.tensors import StepTensors
 from torch import Tensor
 
 from teal_cli.errors import UsageError
@@ -373,25 +374,25 @@ def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter:
     if language == "triton":
         options["launches"] = stored_launches(decoder, reporter)
         options["deterministic"] = deterministic
-    step: _Step = module.DecodeStep(**step_tensors(decoder, cache), **options)
+    step: _Step = module.DecodeStep(step_tensors(decoder, cache), **options)
     step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches
     return step
 
 
-def step_tensors(decoder: Decoder, cache: KVCache) -> dict[str, Any]:
-    """What a fused step is bound to, as its keyword arguments."""
+def step_tensors(decoder: Decoder, cache: KVCache) -> StepTensors:
+    """What a fused step of the decoder is bound to."""
     config, weights = decoder.config, decoder.weights
     cos, sin = decoder.rotary.tables(cache.length)
-    return {
-        "layers": weights.layers,
-        "embed_tokens": weights.embed_tokens,
-        "norm": weights.norm,
-        "lm_head": weights.lm_head,
-        "keys": cache.keys,
-        "values": cache.values,
-        "cos": cos,
-        "sin": sin,
-        "num_attention_heads": config.num_attention_heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "sliding_windows": config.sliding_windows,
-    }
+    return StepTensors(
+        layers=weights.layers,
+        embed_tokens=weights.embed_tokens,
+        norm=weights.norm,
+        lm_head=weights.lm_head,
+        keys=cache.keys,
+        values=cache.values,
+        cos=cos,
+        sin=sin,
+        num_attention_heads=config.num_attention_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        sliding_windows=config.sliding_windows,
+    )
