@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal_cli.inference.session import step_tensors
+from teal_cli.inference.steps import step_tensors
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import FUSED, PROJECTIONS
 from teal_cli.model.weights import LayerWeights, floats

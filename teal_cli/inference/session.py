@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
-from teal_kernels.tensors import StepTensors
 from torch import Tensor
 
 from teal_cli.errors import UsageError
 from teal_cli.faults import is_out_of_memory
 from teal_cli.inference.launches import stored_launches
 from teal_cli.inference.sampling import Sampler, not_finite
+from teal_cli.inference.steps import ChoosingStep, Step, step_tensors
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import PROJECTIONS, SITE_OF
@@ -31,58 +31,6 @@ _FUSED_STEPS = {"cuda": ("teal_kernels.gpu", "triton"), "cpu": ("teal_kernels.cp
 
 class Interrupted(Exception):
     """A prefill was asked to stop; the session keeps the chunks that were done."""
-
-
-class _Step(Protocol):
-    """How one token is decoded: the fused kernels or the plain decoder."""
-
-    def set_thresholds(self, thresholds: Tensor | None) -> None:
-        """[num_hidden_layers, 7] float32; None is dense."""
-
-    def __call__(self, token: int, position: int) -> Tensor:
-        """Logits [vocab_size] float32 after `token` at `position`, whose keys are now cached."""
-
-    @property
-    def kept(self) -> Tensor:
-        """Channels kept since the counts were cleared, [num_hidden_layers, 7] int64."""
-
-    def clear_counts(self) -> None:
-        """Start counting anew."""
-
-
-@runtime_checkable
-class _ChoosingStep(Protocol):
-    """A step that chooses the next token itself, so that the host need not keep up with it."""
-
-    def expect(self, sparsity: float) -> None:
-        """Use the kernels that are fastest at about this sparsity."""
-
-    def start(
-        self,
-        token: int,
-        position: int,
-        *,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        repetition_penalty: float,
-        seed: int,
-        tokens: Sequence[int],
-    ) -> None:
-        """Set the first token, those before it, and how those after it are chosen."""
-
-    def advance(self) -> None:
-        """Run the current token and choose the next, without waiting for either."""
-
-    def chosen(self, position: int) -> int:
-        """The token chosen after the one at `position`, one of the last two; waits for it.
-
-        Negative where the logits are not finite.
-        """
-
-    def take_back(self, position: int) -> None:
-        """Uncount what ran from `position` on, if anything; `start` comes before the next."""
 
 
 class _DecoderStep:
@@ -193,7 +141,7 @@ class Session:
             thresholds = thresholds.to(torch.float32).contiguous()
         self.thresholds = thresholds
         self._step.set_thresholds(thresholds)
-        if isinstance(self._step, _ChoosingStep):
+        if isinstance(self._step, ChoosingStep):
             self._step.expect(0.0 if thresholds is None else sparsity)
         self.clear_counts()
 
@@ -275,7 +223,7 @@ class Session:
             TealError: the logits are not finite.
         """
         end = min(self.position + most, self.max_length)
-        if isinstance(self._step, _ChoosingStep):
+        if isinstance(self._step, ChoosingStep):
             yield from self._decode_ahead(self._step, token, sampler, end)
             return
         while self.position < end:
@@ -283,7 +231,7 @@ class Session:
             yield token
 
     def _decode_ahead(
-        self, step: _ChoosingStep, token: int, sampler: Sampler, end: int
+        self, step: ChoosingStep, token: int, sampler: Sampler, end: int
     ) -> Generator[int, None, None]:
         """The steps to position `end`, each begun before the choice of the last one is read."""
         if self.position >= end:
@@ -351,7 +299,7 @@ class Session:
 
 def _choose_step(
     decoder: Decoder, cache: KVCache, backend: Backend, deterministic: bool, reporter: Reporter
-) -> _Step:
+) -> Step:
     """The fused step of the decoder's device where it can be had, the decoder itself otherwise."""
     if backend == "auto":
         try:
@@ -367,32 +315,13 @@ def _choose_step(
     return _DecoderStep(decoder, cache)
 
 
-def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter: Reporter) -> _Step:
+def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter: Reporter) -> Step:
     name, language = _FUSED_STEPS[decoder.device.type]
     module = importlib.import_module(name)
     options: dict[str, Any] = {}
     if language == "triton":
         options["launches"] = stored_launches(decoder, reporter)
         options["deterministic"] = deterministic
-    step: _Step = module.DecodeStep(step_tensors(decoder, cache), **options)
+    step: Step = module.DecodeStep(step_tensors(decoder, cache), **options)
     step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches
     return step
-
-
-def step_tensors(decoder: Decoder, cache: KVCache) -> StepTensors:
-    """What a fused step of the decoder is bound to."""
-    config, weights = decoder.config, decoder.weights
-    cos, sin = decoder.rotary.tables(cache.length)
-    return StepTensors(
-        layers=weights.layers,
-        embed_tokens=weights.embed_tokens,
-        norm=weights.norm,
-        lm_head=weights.lm_head,
-        keys=cache.keys,
-        values=cache.values,
-        cos=cos,
-        sin=sin,
-        num_attention_heads=config.num_attention_heads,
-        rms_norm_eps=config.rms_norm_eps,
-        sliding_windows=config.sliding_windows,
-    )

@@ -136,7 +136,7 @@ def test_layers_that_differ_are_refused() -> None:
 def test_agrees_with_the_decoder() -> None:
     from dataclasses import replace
 
-    from teal_cli.inference.session import step_tensors
+    from teal_cli.inference.steps import step_tensors
     from teal_cli.model.random_weights import SHAPES, random_decoder
 
     shape = replace(SHAPES["qwen3-8b"], num_hidden_layers=2, vocab_size=300, hidden_size=256)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from teal_cli.inference.session import step_tensors
+from teal_cli.inference.steps import step_tensors
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.quantization import Quantization
 from teal_cli.model.random_weights import random_decoder

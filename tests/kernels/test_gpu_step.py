@@ -14,7 +14,7 @@ import torch
 from teal_kernels import reference
 from torch import Tensor
 
-from teal_cli.inference.session import step_tensors
+from teal_cli.inference.steps import step_tensors
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.quantization import Quantization
