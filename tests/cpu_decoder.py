@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
+from teal_kernels.tensors import StepTensors
 from torch import Tensor
 
 
@@ -87,7 +88,7 @@ class Small:
     def step(self, **options: Any) -> Any:
         from teal_kernels.cpu import DecodeStep
 
-        return DecodeStep(
+        tensors = StepTensors(
             layers=self.layers,
             embed_tokens=self.embed_tokens,
             norm=self.norm,
@@ -99,8 +100,8 @@ class Small:
             num_attention_heads=self.heads,
             rms_norm_eps=self.eps,
             sliding_windows=self.windows,
-            **options,
         )
+        return DecodeStep(tensors, **options)
 
 
 class Oracle:

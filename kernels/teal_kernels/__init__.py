@@ -1,10 +1,4 @@
-"""Kernels of sparse decoding: each op in a Triton form, a CPU form and a plain torch reference.
+"""Kernels of sparse decoding: a token's step in Triton and for a CPU, its specification in torch.
 
 The package knows tensors and nothing of models, commands or files.
 """
-
-from __future__ import annotations
-
-from teal_kernels.dispatch import BACKENDS, available_backends, sparse_project
-
-__all__ = ["BACKENDS", "available_backends", "sparse_project"]

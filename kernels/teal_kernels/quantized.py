@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -113,8 +113,9 @@ class QuantizedMatrix:
     ) -> Tensor:
         """Columns start to end as floats, [K, end - start]; computed in float32."""
         end = self.columns if end is None else end
-        if (kernels := _kernels(self.device.type)) is not None:
-            return kernels.columns(self, start, end, dtype)
+        if (kernel := _kernel(self.device.type)) is not None:
+            grid = {"group": self.group, "groups": self.groups}
+            return kernel(self.rows, self.scales, start, end, dtype, **grid)
         if not self.group:
             return self.rows[:, start:end].float().mul_(self.scales[start:end]).to(dtype)
         group, first, last = self.group, start // self.group, -(-end // self.group)
@@ -193,20 +194,21 @@ class QuantizedRows:
     ) -> Tensor:
         """Rows start to end as floats, [end - start, H]."""
         end = self.rows.shape[0] if end is None else min(end, self.rows.shape[0])
-        if (kernels := _kernels(self.rows.device.type)) is not None:
-            return kernels.rows(self, start, end, dtype)
-        return (self.rows[start:end].float() * self.scales[start:end, None]).to(dtype)
+        codes, scales = self.rows[start:end], self.scales[start:end]
+        if (kernel := _kernel(codes.device.type)) is not None:
+            return kernel(codes, scales, 0, codes.shape[1], dtype, by_row=True)
+        return (codes.float() * scales[:, None]).to(dtype)
 
 
 @cache
-def _kernels(device_type: str) -> ModuleType | None:
+def _kernel(device_type: str) -> Callable[..., Tensor] | None:
     """What dequantizes on a GPU in one pass; None where torch's operations have to."""
-    from teal_kernels.dispatch import available_backends
-
-    if device_type != "cuda" or "triton" not in available_backends("cuda"):
+    if device_type != "cuda":
         return None
-    from teal_kernels.gpu import dequantize
-
+    try:
+        from teal_kernels.dequantize import dequantize
+    except Exception:  # a broken Triton fails in any way it likes
+        return None
     return dequantize
 
 

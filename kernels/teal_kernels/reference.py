@@ -1,4 +1,4 @@
-"""The specification of every op, in plain torch."""
+"""The specification of a step's operations, in plain torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from teal_kernels.checks import check_projection
-from teal_kernels.quantized import QuantizedMatrix
-
 
 def sparse_project(
-    x: Tensor,
-    weight: Tensor | QuantizedMatrix,
-    offsets: tuple[int, ...],
-    thresholds: Tensor,
-    bias: Tensor | None = None,
+    x: Tensor, weight: Tensor, offsets: tuple[int, ...], thresholds: Tensor
 ) -> Tensor:
     """Multiply the channels of x that exceed a threshold with the matrices that they feed.
 
@@ -26,28 +19,18 @@ def sparse_project(
 
     Args:
         x: [K] floating point.
-        weight: [K, N] floating point, or quantized, which is dequantized in float32; one input
-            channel is one contiguous row.
+        weight: [K, N] floating point.
         offsets: P + 1 column bounds, from 0 to N.
         thresholds: [P] float32, compared in float32; 0 drops only exact zeros, -inf nothing.
-        bias: [N] floating point, added to the sum.
 
     Returns:
         [N] in the dtype of x, summed in float32 (in float64 when x or weight is).
-
-    Raises:
-        ValueError: a shape, stride, dtype or device is not as above.
     """
-    check_projection(x, weight, offsets, thresholds, bias)
-    if isinstance(weight, QuantizedMatrix):
-        weight = weight.dequantize()
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     y = torch.empty(weight.shape[1], dtype=wide, device=x.device)
     for p, (start, end) in enumerate(pairwise(offsets)):
         kept = torch.where(x.float().abs() <= thresholds[p], 0, x)
         y[start:end] = kept.to(wide) @ weight[:, start:end].to(wide)
-    if bias is not None:
-        y += bias.to(wide)
     return y.to(x.dtype)
 
 

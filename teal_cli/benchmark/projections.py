@@ -1,7 +1,7 @@
 """One matrix of every layer, multiplied again and again: what the kernel benchmark times.
 
 What runs on a GPU is a launch of the step that decodes, in a CUDA graph over enough weights that
-none is found in a cache; on a CPU it is the sparse kernel on its own.
+none is found in a cache; on a CPU it is the step's projection on its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal_cli.inference.session import step_tensors
+from teal_cli.inference.step import step_tensors
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import FUSED, PROJECTIONS
 from teal_cli.model.weights import LayerWeights, floats
@@ -78,17 +78,14 @@ class GpuProjection:
     """A matrix as the fused step launches it; `name` is one of the step's, or "logits"."""
 
     def __init__(self, decoder: Decoder, name: str) -> None:
-        from teal_kernels.gpu import DecodeStep
+        from teal_kernels.gpu.chain import Chain
 
         layers = _rotated(decoder, name)
         cache = decoder.new_cache(min(_CONTEXT, decoder.config.context_length))
-        windows = decoder.config.sliding_windows
-        tensors = step_tensors(decoder, cache) | {
-            "layers": layers,
-            "sliding_windows": windows * (len(layers) // len(windows)),
-        }
+        windows = decoder.config.sliding_windows * (len(layers) // decoder.config.num_hidden_layers)
+        tensors = step_tensors(decoder, cache)
         self._name, self._decoder = name, decoder
-        self._step = DecodeStep(**tensors, capture=False)
+        self._chain = Chain(dataclasses.replace(tensors, layers=layers, sliding_windows=windows))
         self._heads = _copies(decoder, decoder.weights.lm_head) if name == "logits" else []
         self._timed: Timed | None = None
         self._generator = torch.Generator(decoder.device).manual_seed(0)
@@ -96,7 +93,7 @@ class GpuProjection:
     @property
     def choices(self) -> dict[float, StepLaunches]:
         """The step's launches by the sparsity from which they hold, of the kernels' table."""
-        return dict(self._step.choices)
+        return dict(self._chain.choices)
 
     def launches_at(self, sparsity: float, choices: Mapping[float, StepLaunches]) -> StepLaunches:
         """Those of `choices` that a step uses at a sparsity."""
@@ -110,30 +107,31 @@ class GpuProjection:
         Raises:
             Exception: whatever Triton raises where the device cannot run it.
         """
-        self._step.launches = launches
-        count = len(self._heads) or len(self._step.layers)
+        self._chain.launches = launches
+        count = len(self._heads) or len(self._chain.tensors.layers)
         self._timed = Timed(self._launch, count, self._decoder.device)
 
     @torch.inference_mode()
     def keep(self, sparsity: float) -> float:
         """Drop exactly this share of every layer's inputs; the lm_head drops nothing."""
-        step = self._step
-        for buffer in (step.h, step.gate_up, step.parts):
+        chain = self._chain
+        for buffer in (chain.h, chain.gate_up, chain.parts):
             buffer.normal_(generator=self._generator)
-        step.maxima.zero_()
-        step.scales.zero_()  # as the embedding does: kernels leave there what they know of h
-        step.sums.fill_(1)
-        step.position.fill_(min(_POSITION, step.context - 1))
+        chain.maxima.zero_()
+        chain.scales.zero_()  # as the embedding does: kernels leave there what they know of h
+        chain.sums.fill_(1)
+        chain.position.fill_(min(_POSITION, chain.tensors.length - 1))
         if self._name == "logits":
             return 0.0
-        for index in range(len(step.layers)):
-            step.thresholds[index] = _level(self._inputs(index), sparsity)
-        step.clear_counts()
-        with torch.cuda.device_of(step.h):
+        layers = chain.tensors.layers
+        for index in range(len(layers)):
+            chain.thresholds[index] = _level(self._inputs(index), sparsity)
+        chain.kept.zero_()
+        with torch.cuda.device_of(chain.h):
             self._launch()
         column = PROJECTIONS.index(FUSED[self._name][0])
-        inputs = getattr(step.layers[0], self._name).shape[0]
-        return 1 - float(step.kept[:, column].double().mean()) / inputs
+        inputs = getattr(layers[0], self._name).shape[0]
+        return 1 - float(chain.kept[:, column].double().mean()) / inputs
 
     def seconds(self) -> float:
         """Time of one kernel, under the launches of `use`."""
@@ -142,38 +140,41 @@ class GpuProjection:
 
     def _launch(self) -> None:
         for head in self._heads:
-            self._step.lm_head = head
-            self._step.project("logits")
+            self._chain.project_logits(head)
         if not self._heads:
-            for index in range(len(self._step.layers)):
-                self._step.project(self._name, index)
+            for index in range(len(self._chain.tensors.layers)):
+                self._chain.project(self._name, index)
 
     def _inputs(self, index: int) -> Tensor:
         """What the kernel of a layer multiplies, by the reference."""
         from teal_kernels.reference import gated_activation, rms_norm
 
-        step, layer = self._step, self._step.layers[index]
+        chain, tensors = self._chain, self._chain.tensors
         if self._name == "down":
-            return gated_activation(step.gate_up)
+            return gated_activation(chain.gate_up)
         if self._name == "o":
-            chunk, position = step.chunk, int(step.position)
-            window = step.geometry.sliding_windows[index] or position + 1
+            chunk, position = chain.chunk, int(chain.position)
+            window = tensors.sliding_windows[index] or position + 1
             first = max(position - window + 1, 0) // chunk
-            return step.parts[first : position // chunk + 1].mean(0)
+            return chain.parts[first : position // chunk + 1].mean(0)
+        layer = tensors.layers[index]
         norm = layer.input_layernorm if self._name == "qkv" else layer.post_attention_layernorm
-        return rms_norm(step.h, norm, step.geometry.rms_norm_eps)
+        return rms_norm(chain.h, norm, tensors.rms_norm_eps)
 
 
 class CpuProjection:
-    """A matrix by the sparse kernel on its own, called from Python."""
+    """A matrix by the rows that the fused step multiplies, called from Python layer by layer."""
 
     def __init__(self, decoder: Decoder, name: str) -> None:
-        self._weights = _some(decoder, name)
-        self._offsets = decoder.offsets[name]
+        from teal_kernels.cpu import Projection
+
+        weights = _some(decoder, name)
+        widths = [decoder.config.projection_shapes[part][1] for part in FUSED[name]]
+        self._count, self._projection = len(weights), Projection(weights, widths)
         generator = torch.Generator().manual_seed(0)
-        self._x = torch.randn(self._weights[0].shape[0], generator=generator)
-        self._levels = torch.zeros(len(self._offsets) - 1)
-        self._timed = Timed(self._launch, len(self._weights), decoder.device)
+        self._x = torch.randn(weights[0].shape[0], generator=generator)
+        self._levels = torch.zeros(len(widths))
+        self._timed = Timed(self._launch, len(weights), decoder.device)
 
     def keep(self, sparsity: float) -> float:
         """Drop exactly this share of the inputs."""
@@ -185,10 +186,8 @@ class CpuProjection:
         return self._timed.seconds()
 
     def _launch(self) -> None:
-        from teal_kernels import sparse_project
-
-        for weight in self._weights:
-            sparse_project(self._x, weight, self._offsets, self._levels)
+        for layer in range(self._count):
+            self._projection(layer, self._x, self._levels)
 
 
 def linear(decoder: Decoder, name: str) -> tuple[Timed, torch.dtype]:

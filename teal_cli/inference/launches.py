@@ -48,7 +48,7 @@ def matrix_key(decoder: Decoder, name: str, regime: float) -> str:
 def table_launches(decoder: Decoder) -> dict[float, StepLaunches]:
     """What the kernels' own table says, by the sparsity from which it holds."""
     from teal_kernels.gpu.launch import REGIMES, DeviceClass, StepLaunches
-    from teal_kernels.gpu.tensors import bits_of
+    from teal_kernels.tensors import bits_of
 
     weights = decoder.weights
     return {

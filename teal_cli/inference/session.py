@@ -13,7 +13,7 @@ from teal_cli.errors import UsageError, whole
 from teal_cli.faults import is_out_of_memory
 from teal_cli.inference.launches import stored_launches
 from teal_cli.inference.sampling import Sampler, not_finite
-from teal_cli.inference.step import ChoosingStep, DecoderStep, Step
+from teal_cli.inference.step import ChoosingStep, DecoderStep, Step, step_tensors
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import PROJECTIONS
@@ -283,27 +283,8 @@ def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter:
     if language == "triton":
         options["launches"] = stored_launches(decoder, reporter)
         options["deterministic"] = deterministic
-    step: Step = module.DecodeStep(**step_tensors(decoder, cache), **options)
+    step: Step = module.DecodeStep(step_tensors(decoder, cache), **options)
     step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches
     if language == "numba" and (problem := module.cache_problem()) is not None:
         reporter.note(problem)
     return step
-
-
-def step_tensors(decoder: Decoder, cache: KVCache) -> dict[str, Any]:
-    """What a fused step is bound to, as its keyword arguments."""
-    config, weights = decoder.config, decoder.weights
-    cos, sin = decoder.rotary.tables(cache.length)
-    return {
-        "layers": weights.layers,
-        "embed_tokens": weights.embed_tokens,
-        "norm": weights.norm,
-        "lm_head": weights.lm_head,
-        "keys": cache.keys,
-        "values": cache.values,
-        "cos": cos,
-        "sin": sin,
-        "num_attention_heads": config.num_attention_heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "sliding_windows": config.sliding_windows,
-    }

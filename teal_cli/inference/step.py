@@ -1,4 +1,5 @@
-"""How one token is decoded: what a session asks of a step, and the step in plain torch."""
+"""How one token is decoded: what a session asks of a step, what a fused one is bound to, and the
+step in plain torch."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
+from teal_kernels.tensors import StepTensors
 from torch import Tensor
 
 from teal_cli.model.cache import KVCache
@@ -63,6 +65,25 @@ class ChoosingStep(Protocol):
 
     def take_back(self, position: int) -> None:
         """Uncount what ran from `position` on, if anything; `start` comes before the next."""
+
+
+def step_tensors(decoder: Decoder, cache: KVCache) -> StepTensors:
+    """What a fused step of the decoder is bound to."""
+    config, weights = decoder.config, decoder.weights
+    cos, sin = decoder.rotary.tables(cache.length)
+    return StepTensors(
+        layers=weights.layers,
+        embed_tokens=weights.embed_tokens,
+        norm=weights.norm,
+        lm_head=weights.lm_head,
+        keys=cache.keys,
+        values=cache.values,
+        cos=cos,
+        sin=sin,
+        num_attention_heads=config.num_attention_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        sliding_windows=config.sliding_windows,
+    )
 
 
 class DecoderStep:

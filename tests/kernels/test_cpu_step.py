@@ -136,26 +136,14 @@ def test_layers_that_differ_are_refused() -> None:
 def test_agrees_with_the_decoder() -> None:
     from dataclasses import replace
 
+    from teal_cli.inference.step import step_tensors
     from teal_cli.model.random_weights import SHAPES, random_decoder
 
     shape = replace(SHAPES["qwen3-8b"], num_hidden_layers=2, vocab_size=300, hidden_size=256)
     config = replace(shape, intermediate_size=384, num_attention_heads=8, num_key_value_heads=2)
     decoder = random_decoder(config, device="cpu", dtype=torch.float32, seed=0)
-    weights, caches = decoder.weights, [decoder.new_cache(8) for _ in range(2)]
-    cos, sin = decoder.rotary.tables(8)
-    step = step_module.DecodeStep(
-        layers=weights.layers,
-        embed_tokens=weights.embed_tokens,
-        norm=weights.norm,
-        lm_head=weights.lm_head,
-        keys=caches[0].keys,
-        values=caches[0].values,
-        cos=cos,
-        sin=sin,
-        num_attention_heads=config.num_attention_heads,
-        rms_norm_eps=config.rms_norm_eps,
-        sliding_windows=config.sliding_windows,
-    )
+    caches = [decoder.new_cache(8) for _ in range(2)]
+    step = step_module.DecodeStep(step_tensors(decoder, caches[0]))
     thresholds = torch.full((2, 7), 0.5)
     step.set_thresholds(thresholds)
     for position in range(8):
@@ -245,8 +233,8 @@ def test_folders_that_cannot_be_written_to(blocked: int, tmp_path: Path) -> None
 
     code = (
         "import torch\n"
-        "from teal_kernels.cpu import sparse_project, compiled\n"
-        "y = sparse_project(torch.ones(3), torch.ones(3, 2), (0, 2), torch.zeros(1))\n"
+        "from teal_kernels.cpu import Projection, compiled\n"
+        "y = Projection([torch.ones(3, 2)], [2])(0, torch.ones(3), torch.zeros(1))\n"
         "assert y.tolist() == [3.0, 3.0]\n"
         "print(sum(compiled.project.stats.cache_hits.values()))\n"
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from teal_cli.inference.session import step_tensors
+from teal_cli.inference.step import step_tensors
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.quantization import Quantization
 from teal_cli.model.random_weights import random_decoder
@@ -48,25 +48,21 @@ class _Compiler:
         self.target = GPUTarget("cuda", capability, 32)
         self.compiled: dict[str, set[str]] = {}
 
-    def __call__(
-        self, pdl: bool, kernel: Any, grid: Any, num_warps: int, *args: Any, **constants: Any
-    ) -> None:
+    def __call__(self, pdl: bool, kernel: Any, grid: Any, num_warps: int, **arguments: Any) -> None:
         from triton.compiler import ASTSource
 
-        registers = constants.pop("maxnreg", None)
-        values = dict(zip(kernel.arg_names, args, strict=False)) | constants | {"PDL": pdl}
+        registers = arguments.pop("maxnreg", None)
+        values = arguments | {"PDL": pdl}
         signature, constexprs = {}, {}
-        for index, name in enumerate(kernel.arg_names):
-            value = values[name]
+        for index, parameter in enumerate(kernel.params):
+            name, value = parameter.name, values[parameter.name]
             if isinstance(value, torch.Tensor):
                 signature[name] = "*" + _TYPES[value.dtype]
-            elif isinstance(value, float) and name not in constants:
-                signature[name] = "fp32"
-            elif isinstance(value, int) and name not in constants and name != "PDL":
-                signature[name] = "i32"
-            else:
+            elif value is None or parameter.is_constexpr:
                 signature[name] = "constexpr"
                 constexprs[(index,)] = value
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
         key = repr((signature, constexprs, num_warps, registers))
         if key in self.compiled.setdefault(kernel.__name__, set()):
             return
@@ -104,34 +100,34 @@ def test_all_kernels_compile(
     config = ModelConfig.from_dict(_CONFIG)
     decoder = random_decoder(config, device="cpu", dtype=dtype, seed=0, kind=kind)
     tensors = step_tensors(decoder, decoder.new_cache(256))
-    step = DecodeStep(**tensors, dependent_launch=capability >= 90, deterministic=capability == 80)
+    step = DecodeStep(tensors, dependent_launch=capability >= 90, deterministic=capability == 80)
     regimes: tuple[float, ...] = (launch.SPARSE,)
     if capability == 90:  # of integers, whose sparser launches take long, the other two
         regimes = launch.REGIMES if kind is None else (launch.DENSE, launch.SPARSE)
     for regime in regimes:
         step.expect(regime)
         for choice in (None, Choice(), Choice(True, True, True, True)):
-            step.launch_all(choice)
+            step.chain.launch_all(choice)
     kernels = {"embed_kernel", "norm_project_kernel", "attention_kernel", "combine_project_kernel"}
     kernels |= {"activate_project_kernel", "logits_kernel", "best_kernel", "advance_kernel"}
     assert set(compiler.compiled) == kernels | {"peak_kernel", "select_kernel", "penalise_kernel"}
 
 
 def test_what_prefill_dequantizes_with_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    from teal_kernels.gpu import dequantize
-    from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
+    from teal_kernels import dequantize, quantized
 
     compiler, kernel = _Compiler(90), dequantize.dequantize_kernel
 
     class Launched:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, num_warps, **constants: compiler(
-                False, kernel, grid, num_warps, *args, **constants
+            return lambda num_warps, **arguments: compiler(
+                False, kernel, grid, num_warps, **arguments
             )
 
     monkeypatch.setattr(dequantize, "dequantize_kernel", Launched())
+    monkeypatch.setattr(quantized, "_kernel", lambda _: dequantize.dequantize)
     weight = torch.ones(4, 256)
-    dequantize.columns(QuantizedMatrix.int8(weight), 0, 256, torch.float16)
-    dequantize.columns(QuantizedMatrix.int4(weight, 64), 3, 70, torch.bfloat16)
-    dequantize.rows(QuantizedRows.int8(weight), 1, 3, torch.float32)
+    quantized.QuantizedMatrix.int8(weight).dequantize(0, 256, dtype=torch.float16)
+    quantized.QuantizedMatrix.int4(weight, 64).dequantize(3, 70, dtype=torch.bfloat16)
+    quantized.QuantizedRows.int8(weight).dequantize(1, 3, dtype=torch.float32)
     assert len(compiler.compiled["dequantize_kernel"]) == 3

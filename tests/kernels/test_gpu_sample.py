@@ -17,10 +17,8 @@ from teal_cli.inference.sampling import Sampler, Sampling, candidates, penalised
 pytestmark = pytest.mark.gpu
 
 
-def _launch(
-    kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any
-) -> None:
-    kernel[grid](*args, **constants, PDL=False, num_warps=num_warps)
+def _launch(kernel: Any, grid: tuple[int, ...], num_warps: int, **arguments: Any) -> None:
+    kernel[grid](**arguments, PDL=False, num_warps=num_warps)
 
 
 def _chooser(logits: Tensor, length: int = 8) -> Any:

@@ -14,6 +14,7 @@ import torch
 from teal_kernels import reference
 from torch import Tensor
 
+from teal_cli.inference.step import step_tensors
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.quantization import Quantization
@@ -56,26 +57,16 @@ def _decoder(family: str, device: str, **changes: Any) -> Decoder:
 def _step(decoder: Decoder, length: int, **options: Any) -> Any:
     from teal_kernels.gpu import DecodeStep
 
-    config, weights = decoder.config, decoder.weights
     cache = decoder.new_cache(length)
     cache.keys.normal_()
     cache.values.normal_()
-    cos, sin = decoder.rotary.tables(length)
-    step = DecodeStep(
-        embed_tokens=weights.embed_tokens,
-        layers=weights.layers,
-        norm=weights.norm,
-        lm_head=weights.lm_head,
-        cos=cos,
-        sin=sin,
-        keys=cache.keys,
-        values=cache.values,
-        num_attention_heads=config.num_attention_heads,
-        rms_norm_eps=config.rms_norm_eps,
-        sliding_windows=config.sliding_windows,
-        **options,
-    )
+    step = DecodeStep(step_tensors(decoder, cache), **options)
     return step, cache
+
+
+def _launch_all_as(step: Any, launch: Any) -> None:
+    every = dict.fromkeys(("qkv", "o", "gate_up", "down"), launch)
+    step.chain.launches = step.chain.launches._replace(**every)
 
 
 def _close(y: Tensor, expected: Tensor) -> None:
@@ -121,12 +112,12 @@ def test_attention(position: int, window: int | None, device: str) -> None:
         "mistral" if window else "llama", device, num_hidden_layers=1, head_dim=16, **changes
     )
     step, cache = _step(decoder, 131)
-    heads, dim = 4, 16
-    step.qkv.normal_()
-    step.parts.fill_(torch.nan)
-    step.maxima.fill_(torch.nan)
-    step.position.fill_(position)
-    q, k, v = step.qkv.view(8, dim).split((4, 2, 2))
+    chain, heads, dim = step.chain, 4, 16
+    chain.qkv.normal_()
+    chain.parts.fill_(torch.nan)
+    chain.maxima.fill_(torch.nan)
+    chain.position.fill_(position)
+    q, k, v = chain.qkv.view(8, dim).split((4, 2, 2))
     cos, sin = decoder.rotary.tables(131)
     keys, values = cache.keys[0].clone(), cache.values[0].clone()
     keys[:, position] = reference.rotate(k, cos[position], sin[position])
@@ -134,17 +125,17 @@ def test_attention(position: int, window: int | None, device: str) -> None:
     rotated = reference.rotate(q, cos[position], sin[position])
     expected = reference.attend(rotated, keys, values, position, window)
 
-    step._attention(0, decoder.weights.layers[0])
+    chain.attend(0)
 
     _close(cache.keys[0], keys)
     _close(cache.values[0], values)
-    chunk = step.chunk
+    chunk = chain.chunk
     first = 0 if window is None else max(position - window + 1, 0)
     splits = range(first // chunk, position // chunk + 1)
-    maxima = step.maxima[splits.start : splits.stop]
+    maxima = chain.maxima[splits.start : splits.stop]
     share = (maxima - maxima.max(0).values).exp()
-    parts = step.parts[splits.start : splits.stop].view(-1, heads, dim)
-    total = (share * step.sums[splits.start : splits.stop]).sum(0)
+    parts = chain.parts[splits.start : splits.stop].view(-1, heads, dim)
+    total = (share * chain.sums[splits.start : splits.stop]).sum(0)
     _close((share[:, :, None] * parts).sum(0).flatten() / total.repeat_interleave(dim), expected)
 
 
@@ -163,27 +154,24 @@ def test_projections_with_their_inputs(tile: dict[str, int], device: str) -> Non
     decoder = _decoder("qwen2-odd", device, num_hidden_layers=1)
     layer, config = decoder.weights.layers[0], decoder.config
     step, _ = _step(decoder, 20)
-    launch = Launch(32, 64, 1)._replace(**tile)
-    step.launches = step.launches._replace(qkv=launch, gate_up=launch, down=launch)
+    chain, launch = step.chain, Launch(32, 64, 1)._replace(**tile)
+    chain.launches = chain.launches._replace(qkv=launch, gate_up=launch, down=launch)
     step.set_thresholds(torch.tensor([[0.3, 0.5, 0.7, 0.1, 0.4, 0.6, 0.2]], device=device))
-    step.h.normal_()
-    levels = step.thresholds[0]
-    x = reference.rms_norm(step.h, layer.input_layernorm, config.rms_norm_eps)
-    step._norm_project("qkv", 0, layer.input_layernorm, layer.qkv, step.qkv, (60, 20, 20))
-    _close(step.qkv, reference.sparse_project(x, layer.qkv, (0, 60, 80, 100), levels[:3]))
+    chain.h.normal_()
+    levels = chain.thresholds[0]
+    x = reference.rms_norm(chain.h, layer.input_layernorm, config.rms_norm_eps)
+    chain.project("qkv", 0)
+    _close(chain.qkv, reference.sparse_project(x, layer.qkv, (0, 60, 80, 100), levels[:3]))
 
-    x = reference.rms_norm(step.h, layer.post_attention_layernorm, config.rms_norm_eps)
-    step._norm_project(
-        "gate_up", 0, layer.post_attention_layernorm, layer.gate_up, step.gate_up, (97, 97, 0),
-        zero=step.qkv,
-    )  # fmt: skip
-    _close(step.gate_up, reference.sparse_project(x, layer.gate_up, (0, 97, 194), levels[4:6]))
-    assert not step.qkv.any()
+    x = reference.rms_norm(chain.h, layer.post_attention_layernorm, config.rms_norm_eps)
+    chain.project("gate_up", 0)
+    _close(chain.gate_up, reference.sparse_project(x, layer.gate_up, (0, 97, 194), levels[4:6]))
+    assert not chain.qkv.any()
 
-    x = reference.gated_activation(step.gate_up)
-    expected = step.h + reference.sparse_project(x, layer.down, (0, 60), levels[6:])
-    step._activate_project(0, layer)
-    _close(step.h, expected)
+    x = reference.gated_activation(chain.gate_up)
+    expected = chain.h + reference.sparse_project(x, layer.down, (0, 60), levels[6:])
+    chain.project("down", 0)
+    _close(chain.h, expected)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +202,7 @@ def test_quantized_step_equals_the_decoder(
     )
     step, cache = _step(decoder, 40)
     launch = Launch(32, 64, 1, slots=slots, more=slots // 2)
-    step.launches = step.launches._replace(qkv=launch, o=launch, gate_up=launch, down=launch)
+    _launch_all_as(step, launch)
     other = decoder.new_cache(40)
     other.keys.copy_(cache.keys)
     other.values.copy_(cache.values)
@@ -243,12 +231,12 @@ def test_launches_reach_what_is_used_and_no_further(
     other.keys.copy_(cache.keys)
     other.values.copy_(cache.values)
     for position, reach in ((31, 32), (32, 64), (128, 150), (149, 150)):
-        step.parts.fill_(torch.nan)
+        step.chain.parts.fill_(torch.nan)
         hidden = decoder.forward(torch.tensor([3], device=device), cache=other, position=position)
         _close(step(3, position), decoder.logits(hidden)[0])
-        assert step.reach == reach
+        assert step.chain.reach == reach
     assert step(3, 5).isfinite().all()
-    assert step.reach == 32
+    assert step.chain.reach == 32
 
 
 def test_advancing_runs_ahead_of_the_reader(device: str) -> None:
@@ -297,8 +285,8 @@ class _Breaker:
 
     def __init__(self, step: Any, error: BaseException) -> None:
         self.left: float = math.inf
-        self._launch, self._error = step._launch, error
-        step._launch = step.chooser._launch = self
+        self._launch, self._error = step.chain._launch, error
+        step.chain._launch = step.chain.chooser._launch = self
 
     def __call__(self, *arguments: Any, **constants: Any) -> None:
         if self.left == 0:
@@ -323,7 +311,7 @@ def test_a_step_that_is_broken_off_leaves_nothing_behind(deterministic: bool, de
     first = whole(7, 9)
     whole.start(3, 10, **settings)
     whole.advance()
-    chosen, expected, counts = whole.chosen(10), whole.logits.clone(), whole.kept
+    chosen, expected, counts = whole.chosen(10), whole.chain.logits.clone(), whole.kept
 
     breaker = _Breaker(step, KeyboardInterrupt())
     _close(step(7, 9), first)
@@ -356,7 +344,7 @@ def test_a_step_that_is_broken_off_leaves_nothing_behind(deterministic: bool, de
             break
     assert launches == 15 * (1 if device == "cpu" else 2)  # 7 up to the logits, 8 for the choice
     assert step.chosen(10) == chosen
-    _close(step.logits, expected)
+    _close(step.chain.logits, expected)
     assert torch.equal(step.kept, counts)
 
 
@@ -365,7 +353,7 @@ def test_a_capture_that_is_refused_is_left(device: str) -> None:
     if device == "cpu":
         return
     step, _ = _step(_decoder("llama", device, num_hidden_layers=1), 40)
-    expected, launch = step(3, 10), step._launch
+    expected, launch = step(3, 10), step.chain._launch
 
     def waiting(*arguments: Any, **constants: Any) -> None:
         launch(*arguments, **constants)
@@ -373,11 +361,11 @@ def test_a_capture_that_is_refused_is_left(device: str) -> None:
             torch.cuda.current_stream().synchronize()
 
     step._graphs.clear()
-    step._launch = waiting
+    step.chain._launch = waiting
     with pytest.raises(RuntimeError):
         step(3, 10)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    step._launch = launch
+    step.chain._launch = launch
     for _ in range(2):  # launched, then replayed
         _close(step(3, 10), expected)
 
@@ -402,7 +390,7 @@ def test_what_is_not_a_number_reaches_the_logits(
     step.set_thresholds(levels)
     if sparse:
         launch = Launch(32, 64, 1, slots=16, more=8)
-        step.launches = step.launches._replace(qkv=launch, o=launch, gate_up=launch, down=launch)
+        _launch_all_as(step, launch)
     assert step(3, 10).isfinite().all()
     broken = torch.inf if where == "value" else torch.nan
     if where == "value":
@@ -437,7 +425,7 @@ def test_a_deterministic_step_repeats_itself(device: str) -> None:
     levels = torch.full((1, 7), 0.4, device=device)
     step, cache = _step(decoder, 40, deterministic=True)
     launch = Launch(32, 64, 1, slots=16, more=8)
-    step.launches = step.launches._replace(qkv=launch, o=launch, gate_up=launch, down=launch)
+    _launch_all_as(step, launch)
     step.set_thresholds(levels)
     other = decoder.new_cache(40)
     other.keys.copy_(cache.keys)

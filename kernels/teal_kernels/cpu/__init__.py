@@ -1,6 +1,6 @@
-"""CPU kernels, compiled by numba: a projection that skips rows, and a whole decoding step."""
+"""CPU kernels, compiled by numba: a whole decoding step, and its projections on their own."""
 
 from teal_kernels.cpu.compiled import cache_problem
-from teal_kernels.cpu.step import DecodeStep, sparse_project
+from teal_kernels.cpu.step import DecodeStep, Projection
 
-__all__ = ["DecodeStep", "cache_problem", "sparse_project"]
+__all__ = ["DecodeStep", "Projection", "cache_problem"]

@@ -129,8 +129,7 @@ def _attend(model, scratch, keys, values, first, position, out):
     """
     row_bytes = address_of(model.dtype, 0, model.head_dim)
     keys, values = keys + first * row_bytes, values + first * row_bytes
-    count, scores = position + 1 - first, scratch.scores
-    scale = np.float32(1 / math.sqrt(model.head_dim))
+    count, scores, scale = position + 1 - first, scratch.scores, model.scale
     top = np.float32(-np.inf)
     for i in range(count):
         row = keys + i * row_bytes
@@ -291,9 +290,9 @@ def decode(team, model, shared, scratch, token, position, thresholds, kept):
 
 
 @_cached
-def project(team, matrix, x, thresholds, parts, y, scratch, kept):
-    """One thread's share of a single projection: y += what all threads' parts sum up to."""
-    project_rows(matrix, 0, x, 0, len(x), thresholds, parts[team.thread], scratch, kept,
+def project(team, matrix, layer, x, thresholds, parts, y, scratch, kept):
+    """One thread's share of a single matrix: y += what all threads' parts sum up to."""
+    project_rows(matrix, layer, x, 0, len(x), thresholds, parts[team.thread], scratch, kept,
                  (team.thread, team.threads))  # fmt: skip
     _wait(team)
     start, stop = _share(len(y), team)

@@ -49,6 +49,7 @@ class Model(NamedTuple):
     vocab: int
     length: int  # positions in the cache
     eps: Any  # float32
+    scale: Any  # float32, of attention's scores
     vectors: Any  # int64 [layers, 6], addresses in the order of VECTORS
     qkv: Matrix
     o: Matrix

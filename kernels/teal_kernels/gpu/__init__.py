@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from teal_kernels.gpu.launch import Launch
-from teal_kernels.gpu.projection import sparse_project
 from teal_kernels.gpu.step import DecodeStep
-from teal_kernels.gpu.tensors import LayerTensors
 
-__all__ = ["DecodeStep", "Launch", "LayerTensors", "sparse_project"]
+__all__ = ["DecodeStep", "Launch"]

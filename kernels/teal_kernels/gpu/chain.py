@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import triton
 from torch import Tensor
 
 from teal_kernels.gpu import attention, decode
+from teal_kernels.gpu.handover import INTERPRETED
 from teal_kernels.gpu.launch import (
     DENSE,
     REGIMES,
@@ -19,13 +21,10 @@ from teal_kernels.gpu.launch import (
     StepLaunches,
     attention_chunk,
 )
-from teal_kernels.gpu.projection import INTERPRETED
 from teal_kernels.gpu.sample import Choice, Chooser
-from teal_kernels.gpu.tensors import Geometry, LayerTensors, Stored, bits_of
-from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
-
-PROJECTIONS = 7  # q k v o gate up down: columns of the thresholds and of the counters
-_FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}
+from teal_kernels.gpu.stored import Stored
+from teal_kernels.quantized import QuantizedRows
+from teal_kernels.tensors import MATRICES, PROJECTIONS, StepTensors, bits_of
 
 
 class Chain:
@@ -33,73 +32,27 @@ class Chain:
 
     def __init__(
         self,
+        tensors: StepTensors,
         *,
-        layers: Sequence[LayerTensors],
-        embed_tokens: Tensor,
-        norm: Tensor,
-        lm_head: Tensor | QuantizedRows,
-        keys: Tensor,
-        values: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        num_attention_heads: int,
-        rms_norm_eps: float,
-        sliding_windows: Sequence[int | None],
         launches: Mapping[float, StepLaunches] | None = None,
         dependent_launch: bool | None = None,
         deterministic: bool = False,
     ) -> None:
-        """Bind the step to tensors, which it reads (and of the cache, writes) in place.
+        """Bind the kernels to tensors.
 
         Args:
-            layers: objects with the attributes of `LayerTensors`, all of one dtype and device;
-                quantized matrices all of one kind.
-            embed_tokens: [vocab_size, hidden_size].
-            norm: [hidden_size].
-            lm_head: [vocab_size, hidden_size].
-            keys: [layers, key-value heads, length, head_dim].
-            values: the same shape.
-            cos: [at least length, head_dim / 2] float32.
-            sin: the same shape.
-            num_attention_heads: query heads.
-            rms_norm_eps: of every norm.
-            sliding_windows: one a layer, None where a layer sees everything.
+            tensors: the decoder's.
             launches: tiles and warps, by the sparsity from which they are used (`REGIMES`); None
                 takes them from the table.
             dependent_launch: None uses it from compute capability 9.0 on.
             deterministic: sum in fixed point (36 bits of fraction in int64), so that the same
                 token at the same position gives the same bits in every run.
         """
-        self.geometry = Geometry(
-            num_attention_heads, keys.shape[1], keys.shape[3], rms_norm_eps, sliding_windows
-        )
-        self.layers = layers
-        self.embed_tokens, self.norm, self.lm_head = embed_tokens, norm, lm_head
-        self.cos, self.sin, self.keys, self.values = cos, sin, keys, values
-        device = embed_tokens.device
-        self.device = device
-        self.hidden, self.vocab = embed_tokens.shape[1], embed_tokens.shape[0]
-        self.context = keys.shape[2]
-        self.reach = self.context  # positions that attention's launches cover, from the first
-        first = layers[0]
-        shapes = {
-            "qkv": tuple(first.qkv.shape),
-            "o": tuple(first.o.shape),
-            "gate_up": tuple(first.gate_up.shape),
-            "down": tuple(first.down.shape),
-            "logits": (self.hidden, self.vocab),
-        }
+        self.tensors = tensors
+        self.device = device = tensors.embed_tokens.device
+        self.reach = tensors.length  # positions that attention's launches cover, from the first
         # Dense and sparse steps differ only in their launches, and so in their graphs.
-        self.choices = launches or {
-            regime: StepLaunches.choose(
-                shapes,
-                bits_of(first.qkv),
-                logits_bits=bits_of(lm_head),
-                regime=regime,
-                device=DeviceClass.of(device),
-            )
-            for regime in REGIMES
-        }
+        self.choices = launches or _from_table(tensors)
         self.launches = self.choices[DENSE]
         if dependent_launch is None:
             dependent_launch = device.type == "cuda" and torch.cuda.get_device_capability(
@@ -113,52 +66,53 @@ class Chain:
         self._allocate(torch.int64 if deterministic else torch.float32)
 
     def _allocate(self, accumulator: torch.dtype) -> None:
-        g = self.geometry
-        heads, dim = g.num_attention_heads, g.head_dim
+        t = self.tensors
+        heads, layers = t.num_attention_heads, len(t.layers)
         # The most that there are at any reach.
-        splits = min(32, triton.cdiv(self.context, min(64, self.chunk)))
+        splits = min(32, triton.cdiv(t.length, min(64, self.chunk)))
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.h = buffer(self.hidden, dtype=accumulator)
-        self.qkv = buffer(self.layers[0].qkv.shape[1], dtype=accumulator)
-        self.gate_up = buffer(self.layers[0].gate_up.shape[1], dtype=accumulator)
-        self.parts = buffer(splits, heads * dim)
+        self.h = buffer(t.hidden_size, dtype=accumulator)
+        self.qkv = buffer(sum(t.widths("qkv")), dtype=accumulator)
+        self.gate_up = buffer(sum(t.widths("gate_up")), dtype=accumulator)
+        self.parts = buffer(splits, heads * t.head_dim)
         self.maxima, self.sums = buffer(splits, heads), buffer(splits, heads)
-        self.scales = buffer(len(self.layers), 2)  # 1 / rms of h, at both norms of a layer
-        self.logits = buffer(self.vocab)
+        self.scales = buffer(layers, 2)  # 1 / rms of h, at both norms of a layer
+        self.logits = buffer(t.vocab_size)
         self.token, self.position = buffer(1, dtype=torch.int32), buffer(1, dtype=torch.int32)
         # Device buffers, so that another sparsity needs no new capture.
-        self.thresholds = buffer(len(self.layers), PROJECTIONS)
-        self._kept = buffer(len(self.layers), PROJECTIONS, dtype=torch.int32)
+        self.thresholds = buffer(layers, PROJECTIONS)
+        self.kept = buffer(layers, PROJECTIONS, dtype=torch.int32)
         self.chooser = Chooser(
-            self._launch, self.logits, self.token, self.position, self._kept, self.context
+            self._launch, self.logits, self.token, self.position, self.kept, t.length
         )
 
     def launch_all(self, choice: Choice | None) -> None:
         """Launch a step for every position below `reach`; None leaves the token unchosen."""
-        block = min(1024, triton.next_power_of_2(self.hidden))
+        hidden, embed = self.tensors.hidden_size, self.tensors.embed_tokens
+        block = min(1024, triton.next_power_of_2(hidden))
         self._launch(
             decode.embed_kernel,
-            (triton.cdiv(self.hidden, block),),
+            (triton.cdiv(hidden, block),),
             4,
-            self.h,
-            self.token,
-            self.embed_tokens,
-            self.scales,
-            self.hidden,
-            self.embed_tokens.stride(0),
-            self.scales.numel(),
+            h_ptr=self.h,
+            token_ptr=self.token,
+            embed_ptr=embed,
+            scales_ptr=self.scales,
+            H=hidden,
+            stride=embed.stride(0),
+            scales=self.scales.numel(),
             BLOCK=block,
             BLOCK_S=triton.next_power_of_2(self.scales.numel()),
         )
-        for index, layer in enumerate(self.layers):
+        for index in range(len(self.tensors.layers)):
             self.project("qkv", index)
-            self._attention(index, layer)
+            self.attend(index)
             for name in ("o", "gate_up", "down"):
                 self.project(name, index)
-        self.project("logits")
+        self.project_logits(self.tensors.lm_head)
         if choice is not None:
             self.chooser.launch(choice)
 
@@ -167,189 +121,197 @@ class Chain:
         """Positions that one program of attention takes."""
         return attention_chunk(self.reach)
 
-    def project(self, name: str, index: int = 0) -> None:
-        """Launch one matrix of a layer ("qkv", "o", "gate_up", "down"), or "logits"."""
-        layer = self.layers[index]
+    def project(self, name: str, index: int) -> None:
+        """Launch one of a layer's `MATRICES`, with the operations that feed it."""
         if name == "o":
-            self._combine_project(index, layer)
+            self._combine_project(index)
         elif name == "down":
-            self._activate_project(index, layer)
-        elif name == "logits":
-            self._project_logits()
-        elif name == "qkv":
-            g = self.geometry
-            q, kv = g.num_attention_heads * g.head_dim, g.num_key_value_heads * g.head_dim
-            widths = (q, kv, kv)
-            self._norm_project(name, index, layer.input_layernorm, layer.qkv, self.qkv, widths)
+            self._activate_project(index)
         else:
-            widths = (self.gate_up.numel() // 2, self.gate_up.numel() // 2, 0)
-            norm, weight = layer.post_attention_layernorm, layer.gate_up
-            self._norm_project(name, index, norm, weight, self.gate_up, widths, zero=self.qkv)
+            self._norm_project(name, index)
 
-    def _project_logits(self) -> None:
-        logits, head = self.launches.logits, self.lm_head
+    def project_logits(self, lm_head: Tensor | QuantizedRows) -> None:
+        """Launch the product with an lm_head, the decoder's or one like it."""
+        t, launch = self.tensors, self.launches.logits
         rows: Tensor
         scales: Tensor | None
-        if isinstance(head, QuantizedRows):
-            rows, scales, pack = head.rows.view(torch.int32), head.scales, 4
+        if isinstance(lm_head, QuantizedRows):
+            rows, scales, pack = lm_head.rows.view(torch.int32), lm_head.scales, 4
         else:
-            rows, scales, pack = head, None, 1
+            rows, scales, pack = lm_head, None, 1
         self._launch(
             decode.logits_kernel,
-            (triton.cdiv(self.vocab, logits.block_n),),
-            logits.num_warps,
-            self.logits,
-            self.h,
-            self.norm,
-            rows,
-            scales,
-            self.geometry.rms_norm_eps,
-            self.hidden // pack,
-            self.vocab,
-            rows.stride(0),
-            BLOCK_H=logits.block_k // pack,
-            BLOCK_V=logits.block_n,
-        )
-
-    def _norm_project(
-        self,
-        name: str,
-        index: int,
-        norm: Tensor,
-        weight: Tensor | QuantizedMatrix,
-        out: Tensor,
-        widths: tuple[int, int, int],
-        zero: Tensor | None = None,
-    ) -> None:
-        launch: Launch = getattr(self.launches, name)
-        grid = launch.grid(self.hidden, *widths)
-        stored = Stored.of(weight)
-        self._launch(
-            decode.norm_project_kernel,
-            grid,
+            (triton.cdiv(t.vocab_size, launch.block_n),),
             launch.num_warps,
-            out,
-            self.h,
-            self.scales[index, int(name == "gate_up") :],
-            norm,
-            *stored[:4],
-            *self._buffers(name, index),
-            zero,
-            0 if zero is None else zero.numel(),
-            self.geometry.rms_norm_eps,
-            self.hidden,
-            N0=widths[0] // stored.pack,
-            N1=widths[1] // stored.pack,
-            N2=widths[2] // stored.pack,
-            ZERO=_share(zero, grid),
-            BLOCK_H=triton.next_power_of_2(self.hidden),
-            **self._tile(launch, stored),
+            logits_ptr=self.logits,
+            h_ptr=self.h,
+            norm_ptr=t.norm,
+            w_ptr=rows,
+            scales_ptr=scales,
+            eps=t.rms_norm_eps,
+            H=t.hidden_size // pack,
+            V=t.vocab_size,
+            stride_wv=rows.stride(0),
+            BLOCK_H=launch.block_k // pack,
+            BLOCK_V=launch.block_n,
         )
 
-    def _attention(self, index: int, layer: LayerTensors) -> None:
-        g = self.geometry
-        group = g.num_attention_heads // g.num_key_value_heads
+    def attend(self, index: int) -> None:
+        """Launch a layer's attention, which caches the token's key and value."""
+        t, layer = self.tensors, self.tensors.layers[index]
+        group = t.num_attention_heads // t.num_key_value_heads
         self._launch(
             attention.attention_kernel,
-            (g.num_key_value_heads, triton.cdiv(self.reach, self.chunk)),
+            (t.num_key_value_heads, triton.cdiv(self.reach, self.chunk)),
             4,
-            self.parts,
-            self.maxima,
-            self.sums,
-            self.qkv,
-            layer.qkv_bias,
-            layer.q_norm,
-            layer.k_norm,
-            self.cos,
-            self.sin,
-            self.keys[index],
-            self.values[index],
-            self.position,
-            g.head_dim**-0.5,
-            g.rms_norm_eps,
-            self.keys.stride(1),
-            HEADS=g.num_attention_heads,
-            KV_HEADS=g.num_key_value_heads,
-            HEAD_DIM=g.head_dim,
+            parts_ptr=self.parts,
+            maxima_ptr=self.maxima,
+            sums_ptr=self.sums,
+            qkv_ptr=self.qkv,
+            bias_ptr=layer.qkv_bias,
+            q_norm_ptr=layer.q_norm,
+            k_norm_ptr=layer.k_norm,
+            cos_ptr=t.cos,
+            sin_ptr=t.sin,
+            keys_ptr=t.keys[index],
+            values_ptr=t.values[index],
+            position_ptr=self.position,
+            scale=t.attention_scale,
+            eps=t.rms_norm_eps,
+            stride_head=t.keys.stride(1),
+            HEADS=t.num_attention_heads,
+            KV_HEADS=t.num_key_value_heads,
+            HEAD_DIM=t.head_dim,
             BIAS=layer.qkv_bias is not None,
             QK_NORM=layer.q_norm is not None,
-            WINDOW=g.sliding_windows[index] or 0,
+            WINDOW=t.sliding_windows[index] or 0,
             CHUNK=self.chunk,
             BLOCK_T=min(64, self.chunk),
             BLOCK_G=max(16, triton.next_power_of_2(group)),
-            BLOCK_HALF=max(16, triton.next_power_of_2(g.head_dim // 2)),
+            BLOCK_HALF=max(16, triton.next_power_of_2(t.head_dim // 2)),
             # The interpreter's dot is wrong in bfloat16.
-            DOT=_DOT[torch.float32 if INTERPRETED else self.keys.dtype],
+            DOT=_DOT[torch.float32 if INTERPRETED else t.keys.dtype],
         )
 
-    def _combine_project(self, index: int, layer: LayerTensors) -> None:
-        g = self.geometry
-        launch, chunk = self.launches.o, self.chunk
-        grid = launch.grid(layer.o.shape[0], self.hidden)
-        stored = Stored.of(layer.o)
-        self._launch(
+    def _norm_project(self, name: str, index: int) -> None:
+        t, layer = self.tensors, self.tensors.layers[index]
+        norm, out, second, zero = layer.input_layernorm, self.qkv, 0, None
+        if name == "gate_up":
+            norm, out, second, zero = layer.post_attention_layernorm, self.gate_up, 1, self.qkv
+        n0, n1, n2 = (*self._columns(name, index), 0)[:3]
+        self._project(
+            decode.norm_project_kernel,
+            name,
+            index,
+            y_ptr=out,
+            h_ptr=self.h,
+            scale_ptr=self.scales[index, second:],
+            norm_ptr=norm,
+            eps=t.rms_norm_eps,
+            H=t.hidden_size,
+            N0=n0,
+            N1=n1,
+            N2=n2,
+            BLOCK_H=triton.next_power_of_2(t.hidden_size),
+            **self._cleared(zero, name, index),
+        )
+
+    def _combine_project(self, index: int) -> None:
+        t, layer = self.tensors, self.tensors.layers[index]
+        self._project(
             decode.combine_project_kernel,
-            grid,
-            launch.num_warps,
-            self.h,
-            self.parts,
-            self.maxima,
-            self.sums,
-            self.position,
-            *stored[:4],
-            layer.o_bias,
-            *self._buffers("o", index),
-            self.gate_up,
-            self.gate_up.numel(),
-            self.hidden // stored.pack,
-            HEADS=g.num_attention_heads,
-            HEAD_DIM=g.head_dim,
+            "o",
+            index,
+            y_ptr=self.h,
+            parts_ptr=self.parts,
+            maxima_ptr=self.maxima,
+            sums_ptr=self.sums,
+            position_ptr=self.position,
+            bias_ptr=layer.o_bias,
+            N=self._columns("o", index)[0],
+            HEADS=t.num_attention_heads,
+            HEAD_DIM=t.head_dim,
             BIAS=layer.o_bias is not None,
-            WINDOW=g.sliding_windows[index] or 0,
-            CHUNK=chunk,
-            SPLITS=triton.next_power_of_2(triton.cdiv(self.reach, chunk)),
-            ZERO=_share(self.gate_up, grid),
-            **self._tile(launch, stored),
+            WINDOW=t.sliding_windows[index] or 0,
+            CHUNK=self.chunk,
+            SPLITS=triton.next_power_of_2(triton.cdiv(self.reach, self.chunk)),
+            **self._cleared(self.gate_up, "o", index),
         )
 
-    def _activate_project(self, index: int, layer: LayerTensors) -> None:
-        launch, stored = self.launches.down, Stored.of(layer.down)
-        self._launch(
+    def _activate_project(self, index: int) -> None:
+        self._project(
             decode.activate_project_kernel,
-            launch.grid(layer.down.shape[0], self.hidden),
-            launch.num_warps,
-            self.h,
-            self.gate_up,
-            *stored[:4],
-            *self._buffers("down", index),
-            layer.down.shape[0],
-            self.hidden // stored.pack,
-            **self._tile(launch, stored),
+            "down",
+            index,
+            y_ptr=self.h,
+            gate_up_ptr=self.gate_up,
+            INNER=self.tensors.intermediate_size,
+            N=self._columns("down", index)[0],
         )
 
-    def _tile(self, launch: Launch, stored: Stored) -> dict[str, Any]:
-        return {
-            "STRIDE_K": stored.elements.stride(0),
-            "GROUP": stored.group,
-            "AHEAD": launch.ahead if self.pdl else 0,
-            "PROGRAMS": self.resident,
-            "BLOCK_K": launch.block_k,
-            "BLOCK_N": launch.block_n // stored.pack,
-            "SLOTS": launch.slots,
-            "MORE": launch.more,
-            "maxnreg": launch.registers,
-        }
+    def _project(self, kernel: Any, name: str, index: int, **arguments: Any) -> None:
+        """Launch a projection, which also takes its matrix, thresholds, counts and tile."""
+        launch: Launch = getattr(self.launches, name)
+        stored, first = self._stored(name, index), MATRICES[name]
+        self._launch(
+            kernel,
+            self._grid(name, index),
+            launch.num_warps,
+            **arguments,
+            **stored.arguments(),
+            thresholds_ptr=self.thresholds[index, first:],
+            kept_ptr=self.kept[index, first:],
+            AHEAD=launch.ahead if self.pdl else 0,
+            PROGRAMS=self.resident,
+            BLOCK_K=launch.block_k,
+            BLOCK_N=launch.block_n // stored.pack,
+            SLOTS=launch.slots,
+            MORE=launch.more,
+            maxnreg=launch.registers,
+        )
 
-    def _buffers(self, name: str, index: int) -> tuple[Tensor, Tensor]:
-        first = _FIRST[name]
-        return self.thresholds[index, first:], self._kept[index, first:]
+    def _stored(self, name: str, index: int) -> Stored:
+        return Stored.of(getattr(self.tensors.layers[index], name))
+
+    def _columns(self, name: str, index: int) -> list[int]:
+        """Stored elements of the projections that stand side by side in a matrix."""
+        pack = self._stored(name, index).pack
+        return [width // pack for width in self.tensors.widths(name)]
+
+    def _grid(self, name: str, index: int) -> tuple[int, int]:
+        launch: Launch = getattr(self.launches, name)
+        inputs = getattr(self.tensors.layers[index], name).shape[0]
+        return launch.grid(inputs, *self.tensors.widths(name))
+
+    def _cleared(self, buffer: Tensor | None, name: str, index: int) -> dict[str, Any]:
+        """A buffer that a projection clears, in equal parts of a power of two elements."""
+        if buffer is None:
+            return {"zero_ptr": None, "zero_size": 0, "ZERO": 0}
+        programs = math.prod(self._grid(name, index))
+        share = max(32, triton.next_power_of_2(triton.cdiv(buffer.numel(), programs)))
+        return {"zero_ptr": buffer, "zero_size": buffer.numel(), "ZERO": share}
+
+
+def _from_table(tensors: StepTensors) -> dict[float, StepLaunches]:
+    first = tensors.layers[0]
+    shapes = {name: tuple(getattr(first, name).shape) for name in MATRICES}
+    return {
+        regime: StepLaunches.choose(
+            shapes | {"logits": (tensors.hidden_size, tensors.vocab_size)},
+            bits_of(first.qkv),
+            logits_bits=bits_of(tensors.lm_head),
+            regime=regime,
+            device=DeviceClass.of(tensors.embed_tokens.device),
+        )
+        for regime in REGIMES
+    }
 
 
 def _launch(
-    pdl: bool, kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any
+    pdl: bool, kernel: Any, grid: tuple[int, ...], num_warps: int, **arguments: Any
 ) -> None:
     options = {"launch_pdl": True} if pdl else {}
-    kernel[grid](*args, **constants, PDL=pdl, num_warps=num_warps, num_stages=1, **options)
+    kernel[grid](**arguments, PDL=pdl, num_warps=num_warps, num_stages=1, **options)
 
 
 _DOT = {
@@ -357,10 +319,3 @@ _DOT = {
     torch.bfloat16: triton.language.bfloat16,
     torch.float32: triton.language.float32,
 }
-
-
-def _share(buffer: Tensor | None, grid: tuple[int, int]) -> int:
-    """Elements that each program of a grid clears, a power of two."""
-    if buffer is None:
-        return 0
-    return max(32, triton.next_power_of_2(triton.cdiv(buffer.numel(), grid[0] * grid[1])))

@@ -6,7 +6,8 @@ Every kernel first waits for the one before it, then lets the next one start: wi
 launch (compute capability 9.0) a kernel's programs move in as those of the last one leave. What
 was written two kernels ago or earlier is safe to read before the wait.
 
-A matrix is given by w_ptr, grid_ptr, groups, w_scales_ptr, its row stride and GROUP (see `Stored`).
+Kernels are launched by keywords. A matrix is w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K and
+GROUP, which `Stored.arguments` gives, and within a kernel one `Matrix`; a `Tile` is how it is cut.
 Columns and BLOCK_N count its stored elements, each of which holds several columns when it is
 quantized.
 
@@ -21,7 +22,8 @@ import triton
 import triton.language as tl
 
 from teal_kernels.gpu.handover import _add, _fixed, _read, _wait, _zero
-from teal_kernels.gpu.tiles import _accumulate, _columns, _fetch_ahead, _pack, _sum_int8, _words
+from teal_kernels.gpu.products import _pack, _sum_int8, _words
+from teal_kernels.gpu.tiles import Matrix, Tile, _accumulate, _columns, _fetch_ahead
 
 # Rows of small tables, aligned or not by layer: one compilation serves all layers.
 _ROWS_OF_TABLES = ["thresholds_ptr", "kept_ptr", "scale_ptr"]
@@ -125,8 +127,9 @@ def norm_project_kernel(
         first = (start == 0) | (start == N0) | (start == N0 + N1)
         WORDS: tl.constexpr = _words(GROUP, BLOCK_N, N0, N1)
         _accumulate(
-            y_ptr, x, w_ptr, grid_ptr, groups, w_scales_ptr, threshold, kept_ptr + block, first,
-            row, offs_k < H, start, end, STRIDE_K, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE, WORDS,
+            y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
+            Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr + block, first,
+            row, offs_k < H, start, end, WORDS,
         )  # fmt: skip
 
 
@@ -162,9 +165,9 @@ def activate_project_kernel(
     if row < INNER:  # always; see the module's docstring
         x = _activated(gate_up_ptr, offs_k, INNER)
         _accumulate(
-            y_ptr, x, w_ptr, grid_ptr, groups, w_scales_ptr, threshold, kept_ptr, start == 0,
-            row, offs_k < INNER, start, N, STRIDE_K, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE,
-            _words(GROUP, BLOCK_N, 0, 0),
+            y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
+            Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr, start == 0,
+            row, offs_k < INNER, start, N, _words(GROUP, BLOCK_N, 0, 0),
         )  # fmt: skip
 
 
@@ -244,9 +247,9 @@ def combine_project_kernel(
         total = tl.where(mask_h, tl.sum(share * sums, axis=0), 1.0)
         x = tl.sum(share * parts, axis=0) / total
         _accumulate(
-            y_ptr, x, w_ptr, grid_ptr, groups, w_scales_ptr, threshold, kept_ptr, start == 0,
-            row, mask_k, start, N, STRIDE_K, GROUP, BLOCK_K, BLOCK_N, SLOTS, MORE,
-            _words(GROUP, BLOCK_N, 0, 0),
+            y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
+            Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr, start == 0,
+            row, mask_k, start, N, _words(GROUP, BLOCK_N, 0, 0),
         )  # fmt: skip
 
 

@@ -28,6 +28,10 @@ def _wait(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
+# Under TRITON_INTERPRET=1 the decorator gives something else, which runs on CPU tensors.
+INTERPRETED = not isinstance(_wait, triton.runtime.JITFunction)
+
+
 @triton.jit
 def _read(ptr, mask):
     """Sums as float32, from an accumulator of either kind."""

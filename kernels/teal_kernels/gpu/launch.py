@@ -31,9 +31,9 @@ class Launch(NamedTuple):
         return columns, triton.cdiv(inputs, self.block_k)
 
 
-# Launch by bits of a weight, of a projection on its own. On an H100 one tile a program with all
+# Launch by bits of a weight, where no table has another. On an H100 one tile a program with all
 # its loads in flight beats small tiles in a loop by 10 to 25 %.
-PROJECTION = {
+_PLAIN = {
     4: Launch(16, 2048, 2),
     8: Launch(16, 2048, 4),
     16: Launch(16, 1024, 4),
@@ -149,7 +149,7 @@ class StepLaunches(NamedTuple):
         A device or width of weights without a table gets one tile for all, without a limit on
         registers or rows fetched ahead: both pay or cost as the device is made.
         """
-        plain = dict.fromkeys(_H100[regime], PROJECTION[bits])
+        plain = dict.fromkeys(_H100[regime], _PLAIN[bits])
         table = _TABLES.get((device.capability, bits), {}).get(regime, plain)
         tiles = {
             name: fit(launch, shapes[name][0], shapes[name][1], bits, 2 * device.processors)

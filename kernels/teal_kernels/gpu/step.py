@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +11,13 @@ from torch import Tensor
 from teal_kernels.gpu.chain import Chain
 from teal_kernels.gpu.launch import StepLaunches, regime_of
 from teal_kernels.gpu.sample import Choice
+from teal_kernels.tensors import StepTensors
 
 # Positions that the first graphs of a step cover; each further set covers twice as many.
 _FIRST_REACH = 1024
 
 
-class DecodeStep(Chain):
+class DecodeStep:
     """Runs one token a call, over weights and a cache that stay where they are.
 
     A step's first run launches kernel by kernel, which compiles them; those after it replay a
@@ -32,9 +32,23 @@ class DecodeStep(Chain):
     midst of a capture, counts as not run: what it left is cleaned before anything else is done.
     """
 
-    def __init__(self, *, capture: bool = True, **tensors: Any) -> None:
-        """Bind the step to tensors (see `Chain`); without `capture` no graph is made."""
-        super().__init__(**tensors)
+    def __init__(
+        self,
+        tensors: StepTensors,
+        *,
+        launches: Mapping[float, StepLaunches] | None = None,
+        dependent_launch: bool | None = None,
+        deterministic: bool = False,
+        capture: bool = True,
+    ) -> None:
+        """Bind the step to tensors, as a `Chain` is; without `capture` no graph is made."""
+        self.chain = Chain(
+            tensors,
+            launches=launches,
+            dependent_launch=dependent_launch,
+            deterministic=deterministic,
+        )
+        self.device, self.length = self.chain.device, tensors.length
         self.capture = capture and self.device.type == "cuda"
         self._graphs: dict[tuple[StepLaunches, Choice | None, int], torch.cuda.CUDAGraph] = {}
         self._choice = Choice()
@@ -48,24 +62,24 @@ class DecodeStep(Chain):
     def set_thresholds(self, thresholds: Tensor | None) -> None:
         """Change the thresholds of the tokens to come ([layers, 7] float32; None is dense)."""
         if thresholds is None:
-            self.thresholds.fill_(-torch.inf)
+            self.chain.thresholds.fill_(-torch.inf)
         else:
-            self.thresholds.copy_(thresholds)
+            self.chain.thresholds.copy_(thresholds)
 
     def expect(self, sparsity: float) -> None:
         """Use the launches that are fastest at about this sparsity; any give the right result."""
-        self.launches = self.choices[regime_of(sparsity)]
+        self.chain.launches = self.chain.choices[regime_of(sparsity)]
 
     @property
     def kept(self) -> Tensor:
         """Channels kept since the counts were cleared, [layers, 7] int64 on the CPU."""
         self.clean()
-        return self._kept.long().cpu()
+        return self.chain.kept.long().cpu()
 
     def clear_counts(self) -> None:
         """Start counting anew."""
         self.clean()
-        self._kept.zero_()
+        self.chain.kept.zero_()
 
     def __call__(self, token: int, position: int) -> Tensor:
         """Decode `token` at `position` and cache its keys and values; float32 [vocab_size].
@@ -75,7 +89,7 @@ class DecodeStep(Chain):
         """
         self._place(token, position)
         self._run(position, None)
-        logits = self.logits.clone()
+        logits = self.chain.logits.clone()
         self._begun = None
         return logits
 
@@ -101,7 +115,7 @@ class DecodeStep(Chain):
             ValueError: the token or the position is out of range.
         """
         self._place(token, position)
-        self._choice = self.chooser.set(
+        self._choice = self.chain.chooser.set(
             temperature, top_k, top_p, seed, min_p, repetition_penalty, (*tokens, token)
         )
         self._at = position
@@ -115,8 +129,8 @@ class DecodeStep(Chain):
         """
         if self._begun is not None:
             raise RuntimeError("a step was broken off: start again before advancing")
-        if self._at >= self.context:
-            raise ValueError(f"the cache is full: it holds {self.context} positions")
+        if self._at >= self.length:
+            raise ValueError(f"the cache is full: it holds {self.length} positions")
         self._run(self._at, self._choice)
         if self._done:
             self._done[self._at % 2].record(torch.cuda.current_stream(self.device))
@@ -130,7 +144,7 @@ class DecodeStep(Chain):
         """
         if self._done:
             self._done[position % 2].synchronize()
-        return int(self.chooser.history[position])
+        return int(self.chain.chooser.history[position])
 
     def take_back(self, position: int) -> None:
         """Uncount what ran from `position` on, at most two steps; `start` comes before the next.
@@ -139,7 +153,7 @@ class DecodeStep(Chain):
         """
         self.clean()
         self._at = position
-        self._kept.copy_(self.chooser.counts_before(position))
+        self.chain.kept.copy_(self.chain.chooser.counts_before(position))
 
     def clean(self) -> None:
         """Make good what a step that was broken off has left, if there is one.
@@ -149,39 +163,40 @@ class DecodeStep(Chain):
         """
         if self._begun is None:
             return
-        self.qkv.zero_()
-        self._kept.copy_(self.chooser.counts_before(self._begun))
+        self.chain.qkv.zero_()
+        self.chain.kept.copy_(self.chain.chooser.counts_before(self._begun))
         self._begun = None
 
     def _place(self, token: int, position: int) -> None:
-        if not 0 <= token < self.vocab or not 0 <= position < self.context:
+        chain, vocab = self.chain, self.chain.tensors.vocab_size
+        if not 0 <= token < vocab or not 0 <= position < self.length:
             raise ValueError(
-                f"token {token} at position {position} is outside {self.vocab} tokens "
-                f"or {self.context} positions"
+                f"token {token} at position {position} is outside {vocab} tokens "
+                f"or {self.length} positions"
             )
         self.clean()
-        self.token.fill_(token)
-        self.position.fill_(position)
-        self.chooser.counts_before(position).copy_(self._kept)
+        chain.token.fill_(token)
+        chain.position.fill_(position)
+        chain.chooser.counts_before(position).copy_(chain.kept)
 
     def _run(self, position: int, choice: Choice | None) -> None:
         """The first time launches kernel by kernel, which compiles them, then captures.
 
         The caller says when the step has come to its end.
         """
+        chain, reach = self.chain, _FIRST_REACH
         self._begun = position
-        self.reach = _FIRST_REACH
-        while self.reach <= position:
-            self.reach *= 2
-        self.reach = min(self.reach, self.context)
-        kind = (self.launches, choice, self.reach)
+        while reach <= position:
+            reach *= 2
+        chain.reach = min(reach, self.length)
+        kind = (chain.launches, choice, chain.reach)
         if graph := self._graphs.get(kind):
             graph.replay()
             return
-        with torch.cuda.device_of(self.h):
-            self.launch_all(choice)
+        with torch.cuda.device_of(chain.h):
+            chain.launch_all(choice)
             if self.capture:
-                self._graphs[kind] = _captured(lambda: self.launch_all(choice))
+                self._graphs[kind] = _captured(lambda: chain.launch_all(choice))
 
 
 def _captured(launch: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs
 # Triton reads annotations of a kernel's parameters as types of its own.
-"""Integers to floats in one pass over memory: what prefill gives to a product of torch."""
+"""Integers to floats on a GPU, in one pass over memory: what prefill gives to torch's product."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
 
 # A program's tile, in weights: 16 bytes of codes a thread, and whole lines of 128 bytes.
 _BLOCK_K, _BLOCK_N = 8, 1024
@@ -72,28 +70,28 @@ def dequantize_kernel(
     tl.store(out, w.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def columns(matrix: QuantizedMatrix, start: int, end: int, dtype: torch.dtype) -> Tensor:
-    """`QuantizedMatrix.dequantize` on a CUDA device: [K, end - start], equal to the last bit."""
-    return _floats(matrix.rows, matrix.scales, start, end, dtype, matrix.group, matrix.groups)
-
-
-def rows(matrix: QuantizedRows, start: int, end: int, dtype: torch.dtype) -> Tensor:
-    """`QuantizedRows.dequantize` on a CUDA device: [end - start, H], equal to the last bit."""
-    codes, scales = matrix.rows[start:end], matrix.scales[start:end]
-    return _floats(codes, scales, 0, codes.shape[1], dtype, by_row=True)
-
-
-def _floats(
+def dequantize(
     codes: Tensor,
     scales: Tensor,
     start: int,
     end: int,
     dtype: torch.dtype,
+    *,
     group: int = 0,
     groups: int = 0,
     by_row: bool = False,
 ) -> Tensor:
-    """Columns start to end; int4 has `groups` of `group` columns in a row, int8 none."""
+    """Columns start to end of quantized rows as floats, equal to torch's to the last bit.
+
+    Args:
+        codes: [K, N] int8, or int4 rows as `QuantizedMatrix` has them.
+        scales: float32, one a column, or one a row.
+        start, end: the columns.
+        dtype: of the result, [K, end - start].
+        group: columns of an int4 row that share scale and offset; 0 is int8.
+        groups: how many there are in a row.
+        by_row: whether the scales are the rows'.
+    """
     out = torch.empty(codes.shape[0], end - start, dtype=dtype, device=codes.device)
     if not out.numel():
         return out
@@ -104,18 +102,18 @@ def _floats(
     first = start - start % unit
     with torch.cuda.device_of(codes):  # Triton launches on the current device
         dequantize_kernel[triton.cdiv(end - first, _BLOCK_N), triton.cdiv(len(codes), _BLOCK_K)](
-            out,
-            codes,
-            grid,
-            scales,
-            codes.shape[0],
-            first // pack,
-            triton.cdiv(end, pack),
-            start,
-            end,
-            groups,
-            codes.stride(0),
-            out.stride(0),
+            out_ptr=out,
+            codes_ptr=codes,
+            grid_ptr=grid,
+            scales_ptr=scales,
+            K=codes.shape[0],
+            first=first // pack,
+            last=triton.cdiv(end, pack),
+            start=start,
+            end=end,
+            groups=groups,
+            stride_codes=codes.stride(0),
+            stride_out=out.stride(0),
             GROUP=group,
             UNIT=unit,
             BY_ROW=by_row,

@@ -1,0 +1,101 @@
+"""What a step is bound to: a model's tensors and a few numbers, the same for every device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
+
+# A layer's matrices, with the column of [layers, PROJECTIONS] thresholds and counts at which the
+# projections that stand side by side in each of them begin: q k v o gate up down.
+MATRICES = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}
+PROJECTIONS = 7
+
+
+class LayerTensors(Protocol):
+    """The tensors of a layer, named and laid out as in the decoder's checkpoint."""
+
+    input_layernorm: Tensor  # [H]
+    qkv: Tensor | QuantizedMatrix  # [H, (Hq + 2 * Hkv) * D]
+    qkv_bias: Tensor | None  # [(Hq + 2 * Hkv) * D]
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
+    o: Tensor | QuantizedMatrix  # [Hq * D, H]
+    o_bias: Tensor | None  # [H]
+    post_attention_layernorm: Tensor  # [H]
+    gate_up: Tensor | QuantizedMatrix  # [H, 2 * I]
+    down: Tensor | QuantizedMatrix  # [I, H]
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """Weights and a cache on one device, which a step reads (and of the cache, writes) in place.
+
+    All but the integers are of one dtype; a matrix is stored in the same way in every layer.
+    """
+
+    layers: Sequence[LayerTensors]
+    embed_tokens: Tensor  # [V, H]
+    norm: Tensor  # [H]
+    lm_head: Tensor | QuantizedRows  # [V, H]
+    keys: Tensor  # [layers, Hkv, length, D]
+    values: Tensor  # the same shape
+    cos: Tensor  # [at least length, D / 2] float32
+    sin: Tensor  # the same shape
+    num_attention_heads: int  # Hq
+    rms_norm_eps: float  # of every norm
+    sliding_windows: Sequence[int | None]  # one a layer, None where a layer sees everything
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.embed_tokens.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.embed_tokens.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return self.layers[0].down.shape[0]
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Hkv."""
+        return self.keys.shape[1]
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache."""
+        return self.keys.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.keys.shape[3]
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores are multiplied by."""
+        return float(self.head_dim**-0.5)
+
+    def widths(self, name: str) -> tuple[int, ...]:
+        """Columns of the projections that stand side by side in a matrix."""
+        kv = self.num_key_value_heads * self.head_dim
+        return {
+            "qkv": (self.num_attention_heads * self.head_dim, kv, kv),
+            "o": (self.hidden_size,),
+            "gate_up": (self.intermediate_size, self.intermediate_size),
+            "down": (self.hidden_size,),
+        }[name]
+
+
+def bits_of(weight: Tensor | QuantizedMatrix | QuantizedRows) -> int:
+    """Bits of a weight, without its share of scales."""
+    return 8 * weight.element_size() if isinstance(weight, Tensor) else weight.bits
