@@ -78,7 +78,7 @@ def leave(child: Any) -> None:
 
 def test_commands_and_turns(start: Start, tmp_path: Path) -> None:
     pytest.importorskip("prompt_toolkit")
-    child = start("-n", "6", "--seed", "1")
+    child = start("-n", "6", "--seed", "1", "--history")
     child.send("/sparsity 0.5\r")
     child.expect("sparsity 0.5, by uniform")
     child.send("Hello\r")
@@ -101,7 +101,7 @@ def test_commands_and_turns(start: Start, tmp_path: Path) -> None:
     child.expect("Ctrl-D or /bye leaves")
     leave(child)
     assert (tmp_path / "talk.json").exists()
-    again = start()
+    again = start("--history")
     again.send("\x1b[A\x1b[A\r")  # the paste, in the next chat
     again.expect("two")
     again.expect(ENDING)

@@ -143,8 +143,8 @@ def test_neither_file_nor_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("llama3:8b", "ollama"),
-        ("llama-3-8b:latest", "Did you mean meta-llama/Meta-Llama-3-8B-Instruct"),
+        ("llama3:8b-q4_0", "ollama"),
+        ("lama-3-8b:latest", "Did you mean llama-3-8b?"),
         ("hf.co/Qwen/Qwen3-8B-GGUF:Q4_K_M", "Qwen/Qwen3-8B-GGUF."),
         ("https://huggingface.co/Qwen/Qwen3-8B/tree/main", "Qwen/Qwen3-8B."),
     ],
