@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from teal_cli.benchmark.bandwidth import Bandwidth
 from teal_cli.benchmark.compiled import compiled_decoding
@@ -22,9 +21,11 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.quantization import Quantization
 from teal_cli.progress import Reporter
+from teal_cli.sparsity import setting
+from teal_cli.sparsity.setting import Setting
 
-# Thresholds for a target sparsity, given the session that will use them.
-ThresholdsFor = Callable[[Session, float], Tensor]
+# What puts a target sparsity on the session that will decode under it.
+SettingFor = Callable[[Session, float], Setting]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def measure(
     decoder: Decoder,
     prompt: Sequence[int],
     settings: Settings,
-    thresholds_for: ThresholdsFor,
+    setting_for: SettingFor,
     read_memory: Callable[[], Bandwidth],
     reporter: Reporter,
 ) -> tuple[Bandwidth, tuple[Row, ...], tuple[str, ...]]:
@@ -102,7 +103,7 @@ def measure(
         decoder: the model.
         prompt: what is answered.
         settings: how often, and how much.
-        thresholds_for: the thresholds of a sparsity.
+        setting_for: the setting of a sparsity.
         read_memory: measures the memory's bandwidth; once a repeat, the fastest counts.
         reporter: follows the runs.
 
@@ -126,13 +127,13 @@ def measure(
     dense = Variant(DENSE, "dense", name, size, session.backend, quantization=kind)
     variants = [dense]
     decodings: dict[str, Decoding] = {
-        DENSE: SessionDecoding(session, None, 0.0, prompt, settings.tokens)
+        DENSE: SessionDecoding(session, setting.DENSE, prompt, settings.tokens)
     }
     for sparsity in settings.sparsities:
         label = f"sparse {sparsity:.4g}"
-        thresholds = thresholds_for(session, sparsity)
+        asked = setting_for(session, sparsity)
         variants.append(replace(dense, label=label, kind="sparse", target_sparsity=sparsity))
-        decodings[label] = SessionDecoding(session, thresholds, sparsity, prompt, settings.tokens)
+        decodings[label] = SessionDecoding(session, asked, prompt, settings.tokens)
     notes = []
     for baseline in settings.baselines:
         try:

@@ -1,4 +1,4 @@
-"""The same decoder in plain torch under torch.compile: an honest dense baseline.
+"""The decoder itself under torch.compile: an honest dense baseline.
 
 As in gpt-fast (github.com/meta-pytorch/gpt-fast): static shapes, weights in the layout that
 matrix-vector products like best, [out_features, in_features], and CUDA graphs on a GPU.
@@ -23,73 +23,8 @@ from teal_cli.environment import available_memory
 from teal_cli.errors import TealError, whole
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import FUSED
-from teal_cli.model.weights import LayerWeights, floats
+from teal_cli.model.weights import DecoderWeights, LayerWeights, floats
 from teal_cli.progress import Reporter
-
-
-class _PlainModel:
-    """A dense decode step without anything of ours: plain torch, static shapes, no host reads."""
-
-    def __init__(self, decoder: Decoder, length: int, dtype: torch.dtype) -> None:
-        config, weights, device = decoder.config, decoder.weights, decoder.device
-        self.config = config
-        self.embed_tokens = weights.embed_tokens.to(dtype)
-        tied = weights.lm_head is weights.embed_tokens
-        self.lm_head = self.embed_tokens if tied else floats(weights.lm_head, dtype)
-        self.norm = weights.norm.to(dtype)
-        self.layers: list[Any] = [_turned(layer, dtype) for layer in weights.layers]
-        heads, width = config.num_key_value_heads, config.head_dim
-        self.keys = [
-            torch.zeros(1, heads, length, width, dtype=dtype, device=device) for _ in self.layers
-        ]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-        cos, sin = decoder.rotary.tables(length)
-        self.cos, self.sin = cos.to(device), sin.to(device)
-        self.positions = torch.arange(length, device=device)
-
-    def advance(self, token: Tensor, position: Tensor, answer: Tensor) -> None:
-        """Decode token [1] at position [1], int64; put the next into both and answer [length]."""
-        chosen = self.step(token, position).argmax(-1)
-        answer.index_copy_(0, position, chosen)
-        token.copy_(chosen)
-        position.add_(1)
-
-    def step(self, token: Tensor, position: Tensor) -> Tensor:
-        """token [1] and position [1], int64 → logits [1, vocab_size]."""
-        cos, sin = self.cos[position][:, None], self.sin[position][:, None]
-        x = F.embedding(token, self.embed_tokens)
-        for index in range(len(self.layers)):
-            x = self._layer(index, x, position, cos, sin)
-        return F.linear(_rms_norm(x, self.norm, self.config.rms_norm_eps), self.lm_head)
-
-    def _layer(self, index: int, x: Tensor, position: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        config, layer = self.config, self.layers[index]
-        eps = config.rms_norm_eps
-        qkv = _linear(_rms_norm(x, layer.input_layernorm, eps), layer.qkv, layer.qkv_bias)
-        q, k, v = qkv.split((config.q_size, config.kv_size, config.kv_size), dim=-1)
-        q = q.view(1, config.num_attention_heads, config.head_dim)
-        k = k.view(1, config.num_key_value_heads, config.head_dim)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = _rms_norm(q, layer.q_norm, eps), _rms_norm(k, layer.k_norm, eps)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        keys, values = self.keys[index], self.values[index]
-        keys.index_copy_(2, position, k.transpose(0, 1)[None])
-        values.index_copy_(2, position, v.view(1, config.num_key_value_heads, 1, config.head_dim))
-        seen = self.positions <= position
-        if (window := config.sliding_windows[index]) is not None:
-            seen &= self.positions > position - window
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            keys,
-            values,
-            attn_mask=seen[None],
-            enable_gqa=config.num_attention_heads != config.num_key_value_heads,
-        )
-        x = x + _linear(out.view(1, config.q_size), layer.o, layer.o_bias)
-        hidden = _rms_norm(x, layer.post_attention_layernorm, eps)
-        # Two products, which the compiler joins with the activation in one kernel.
-        gate, up = layer.gate_up.chunk(2)
-        return x + F.linear(F.silu(F.linear(hidden, gate)) * F.linear(hidden, up), layer.down)
 
 
 class CompiledDecoding:
@@ -111,8 +46,10 @@ class CompiledDecoding:
     ) -> None:
         self._decoder = decoder
         length = len(prompt) + tokens
-        self._model = _PlainModel(decoder, length, dtype)
-        self._advance = compiler(self._model.advance)
+        self._copy = Decoder(decoder.config, _turned(decoder.weights, dtype), compute_dtype=dtype)
+        self._cache = self._copy.new_cache(length)
+        self._copy.rotary.tables(length)  # so that no step makes them
+        self._advance = compiler(self._decode)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._prompt = torch.tensor(list(prompt))
         self._tokens = tokens
@@ -171,16 +108,25 @@ class CompiledDecoding:
         else:
             self._advance(self._token, self._position, self._answer)
 
+    def _decode(self, token: Tensor, position: Tensor, answer: Tensor) -> None:
+        """Decode token [1] at position [1], int64; put the next into both and answer [length]."""
+        chosen = self._logits(token, position).argmax(-1)
+        answer.index_copy_(0, position, chosen)
+        token.copy_(chosen)
+        position.add_(1)
+
+    def _logits(self, token: Tensor, position: Tensor) -> Tensor:
+        """token [1] and position [1], int64 → logits [1, vocab_size], by one product."""
+        hidden = self._copy.forward(token, cache=self._cache, position=position)
+        return F.linear(hidden, floats(self._copy.weights.lm_head, hidden.dtype))
+
     def _prefill(self) -> None:
         """Fill the cache with the prompt, and choose the first token of the answer."""
         count = len(self._prompt)
         cache = self._decoder.new_cache(count)
         hidden = self._decoder.forward(self._prompt, cache=cache)
-        for index, (keys, values) in enumerate(
-            zip(self._model.keys, self._model.values, strict=True)
-        ):
-            keys[0, :, :count] = cache.keys[index]
-            values[0, :, :count] = cache.values[index]
+        self._cache.keys[:, :, :count] = cache.keys
+        self._cache.values[:, :, :count] = cache.values
         first = int(self._decoder.logits(hidden[-1:]).argmax())
         self._token.fill_(first)
         self._position.fill_(count)
@@ -241,30 +187,24 @@ def _fastest_dtype(decoder: Decoder) -> torch.dtype:
     return min(times, key=lambda dtype: times[dtype])
 
 
-def _turned(layer: LayerWeights, dtype: torch.dtype) -> LayerWeights:
-    """A layer in another dtype, its matrices as [out_features, in_features]."""
+def _turned(weights: DecoderWeights, dtype: torch.dtype) -> DecoderWeights:
+    """Weights in another dtype, the layers' matrices lying as [out_features, in_features]."""
+    embed_tokens = weights.embed_tokens.to(dtype)
+    tied = weights.lm_head is weights.embed_tokens
+    return DecoderWeights(
+        embed_tokens,
+        [_turned_layer(layer, dtype) for layer in weights.layers],
+        weights.norm.to(dtype),
+        embed_tokens if tied else floats(weights.lm_head, dtype),
+    )
+
+
+def _turned_layer(layer: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     tensors: dict[str, Any] = {}
     for field in fields(LayerWeights):
         tensor = getattr(layer, field.name)
         if field.name in FUSED:
             turned = floats(tensor, dtype).T
-            tensor = turned.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            tensor = turned.to(dtype, copy=True, memory_format=torch.contiguous_format).T
         tensors[field.name] = None if tensor is None else tensor.to(dtype)
     return LayerWeights(**tensors)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [1, in] → [1, out]; the bias apart, since the product alone is compiled as a reduction."""
-    y = F.linear(x, weight)
-    return y if bias is None else y + bias
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)

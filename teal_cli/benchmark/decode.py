@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from teal_cli.benchmark.timing import Run
 from teal_cli.inference.generate import Finish, Stats, generate
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
+from teal_cli.sparsity.setting import Setting
 
 _WARM_UP_TOKENS = 8
 
@@ -18,15 +17,10 @@ class SessionDecoding:
     """Greedy decoding of `tokens` tokens after a prompt; sessions may be shared."""
 
     def __init__(
-        self,
-        session: Session,
-        thresholds: Tensor | None,
-        sparsity: float,
-        prompt: Sequence[int],
-        tokens: int,
+        self, session: Session, setting: Setting, prompt: Sequence[int], tokens: int
     ) -> None:
         self._session = session
-        self._thresholds, self._sparsity = thresholds, sparsity
+        self._setting = setting
         self._prompt = prompt
         self._tokens = tokens
 
@@ -40,13 +34,13 @@ class SessionDecoding:
         return Run(
             time_to_first_token_s=stats.time_to_first_token_s,
             time_per_token_s=stats.decode_s / (stats.new_tokens - 1),
-            realised_sparsity=None if self._thresholds is None else stats.realised_sparsity,
+            realised_sparsity=stats.realised_sparsity,
         )
 
     def _answer(self, tokens: int) -> Stats:
         session = self._session
         session.reset()
-        session.set_thresholds(self._thresholds, self._sparsity)
+        session.use(self._setting)
         steps = generate(session, self._prompt, Sampler(Sampling()), max_new_tokens=tokens)
         *_, finish = steps
         assert isinstance(finish, Finish)

@@ -13,6 +13,7 @@ from teal_cli.model.sites import PROJECTIONS
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.calibrate import calibrate
 from teal_cli.sparsity.profile import Profile
+from teal_cli.sparsity.setting import Setting
 
 _WINDOW = 128  # positions, each with thousands of channels: quantiles to three digits
 _ROUNDS, _STEPS = 4, 24
@@ -27,9 +28,9 @@ def self_calibrated(decoder: Decoder, *, seed: int, reporter: Reporter) -> Profi
     return calibrate(decoder, tokens, model="random weights", reporter=reporter)
 
 
-def met_thresholds(
+def met_setting(
     session: Session, profile: Profile, sparsity: float, prompt: Sequence[int]
-) -> Tensor:
+) -> Setting:
     """Thresholds that give every projection a sparsity on the tokens that are decoded.
 
     Sparse activations differ from the dense ones of the profile, and random weights attend to
@@ -41,32 +42,27 @@ def met_thresholds(
         profile: of the same model.
         sparsity: target in [0, 1).
         prompt: tokens to decode after.
-
-    Returns:
-        float32 [num_hidden_layers, 7].
     """
     shape = (session.decoder.config.num_hidden_layers, len(PROJECTIONS))
     asked = torch.full(shape, sparsity, dtype=torch.float64)
-    thresholds = profile.quantiles.thresholds(asked).float()
+    setting = Setting("uniform", sparsity, profile.quantiles.thresholds(asked))
     for _ in range(_ROUNDS if sparsity > 0 else 0):
-        realised = _realised(session, thresholds, sparsity, prompt)
+        realised = _realised(session, setting, prompt)
         if abs(profile.model_sparsity(realised) - sparsity) < _TOLERANCE:
             break
         asked = (asked + sparsity - realised).clamp(min=0)
-        thresholds = profile.quantiles.thresholds(asked).float()
+        setting = Setting("uniform", sparsity, profile.quantiles.thresholds(asked))
     session.reset()
-    return thresholds
+    return setting
 
 
-def _realised(
-    session: Session, thresholds: Tensor, sparsity: float, prompt: Sequence[int]
-) -> Tensor:
+def _realised(session: Session, setting: Setting, prompt: Sequence[int]) -> Tensor:
     """The share of channels that each projection skips while decoding, [L, 7] float64."""
     session.reset()
-    session.set_thresholds(thresholds, sparsity)
+    session.use(setting)
     logits = session.prefill(prompt)
     for _ in range(min(_STEPS, session.max_length - len(prompt))):
         logits = session.step(int(logits.argmax()))
-    kept = session.kept_shares()
-    assert kept is not None
-    return 1 - kept
+    skips = session.skips()
+    assert skips is not None
+    return skips.shares

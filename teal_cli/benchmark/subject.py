@@ -1,4 +1,4 @@
-"""What a benchmark runs on: a decoder, a prompt for it, and thresholds for a sparsity."""
+"""What a benchmark runs on: a decoder, a prompt for it, and a setting for each sparsity."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from teal_cli.benchmark.bench import Settings, ThresholdsFor, require_memory_for
-from teal_cli.benchmark.self_calibration import met_thresholds, self_calibrated
+from teal_cli.benchmark.bench import SettingFor, Settings, require_memory_for
+from teal_cli.benchmark.self_calibration import met_setting, self_calibrated
 from teal_cli.errors import UsageError
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.config import ModelConfig
@@ -36,7 +36,7 @@ class Subject:
     decoder: Decoder
     description: dict[str, Any]
     prompt: list[int]
-    thresholds_for: ThresholdsFor
+    setting_for: SettingFor
 
 
 def model_subject(
@@ -53,7 +53,7 @@ def model_subject(
         TealError: the profile does not reach one of the sparsities.
     """
     settings.check(checkpoint.config)
-    thresholds = {value: profile.thresholds(value, method) for value in settings.sparsities}
+    made = {value: profile.setting(value, method) for value in settings.sparsities}
     tokens = checkpoint.tokenizer()(_TEXT)["input_ids"]
     tokens *= -(-settings.prompt_tokens // len(tokens))
     decoder = checkpoint.load(device)
@@ -70,7 +70,7 @@ def model_subject(
         decoder,
         description,
         tokens[: settings.prompt_tokens],
-        lambda session, sparsity: thresholds[sparsity],
+        lambda session, sparsity: made[sparsity],
     )
 
 
@@ -107,7 +107,7 @@ def random_subject(
         decoder,
         description | {"method": "uniform"},
         prompt,
-        lambda session, sparsity: met_thresholds(session, profile, sparsity, prompt),
+        lambda session, sparsity: met_setting(session, profile, sparsity, prompt),
     )
 
 

@@ -17,6 +17,7 @@ from teal_cli.inference.conversation import Dropped
 from teal_cli.inference.generate import Finish
 from teal_cli.inference.sampling import Sampler
 from teal_cli.inference.text_stream import Text
+from teal_cli.sparsity.setting import DENSE
 
 # A second Ctrl-C this soon is the same wish; a later one breaks off whatever still runs.
 _SAME_PRESS_S = 1.0
@@ -124,22 +125,23 @@ def _answer(chat: Chat, prompt: str, *, again: bool) -> Answer:
 
 def _compare(chat: Chat, prompt: str, *, again: bool) -> Answer:
     """The same prompt with the same draws, dense and then sparse; the sparse answer stays."""
-    conversation, sparsity, sampler = chat.conversation, chat.sparsity, chat.conversation.sampler
+    conversation, setting = chat.conversation, chat.session.setting
+    sampler = conversation.sampler
     alike = replace(sampler.sampling, seed=sampler.draw_seed())
     try:
-        chat.set_sparsity(0.0)
+        chat.session.use(DENSE)
         conversation.sampler = Sampler(alike)
         print(console.styled("dense", console.BOLD, sys.stdout))
         dense = _answer(chat, prompt, again=again)
         if dense.finish.reason == "interrupted":
             return dense
-        chat.set_sparsity(sparsity)
+        chat.session.use(setting)
         conversation.sampler = Sampler(alike)
-        print(console.styled(f"\nsparsity {sparsity:g}", console.BOLD, sys.stdout))
+        print(console.styled(f"\nsparsity {chat.sparsity:g}", console.BOLD, sys.stdout))
         sparse = _answer(chat, prompt, again=True)
     finally:
         conversation.sampler = sampler
-        chat.set_sparsity(sparsity)
+        chat.session.use(setting)
     if sparse.finish.reason != "interrupted":
         print(f"\n{_difference(dense, sparse)}", flush=True)
     return sparse

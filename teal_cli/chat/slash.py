@@ -211,7 +211,7 @@ def sparsity_of(chat: Chat) -> str:
     """The sparsity that answers have, and what shared it out."""
     if not chat.sparsity:
         return "sparsity 0 (dense)"
-    return f"sparsity {chat.sparsity:g}, by {chat.method or chat.profile().default_method}"
+    return f"sparsity {chat.sparsity:g}, by {chat.session.setting.method}"
 
 
 def _turns(chat: Chat) -> int:

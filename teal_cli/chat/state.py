@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from teal_cli.errors import UsageError
 from teal_cli.inference.sampling import Sampler
+from teal_cli.sparsity.setting import DENSE, check_target
 from teal_cli.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -47,8 +48,7 @@ class Chat:
     """A conversation with a loaded model, at a sparsity that can be changed.
 
     `weights` names the form that they are stored in. `profile` loads the model's thresholds where
-    they are first needed, `method` is how they share sparsity out (None is the profile's best),
-    and `sparsity` the target in force.
+    they are first needed, and `method` is how they share sparsity out (None is the profile's best).
     """
 
     model: str
@@ -57,7 +57,6 @@ class Chat:
     conversation: Conversation
     profile: Callable[[], Profile]
     method: str | None
-    sparsity: float
     max_tokens: int
     think_tokens: int = 2048
     compare: bool = False
@@ -66,6 +65,11 @@ class Chat:
     last: Finish | None = None
     totals: Totals = field(default_factory=Totals)
 
+    @property
+    def sparsity(self) -> float:
+        """The target in force."""
+        return self.session.setting.target_sparsity
+
     def set_sparsity(self, sparsity: float) -> None:
         """Change the loaded model, from the next token on.
 
@@ -73,11 +77,8 @@ class Chat:
             UsageError: the sparsity is not in [0, 1).
             TealError: the profile does not reach it.
         """
-        if not 0.0 <= sparsity < 1.0:
-            raise UsageError(f"sparsity must be at least 0 and below 1, got {sparsity:g}")
-        thresholds = self.profile().thresholds(sparsity, self.method) if sparsity else None
-        self.session.set_thresholds(thresholds, sparsity)
-        self.sparsity = sparsity
+        check_target(sparsity)  # before a profile is made for it
+        self.session.use(self.profile().setting(sparsity, self.method) if sparsity else DENSE)
 
     def setting(self, key: str) -> str:
         """The value of one of KEYS, as text."""

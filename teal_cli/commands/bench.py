@@ -204,7 +204,7 @@ def _measure(
         decoder,
         tested.prompt,
         settings,
-        tested.thresholds_for,
+        tested.setting_for,
         lambda: bandwidth.measure_bandwidth(decoder.device),
         reporter,
     )

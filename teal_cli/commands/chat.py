@@ -291,7 +291,6 @@ def chat(
         conversation=converse(session, stop_texts=stop, system=system, overflow=overflow),
         profile=profile,
         method=method,
-        sparsity=0.0,
         max_tokens=max_tokens,
         think_tokens=think_tokens,
         compare=compare,

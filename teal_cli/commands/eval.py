@@ -219,7 +219,8 @@ def _form(
     from teal_cli.evaluation.run import Form
 
     chosen = methods or (profile.default_method,)
-    settings = comparison.settings_for(profile, chosen, sparsities)
+    # Methods at one sparsity stand side by side.
+    settings = tuple(profile.setting(value, name) for value in sparsities for name in chosen)
     if checkpoint.quantization is not None and not tasks:
         settings = comparison.on_quantized(checkpoint.quantization.name, settings)
     return Form(checkpoint, profile, settings)

@@ -8,46 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from teal_cli.evaluation import statistics
 from teal_cli.evaluation.perplexity import EvalResult, Quality, scores
 from teal_cli.evaluation.report import Table, cell
 from teal_cli.evaluation.statistics import Estimate
-from teal_cli.sparsity.profile import Profile
+from teal_cli.sparsity.setting import Setting
 from teal_cli.text.corpora import is_file
 
 _SCHEMA = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One method at one target sparsity, on a quantized model named before it."""
-
-    method: str
-    target_sparsity: float
-    thresholds: Tensor | None  # [num_hidden_layers, 7] float32; None is dense
-
-    @property
-    def label(self) -> str:
-        """As tables, figures and errors name it."""
-        return f"{self.method} {self.target_sparsity:.4g}"
-
-
-def settings_for(
-    profile: Profile, methods: Sequence[str], sparsities: Sequence[float]
-) -> tuple[Setting, ...]:
-    """Every method at every sparsity; those of one sparsity stand side by side.
-
-    Raises:
-        UsageError: the profile lacks a method; the hint is the command that adds it.
-        TealError: a method does not reach a sparsity.
-    """
-    return tuple(
-        Setting(method, sparsity, profile.thresholds(sparsity, method))
-        for sparsity in sparsities
-        for method in methods
-    )
 
 
 def on_quantized(quantization: str, settings: Sequence[Setting]) -> tuple[Setting, ...]:

@@ -19,15 +19,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from teal_cli.errors import TealError
-from teal_cli.evaluation import skipped
 from teal_cli.evaluation.perplexity import LOGITS_CHUNK, check_finite
 from teal_cli.evaluation.protocols import ProtocolName, sparse_from
-from teal_cli.evaluation.skipped import SkipCount
 from teal_cli.inference.generate import Finish, Token, generate
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
+from teal_cli.sparsity.setting import Setting
+from teal_cli.sparsity.skips import SkipCount
 
 _SAMPLING_SEED = 1234  # lm-eval's default seed
 
@@ -48,18 +48,15 @@ class Subject:
 class TealLM(TemplateLM):
     """One setting of a model, ready for `lm_eval.evaluate`."""
 
-    def __init__(
-        self, subject: Subject, label: str, thresholds: Tensor | None, reporter: Reporter
-    ) -> None:
-        """Put thresholds [num_hidden_layers, 7] on a model; None is dense."""
+    def __init__(self, subject: Subject, setting: Setting, reporter: Reporter) -> None:
+        """Put a setting on a model."""
         super().__init__()
         self._subject = subject
         self._decoder = subject.decoder
         self.tokenizer = subject.tokenizer
-        self._label = label
-        self._thresholds = thresholds
+        self._setting = setting
         self._reporter = reporter
-        self._skips = SkipCount(subject.decoder, thresholds)
+        self._count = SkipCount(subject.decoder, setting.thresholds)
         self._decoded: list[tuple[int, float]] = []  # sparse steps of an answer, share skipped
 
     @property
@@ -90,10 +87,10 @@ class TealLM(TemplateLM):
 
     def realised_sparsity(self) -> float:
         """Share of the projections' weights skipped so far, over every position but dense ones."""
-        scored = self._skips.positions
-        total = skipped.weighted(self._skips.by_projection(), self._decoder.config) * scored
+        scored = self._count.skips()
+        total = scored.realised_sparsity * scored.positions
         total += sum(steps * share for steps, share in self._decoded)
-        positions = scored + sum(steps for steps, _ in self._decoded)
+        positions = scored.positions + sum(steps for steps, _ in self._decoded)
         return total / positions if positions else 0.0
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[Scored]:
@@ -117,14 +114,14 @@ class TealLM(TemplateLM):
             seen = (before + continuation)[-(context + 1) : -1]
             groups.setdefault(tuple(seen), []).append(index)
         scores: list[Scored] = [(0.0, True)] * len(requests)
-        with self._reporter.task(f"{self._label}: texts", len(requests), "texts") as task:
+        with self._reporter.task(f"{self._setting.label}: texts", len(requests), "texts") as task:
             for seen_ids, indices in groups.items():
                 first = sparse_from(self._subject.protocol, len(seen_ids))
                 hidden = self._decoder.forward(
                     torch.tensor(seen_ids, dtype=torch.int64),
-                    thresholds=self._thresholds,
+                    thresholds=self._setting.thresholds,
                     sparse_from=first,
-                    observe=self._skips.observer(first),
+                    observe=self._count.observer(first),
                 )
                 for index in indices:
                     scores[index] = self._score(hidden, requests[index][2])
@@ -142,7 +139,7 @@ class TealLM(TemplateLM):
             logits = torch.log_softmax(self._decoder.logits(hidden[start : start + rows]), dim=-1)
             total += float(logits.gather(-1, wanted).double().sum())
             greedy = greedy and bool((logits.argmax(-1) == wanted[:, 0]).all())
-        check_finite(total, self._label, dense=self._thresholds is None)
+        check_finite(total, self._setting)
         return total, greedy
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
@@ -170,11 +167,11 @@ class TealLM(TemplateLM):
         session = Session(
             self._decoder,
             max_length=room,
-            thresholds=self._thresholds,
+            setting=self._setting,
             reporter=self._reporter,
         )
         answers = []
-        with self._reporter.task(f"{self._label}: answers", len(asked), "answers") as task:
+        with self._reporter.task(f"{self._setting.label}: answers", len(asked), "answers") as task:
             for prompt, limit, stops, sampling in asked:
                 answers.append(self._answer(session, prompt, limit, stops, sampling))
                 # The next prompt may share this one's dense part, but not what was decoded.

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from teal_cli.errors import TealError
-from teal_cli.evaluation import skipped, statistics
+from teal_cli.evaluation import statistics
 from teal_cli.evaluation.protocols import Protocol
-from teal_cli.evaluation.skipped import SkipCount
 from teal_cli.evaluation.statistics import Estimate
-from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
+from teal_cli.sparsity.setting import DENSE, Setting
+from teal_cli.sparsity.skips import SkipCount
 
 # Logits held at a time for one setting: 64 MB of float32.
 LOGITS_CHUNK = 1 << 24
@@ -64,9 +64,8 @@ class _Tally:
     """What one setting has shown so far: one entry a window, and the inputs that it skipped."""
 
     decoder: Decoder
-    label: str
-    thresholds: Tensor | None
-    skips: SkipCount
+    setting: Setting
+    count: SkipCount
     nll: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     agreement: list[float] = field(default_factory=list)
@@ -76,7 +75,7 @@ class _Tally:
 def evaluate(
     decoder: Decoder,
     windows: Tensor,
-    settings: Sequence[tuple[str, Tensor | None]],
+    settings: Sequence[Setting],
     protocol: Protocol,
     reporter: Reporter,
     *,
@@ -87,8 +86,7 @@ def evaluate(
     Args:
         decoder: the model.
         windows: int64 [N, protocol.window].
-        settings: what to compare with the dense model: labels, and thresholds
-            [num_hidden_layers, 7], None for another dense model.
+        settings: what to compare with the dense model; some may be dense models of another form.
         protocol: which positions are sparse, and which tokens are scored.
         reporter: follows the passes through the model.
         decoders: by label, of settings that are of another form of the model, such as a
@@ -98,10 +96,10 @@ def evaluate(
         TealError: a loss is not finite.
     """
     others = decoders or {}
-    tallies = [_Tally(decoder, "dense", None, SkipCount(decoder, None))]
-    for label, thresholds in settings:
-        own = others.get(label, decoder)
-        tallies.append(_Tally(own, label, thresholds, SkipCount(own, thresholds)))
+    tallies = []
+    for setting in (DENSE, *settings):
+        own = others.get(setting.label, decoder)
+        tallies.append(_Tally(own, setting, SkipCount(own, setting.thresholds)))
     passes = len(windows) * len(tallies)
     with reporter.task("evaluating", total=passes, unit="passes") as task:
         for window in windows:
@@ -110,7 +108,7 @@ def evaluate(
                 hidden.append(_scored_states(window, tally, protocol))
                 task.advance()
             _score(hidden, window[protocol.scored_from :].to(decoder.device), tallies)
-    dense, *sparse = (_quality(tally, tallies[0].nll, decoder.config) for tally in tallies)
+    dense, *sparse = (_quality(tally, tallies[0].nll) for tally in tallies)
     return EvalResult(
         protocol, len(windows), len(windows) * protocol.scored, dense=dense, sparse=tuple(sparse)
     )
@@ -120,9 +118,9 @@ def _scored_states(window: Tensor, tally: _Tally, protocol: Protocol) -> Tensor:
     """Final hidden states that predict the scored tokens, [scored, hidden_size]."""
     hidden = tally.decoder.forward(
         window[:-1],  # nothing is asked of the last token
-        thresholds=tally.thresholds,
+        thresholds=tally.setting.thresholds,
         sparse_from=protocol.sparse_from,
-        observe=tally.skips.observer(protocol.sparse_from),
+        observe=tally.count.observer(protocol.sparse_from),
     )
     return hidden[protocol.scored_from - 1 :]
 
@@ -150,20 +148,21 @@ def _score(hidden: Sequence[Tensor], targets: Tensor, tallies: Sequence[_Tally])
             # Row sums in float32 stay exact to 1e-6 nats; the rows are then added in float64.
             sums[1, index] += torch.sub(dense, ours).mul_(shares).sum(-1).double().sum()
     for tally, (nll, kl, agreement) in zip(tallies, (sums / len(targets)).T.tolist(), strict=True):
-        check_finite(nll, tally.label, dense=tally is tallies[0])
+        check_finite(nll, tally.setting)
         tally.nll.append(nll)
         tally.kl.append(kl)
         tally.agreement.append(agreement)
 
 
-def check_finite(loss: float, label: str, *, dense: bool) -> None:
+def check_finite(loss: float, setting: Setting) -> None:
     """Make sure that a loss is a number.
 
     Raises:
         TealError: it is not; the message names the setting.
     """
     if not math.isfinite(loss):
-        name = "dense model" if dense else f"sparse model ({label})"
+        dense = setting is DENSE
+        name = "dense model" if dense else f"sparse model ({setting.label})"
         raise TealError(
             f"the loss of the {name} is not finite",
             hint="The weights overflow in this dtype: try --dtype bfloat16 or float32."
@@ -172,18 +171,18 @@ def check_finite(loss: float, label: str, *, dense: bool) -> None:
         )
 
 
-def _quality(tally: _Tally, dense_nll: list[float], config: ModelConfig) -> Quality:
-    by_projection = tally.skips.by_projection()
+def _quality(tally: _Tally, dense_nll: list[float]) -> Quality:
+    skips = tally.count.skips()
     return Quality(
-        label=tally.label,
+        label=tally.setting.label,
         nll=statistics.mean(tally.nll),
         perplexity=statistics.perplexity(tally.nll),
         perplexity_gap=statistics.perplexity_gap(tally.nll, dense_nll),
         kl=statistics.mean(tally.kl),
         agreement=statistics.mean(tally.agreement),
-        realised_sparsity=skipped.weighted(by_projection, config),
-        realised_by_site=skipped.by_site(by_projection, config),
-        realised_by_projection=by_projection,
+        realised_sparsity=skips.realised_sparsity,
+        realised_by_site=skips.by_site(),
+        realised_by_projection=skips.by_projection(),
         by_window=WindowScores(tuple(tally.nll), tuple(tally.kl), tuple(tally.agreement)),
     )
 

@@ -10,13 +10,14 @@ import torch
 
 from teal_cli.environment import environment
 from teal_cli.evaluation import comparison, perplexity, protocols
-from teal_cli.evaluation.comparison import QualityReport, Setting
+from teal_cli.evaluation.comparison import QualityReport
 from teal_cli.evaluation.protocols import ProtocolName
 from teal_cli.evaluation.tasks import TasksReport
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.profile import Profile
+from teal_cli.sparsity.setting import Setting
 from teal_cli.text.corpora import load_corpus
 from teal_cli.text.windows import windows
 
@@ -94,7 +95,7 @@ class Run:
         result = perplexity.evaluate(
             dense,
             text[chosen],
-            [(setting.label, setting.thresholds) for setting in self.settings],
+            self.settings,
             plan,
             self.reporter,
             decoders=self._decoders(dense),

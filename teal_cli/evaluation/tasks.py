@@ -15,15 +15,13 @@ from importlib.util import find_spec
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from teal_cli.errors import MissingError
 from teal_cli.evaluation import statistics
-from teal_cli.evaluation.comparison import Setting
 from teal_cli.evaluation.report import Table, cell
 from teal_cli.evaluation.statistics import Estimate
 from teal_cli.evaluation.task_files import SEED, load_tasks, task_manager
 from teal_cli.progress import Reporter
+from teal_cli.sparsity.setting import DENSE, Setting
 from teal_cli.text.hub_data import network
 
 if TYPE_CHECKING:
@@ -175,26 +173,25 @@ def run(
 
     from teal_cli.evaluation.harness import TealLM
 
-    plan: list[tuple[str, float | None, str, Tensor | None]] = [("dense", None, "dense", None)]
-    plan += [(s.method, s.target_sparsity, s.label, s.thresholds) for s in settings]
     rows: list[TaskScores] = []
     with _silenced(), network(not offline):
         manager = task_manager(specs, reporter)
-        for method, target, label, thresholds in plan:
+        for setting in (DENSE, *settings):
             _seed()
             loaded = load_tasks(
                 manager, specs, num_fewshot
             )  # anew: a task keeps the answers that it has been given
-            lm = TealLM(subject, label, thresholds, reporter)
+            lm = TealLM(subject, setting, reporter)
             results = lm_eval.evaluate(
                 lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAP
             )
             realised = lm.realised_sparsity()
-            dense = {row.task: row for row in rows if row.method == "dense"}
+            target = None if setting is DENSE else setting.target_sparsity
+            dense = {row.task: row for row in rows if row.method == DENSE.method}
             for name in results["results"]:
                 scores = _scores(name, results, dense.get(name))
                 if scores:
-                    rows.append(TaskScores(name, method, target, realised, scores))
+                    rows.append(TaskScores(name, setting.method, target, realised, scores))
     return TasksReport(
         inputs=inputs
         | {name: metadata.version(name) for name in ("lm_eval", "datasets")}

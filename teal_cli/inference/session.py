@@ -9,15 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from teal_cli.errors import UsageError, whole
+from teal_cli.errors import UnsupportedError, UsageError, whole
 from teal_cli.faults import is_out_of_memory
 from teal_cli.inference.launches import stored_launches
 from teal_cli.inference.sampling import Sampler, not_finite
 from teal_cli.inference.step import ChoosingStep, DecoderStep, Step, step_tensors
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
-from teal_cli.model.sites import PROJECTIONS
 from teal_cli.progress import Reporter, Silent, Task
+from teal_cli.sparsity.profile import ModelShape
+from teal_cli.sparsity.setting import DENSE, Setting
+from teal_cli.sparsity.skips import Skips
 
 Backend = Literal["auto", "reference"]
 
@@ -34,7 +36,7 @@ class Interrupted(Exception):
 
 
 class Session:
-    """One sequence: its tokens so far, their keys and values, and the thresholds in force.
+    """One sequence: its tokens so far, their keys and values, and the setting in force.
 
     Prefill is dense and exact; the thresholds apply to tokens that are decoded one by one.
     """
@@ -44,7 +46,7 @@ class Session:
         decoder: Decoder,
         *,
         max_length: int,
-        thresholds: Tensor | None = None,
+        setting: Setting = DENSE,
         backend: Backend = "auto",
         deterministic: bool = False,
         reporter: Reporter | None = None,
@@ -54,7 +56,7 @@ class Session:
         Args:
             decoder: the model.
             max_length: positions to make room for.
-            thresholds: as `set_thresholds` takes them, for a sparsity near 0.5.
+            setting: how sparse tokens are decoded.
             backend: "auto" takes the fastest for the decoder's device; "reference" the decoder.
             deterministic: the same sums in every run on CUDA, to the last bit; a CPU's always
                 are, for a given number of threads.
@@ -68,8 +70,7 @@ class Session:
         self.tokens: list[int] = []
         self._steps = 0
         self._step = _choose_step(decoder, self.cache, backend, deterministic, reporter or Silent())
-        self.thresholds: Tensor | None = None
-        self.set_thresholds(thresholds)
+        self.use(setting)
 
     @property
     def position(self) -> int:
@@ -88,23 +89,18 @@ class Session:
             return "torch"
         return _FUSED_STEPS[self.decoder.device.type][1]
 
-    def set_thresholds(self, thresholds: Tensor | None, sparsity: float = 0.5) -> None:
-        """Use other thresholds from the next token on.
+    def use(self, setting: Setting) -> None:
+        """Decode under another setting from the next token on.
 
-        Args:
-            thresholds: [num_hidden_layers, 7]; None is dense.
-            sparsity: about how sparse they make the model. It decides which form of the kernels
-                is used, not what they compute.
+        Its thresholds decide what is computed, its target which form of the kernels does it.
         """
-        if thresholds is not None:
-            expected = (self.decoder.config.num_hidden_layers, len(PROJECTIONS))
-            if tuple(thresholds.shape) != expected:
-                raise ValueError(f"thresholds {tuple(thresholds.shape)}, expected {expected}")
-            thresholds = thresholds.to(torch.float32).contiguous()
-        self.thresholds = thresholds
-        self._step.set_thresholds(thresholds)
+        layers = self.decoder.config.num_hidden_layers
+        if setting.thresholds is not None and len(setting.thresholds) != layers:
+            raise ValueError(f"thresholds of {len(setting.thresholds)} layers, not {layers}")
+        self.setting = setting
+        self._step.set_thresholds(setting.thresholds)
         if isinstance(self._step, ChoosingStep):
-            self._step.expect(0.0 if thresholds is None else sparsity)
+            self._step.expect(setting.target_sparsity)
         self.clear_counts()
 
     @torch.inference_mode()
@@ -235,28 +231,20 @@ class Session:
         self.clear_counts()
 
     def clear_counts(self) -> None:
-        """Let `kept_shares` and `realised_sparsity` start anew."""
+        """Let `skips` and `realised_sparsity` start anew."""
         self._steps = 0
         self._step.clear_counts()
 
-    def kept_shares(self) -> Tensor | None:
-        """Share of channels kept by each projection, [num_hidden_layers, 7] float64.
-
-        Over the steps since the counts were cleared; None without thresholds or before a step.
-        """
-        if self.thresholds is None or not self._steps:
+    def skips(self) -> Skips | None:
+        """What the steps since the counts were cleared skipped; None if they are dense or none."""
+        if self.setting.thresholds is None or not self._steps:
             return None
-        inputs = [shape[0] for shape in self.decoder.config.projection_shapes.values()]
-        return self._step.kept.double() / (self._steps * torch.tensor(inputs))
+        return Skips(ModelShape.of(self.decoder.config), self._step.kept, self._steps)
 
     def realised_sparsity(self) -> float | None:
-        """Share of the projections' weights that were skipped, over the same steps."""
-        kept = self.kept_shares()
-        if kept is None:
-            return None
-        shapes = self.decoder.config.projection_shapes.values()
-        weights = torch.tensor([inputs * outputs for inputs, outputs in shapes]).double()
-        return 1 - float((kept.mean(0) * weights).sum() / weights.sum())
+        """Share of the projections' weights that the same steps skipped."""
+        skips = self.skips()
+        return None if skips is None else skips.realised_sparsity
 
 
 def _choose_step(
@@ -277,6 +265,8 @@ def _choose_step(
 
 
 def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter: Reporter) -> Step:
+    if departures := decoder.config.departures:
+        raise UnsupportedError(f"they know no {', '.join(departures)}")
     name, language = _FUSED_STEPS[decoder.device.type]
     module = importlib.import_module(name)
     options: dict[str, Any] = {}

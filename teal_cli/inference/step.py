@@ -12,7 +12,7 @@ from torch import Tensor
 
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
-from teal_cli.model.sites import PROJECTIONS, SITE_OF
+from teal_cli.sparsity.skips import SkipCount
 
 
 class Step(Protocol):
@@ -92,12 +92,11 @@ class DecoderStep:
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         self._decoder = decoder
         self._cache = cache
-        self._thresholds: Tensor | None = None
-        shape = (decoder.config.num_hidden_layers, len(PROJECTIONS))
-        self._kept = torch.zeros(shape, dtype=torch.int64, device=decoder.device)
+        self.set_thresholds(None)
 
     def set_thresholds(self, thresholds: Tensor | None) -> None:
         self._thresholds = None if thresholds is None else thresholds.to(self._decoder.device)
+        self._count = SkipCount(self._decoder, thresholds)
 
     def __call__(self, token: int, position: int) -> Tensor:
         hidden = self._decoder.forward(
@@ -105,20 +104,13 @@ class DecoderStep:
             cache=self._cache,
             position=position,
             thresholds=self._thresholds,
-            observe=None if self._thresholds is None else self._count,
+            observe=self._count.observer(),
         )
         return self._decoder.logits(hidden)[0]
 
     @property
     def kept(self) -> Tensor:
-        return self._kept.cpu()
+        return self._count.skips().kept
 
     def clear_counts(self) -> None:
-        self._kept.zero_()
-
-    def _count(self, layer: int, site: str, x: Tensor) -> None:
-        assert self._thresholds is not None
-        columns = [i for i, name in enumerate(PROJECTIONS) if SITE_OF[name] == site]
-        levels = self._thresholds[layer, columns[0] : columns[-1] + 1]
-        kept = (~(x.abs().float() <= levels[:, None])).sum(-1)
-        self._kept[layer, columns[0] : columns[-1] + 1] += kept
+        self._count.clear()

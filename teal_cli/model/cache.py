@@ -43,13 +43,14 @@ class KVCache:
         return self.keys.nbytes + self.values.nbytes
 
     def write(
-        self, layer: int, position: int, keys: Tensor, values: Tensor
+        self, layer: int, position: int | Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Store T positions of a layer and return all that the layer has up to them.
 
         Args:
             layer: index of the layer.
-            position: absolute position of the first row.
+            position: absolute position of the first row. On the device, [1] int64, it is a single
+                row's, and the whole cache comes back: shapes then never change.
             keys: [num_key_value_heads, T, head_dim].
             values: the same shape.
 
@@ -59,6 +60,10 @@ class KVCache:
         Raises:
             UsageError: the context is full.
         """
+        if isinstance(position, Tensor):
+            self.keys[layer].index_copy_(1, position, keys)
+            self.values[layer].index_copy_(1, position, values)
+            return self.keys[layer], self.values[layer]
         end = position + keys.shape[1]
         if end > self.length:
             raise UsageError(f"the context is full: it holds {self.length} tokens")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,13 @@ class ModelConfig:
     o_bias: bool
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]  # one a layer; None attends to everything
+    # In what follows a model may depart from Llama; each is Llama's unless it is given.
+    hidden_act: str = "silu"
+    layers_without_rope: tuple[int, ...] = ()
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None  # of the scores; None is head_dim ** -0.5
+    residual_multiplier: float = 1.0  # of what attention and MLP add
+    logits_scaling: float = 1.0  # a divisor
 
     def __post_init__(self) -> None:
         for name in (
@@ -95,16 +102,39 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise TealError(f"config.json: head_dim must be even, got {self.head_dim}")
-        if self.rope.divisors is not None and 2 * len(self.rope.divisors) != self.head_dim:
+        if self.rope.divisors is not None and 2 * len(self.rope.divisors) != self.rotary_dim:
             raise TealError(
                 f"config.json: rope has {len(self.rope.divisors)} frequencies, "
-                f"a head of {self.head_dim} needs {self.head_dim // 2}"
+                f"a head of {self.head_dim} needs {self.rotary_dim // 2}"
             )
 
     @property
     def context_length(self) -> int:
         """Positions that the model was made for, stretched rope included."""
         return self.rope.context_length(self.max_position_embeddings)
+
+    @property
+    def departures(self) -> dict[str, Any]:
+        """The fields in which this model departs from Llama, by name."""
+        given = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.default is not MISSING and getattr(self, field.name) != field.default
+        }
+        if self.rotary_dim != self.head_dim:
+            given["partial_rotary_factor"] = self.rope.partial_rotary_factor
+        return given
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated, the first ones."""
+        return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on the scores of attention."""
+        given = self.attention_multiplier
+        return self.head_dim**-0.5 if given is None else given
 
     @property
     def q_size(self) -> int:

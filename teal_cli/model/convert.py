@@ -297,8 +297,12 @@ def _unchanged(source: Source, stamp: str) -> Iterator[None]:
 def _canonical(config: ModelConfig) -> str:
     """The config as text, the same for equal configs and for those of earlier versions."""
     fields = dataclasses.asdict(config)
+    # What is newer than the fingerprints of many profiles counts only where it is used.
+    for newer in dataclasses.fields(ModelConfig):
+        if newer.default is not dataclasses.MISSING and newer.name not in config.departures:
+            del fields[newer.name]
     plain = dataclasses.asdict(RopeConfig(theta=config.rope.theta))
-    for name in ("truncate", "divisors"):  # newer than the fingerprints of many profiles
+    for name in ("truncate", "divisors", "partial_rotary_factor"):
         if fields["rope"][name] == plain[name]:
             del fields["rope"][name]
     return json.dumps(fields, sort_keys=True)

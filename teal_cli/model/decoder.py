@@ -18,32 +18,57 @@ from teal_cli.model.cache import KVCache
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.rope import RotaryEmbedding
 from teal_cli.model.sites import FUSED, PROJECTIONS, SITE_OF
-from teal_cli.model.weights import DecoderWeights, LayerWeights, Matrix, multiply
+from teal_cli.model.weights import DecoderWeights, Matrix, multiply
 
 Observer = Callable[[int, str, Tensor], None]
+# (layer, matrix, x [T, K], its weight) → [T, N]; what the decoder itself does is `multiply`.
+Project = Callable[[int, str, Tensor, Matrix], Tensor]
+
+_ACTIVATIONS = {"silu": F.silu}
 
 # Rows of the lm_head that are turned to the compute dtype at a time: 64 MB at hidden size 2048.
 _VOCAB_CHUNK = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class _Pass:
-    """What one call of the decoder carries down to every projection."""
+class Pass:
+    """What one call of the decoder carries down to every projection; see `Decoder.forward`."""
 
-    cache: KVCache | None
-    position: int
-    thresholds: Tensor | None  # [num_layers, 7] float32
-    sparse_from: int
-    observe: Observer | None
+    cache: KVCache | None = None
+    position: int | Tensor = 0
+    thresholds: Tensor | None = None
+    sparse_from: int = 0
+    observe: Observer | None = None
+    project: Project | None = None
 
 
 class Decoder:
     """A Llama-family decoder over weights in the [in_features, out_features] layout."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        *,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Bind the weights.
+
+        Args:
+            config: the model's.
+            weights: its tensors.
+            compute_dtype: what activations are held in. By default the weights' own, but on a CPU
+                float32 for 16-bit weights: on a Zen 3, prefill in native float16 on this layout is
+                60 times slower, and turning one matrix at a time costs a few percent.
+        """
         self.config = config
         self.weights = weights
-        self.rotary = RotaryEmbedding(config.rope, config.head_dim, weights.device)
+        if compute_dtype is None:
+            least = torch.float32 if weights.device.type == "cpu" else weights.dtype
+            compute_dtype = torch.promote_types(weights.dtype, least)
+        self.compute_dtype = compute_dtype
+        self.rotary = RotaryEmbedding(config.rope, config.rotary_dim, weights.device)
+        self._activate = _ACTIVATIONS[config.hidden_act]
         q, kv, i = config.q_size, config.kv_size, config.intermediate_size
         self.offsets = {  # column bounds of the projections in each fused matrix
             "qkv": (0, q, q + kv, q + 2 * kv),
@@ -61,17 +86,6 @@ class Decoder:
         """The weights' dtype."""
         return self.weights.dtype
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What activations are held in.
-
-        A CPU computes 16-bit weights in float32: on a Zen 3, prefill in native float16 on this
-        layout is 60 times slower, and turning one matrix at a time costs a few percent.
-        """
-        if self.device.type == "cpu":
-            return torch.promote_types(self.dtype, torch.float32)
-        return self.dtype
-
     def new_cache(self, length: int) -> KVCache:
         """Room for `length` positions; raises UsageError beyond the model's context_length."""
         return KVCache(self.config, length, dtype=self.dtype, device=self.device)
@@ -82,22 +96,25 @@ class Decoder:
         Raises:
             TealError: a token is none of the model's; checked where that costs no wait.
         """
-        if tokens.device.type == "cpu" and (largest := int(tokens.max())) >= self.config.vocab_size:
+        costs_nothing = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        if costs_nothing and (largest := int(tokens.max())) >= self.config.vocab_size:
             raise TealError(
                 f"token {largest} is none of the model's {self.config.vocab_size}: "
                 "the tokenizer is another model's"
             )
-        return F.embedding(tokens.to(self.device), self.weights.embed_tokens).to(self.compute_dtype)
+        hidden = F.embedding(tokens.to(self.device), self.weights.embed_tokens)
+        return _scaled(hidden.to(self.compute_dtype), self.config.embedding_multiplier)
 
     def forward(
         self,
         tokens: Tensor,
         *,
         cache: KVCache | None = None,
-        position: int = 0,
+        position: int | Tensor = 0,
         thresholds: Tensor | None = None,
         sparse_from: int = 0,
         observe: Observer | None = None,
+        project: Project | None = None,
     ) -> Tensor:
         """Run the whole stack.
 
@@ -105,16 +122,18 @@ class Decoder:
             tokens: [T] int64.
             cache: keys and values of the positions before `position`; gains those of `tokens`.
                 Without one, `tokens` see only each other.
-            position: absolute position of tokens[0].
+            position: absolute position of tokens[0]. On the device, [1] int64, it is a single
+                token's that is dense, as a compiled step has it (see `KVCache.write`).
             thresholds: [num_hidden_layers, 7] float32; channel i of a projection's input is
                 kept where abs(x_i) > threshold. None is dense.
             sparse_from: positions before this one stay dense.
             observe: called with (layer, site, x [T, channels]) before x is thresholded.
+            project: multiplies by a matrix in the decoder's place, which then uses no thresholds.
 
         Returns:
             Hidden states after the final norm, [T, hidden_size].
         """
-        run = _Pass(cache, position, thresholds, sparse_from, observe)
+        run = Pass(cache, position, thresholds, sparse_from, observe, project)
         hidden = self.embed(tokens)
         for index in range(self.config.num_hidden_layers):
             hidden = self._layer(index, hidden, run)
@@ -130,13 +149,15 @@ class Decoder:
         hidden: Tensor,
         *,
         cache: KVCache | None = None,
-        position: int = 0,
+        position: int | Tensor = 0,
         thresholds: Tensor | None = None,
         sparse_from: int = 0,
         observe: Observer | None = None,
+        project: Project | None = None,
     ) -> Tensor:
         """Run one layer: hidden [T, hidden_size] → [T, hidden_size]; arguments as `forward`."""
-        return self._layer(index, hidden, _Pass(cache, position, thresholds, sparse_from, observe))
+        run = Pass(cache, position, thresholds, sparse_from, observe, project)
+        return self._layer(index, hidden, run)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [T, hidden_size] → float32 logits [T, vocab_size]."""
@@ -146,7 +167,7 @@ class Decoder:
         for start in range(0, self.config.vocab_size, _VOCAB_CHUNK):
             rows = self._head_rows(start, start + _VOCAB_CHUNK, hidden.dtype)
             out[:, start : start + _VOCAB_CHUNK] = F.linear(hidden, rows)
-        return out
+        return _scaled(out, 1 / self.config.logits_scaling)
 
     def _head_rows(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         head = self.weights.lm_head
@@ -154,60 +175,70 @@ class Decoder:
             return head[start:end].to(dtype)
         return head.dequantize(start, end, dtype=dtype)
 
-    def _layer(self, index: int, hidden: Tensor, run: _Pass) -> Tensor:
-        layer = self.weights.layers[index]
-        hidden = hidden + self._attention(
-            index, layer, self._norm(hidden, layer.input_layernorm), run
-        )
-        return hidden + self._mlp(
-            index, layer, self._norm(hidden, layer.post_attention_layernorm), run
-        )
+    def _layer(self, index: int, hidden: Tensor, run: Pass) -> Tensor:
+        hidden = hidden + self.attention(index, hidden, run)
+        return hidden + self.mlp(index, hidden, run)
 
-    def _attention(self, index: int, layer: LayerWeights, x: Tensor, run: _Pass) -> Tensor:
-        config = self.config
-        qkv = self._project("qkv", index, x, layer.qkv, layer.qkv_bias, run)
+    def attention(self, index: int, hidden: Tensor, run: Pass) -> Tensor:
+        """What a layer's attention adds to hidden [T, hidden_size]."""
+        config, layer = self.config, self.weights.layers[index]
+        x = self._norm(hidden, layer.input_layernorm)
+        qkv = self._project("qkv", index, x, layer.qkv_bias, run)
         q, k, v = qkv.split((config.q_size, config.kv_size, config.kv_size), dim=-1)
         q = q.unflatten(-1, (config.num_attention_heads, config.head_dim))
         k = k.unflatten(-1, (config.num_key_value_heads, config.head_dim))
         v = v.unflatten(-1, (config.num_key_value_heads, config.head_dim))
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        q = self.rotary.rotate(q, run.position).transpose(0, 1)
-        k = self.rotary.rotate(k, run.position).transpose(0, 1)
-        v = v.transpose(0, 1)
+        if index not in config.layers_without_rope:
+            q, k = self.rotary.rotate(q, run.position), self.rotary.rotate(k, run.position)
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         if run.cache is not None:
             k, v = run.cache.write(index, run.position, k, v)
-        out = attend(q, k.to(q.dtype), v.to(q.dtype), window=config.sliding_windows[index])
-        return self._project("o", index, out.flatten(1), layer.o, layer.o_bias, run)
+        out = attend(
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            window=config.sliding_windows[index],
+            scale=config.attention_scale,
+            position=run.position if isinstance(run.position, Tensor) else None,
+        )
+        added = self._project("o", index, out.flatten(1), layer.o_bias, run)
+        return _scaled(added, config.residual_multiplier)
 
-    def _mlp(self, index: int, layer: LayerWeights, x: Tensor, run: _Pass) -> Tensor:
-        gate, up = self._project("gate_up", index, x, layer.gate_up, None, run).chunk(2, dim=-1)
-        return self._project("down", index, F.silu(gate) * up, layer.down, None, run)
+    def mlp(self, index: int, hidden: Tensor, run: Pass) -> Tensor:
+        """What a layer's MLP adds to hidden [T, hidden_size]."""
+        x = self._norm(hidden, self.weights.layers[index].post_attention_layernorm)
+        gate, up = self._project("gate_up", index, x, None, run).chunk(2, dim=-1)
+        added = self._project("down", index, self._activate(gate) * up, None, run)
+        return _scaled(added, self.config.residual_multiplier)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last axis, its mean taken in float32."""
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.config.rms_norm_eps)
 
-    def _project(
-        self, fused: str, index: int, x: Tensor, weight: Matrix, bias: Tensor | None, run: _Pass
-    ) -> Tensor:
-        """One fused matrix, x [T, K] → [T, N], each projection's input thresholded by its own."""
-        names = FUSED[fused]
+    def _project(self, fused: str, index: int, x: Tensor, bias: Tensor | None, run: Pass) -> Tensor:
+        """One fused matrix, x [T, K] → [T, N], with its bias."""
+        weight: Matrix = getattr(self.weights.layers[index], fused)
         if run.observe is not None:
-            run.observe(index, SITE_OF[names[0]], x)
-        if run.thresholds is None or run.position + x.shape[0] <= run.sparse_from:
+            run.observe(index, SITE_OF[FUSED[fused][0]], x)
+        if run.project is not None:
+            y = run.project(index, fused, x, weight)
+        elif run.thresholds is None:
             y = multiply(x, weight)
         else:
-            first = PROJECTIONS.index(names[0])
-            thresholds = run.thresholds[index, first : first + len(names)]
-            dense_rows = max(run.sparse_from - run.position, 0)
-            y = self._sparse(fused, x, weight, thresholds, dense_rows)
+            y = self._sparse(index, fused, x, weight, run)
         return y if bias is None else y + bias.to(x.dtype)
 
-    def _sparse(
-        self, fused: str, x: Tensor, weight: Matrix, thresholds: Tensor, dense_rows: int
-    ) -> Tensor:
-        offsets = self.offsets[fused]
+    def _sparse(self, index: int, fused: str, x: Tensor, weight: Matrix, run: Pass) -> Tensor:
+        """The product with each projection's input thresholded by its own, in sparse positions."""
+        assert run.thresholds is not None
+        assert isinstance(run.position, int)
+        dense_rows = max(run.sparse_from - run.position, 0)
+        if dense_rows >= x.shape[0]:
+            return multiply(x, weight)
+        offsets, first = self.offsets[fused], PROJECTIONS.index(FUSED[fused][0])
+        thresholds = run.thresholds[index, first : first + len(offsets) - 1]
         # For a single token, reading them from the device takes longer than two products more.
         alone = x.shape[0] == 1 and x.is_cuda
         levels = thresholds.unbind() if alone else thresholds.tolist()
@@ -230,7 +261,19 @@ def threshold(x: Tensor, level: float | Tensor, dense_rows: int = 0) -> Tensor:
     return torch.where(drop, 0, x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    position: Tensor | None = None,
+) -> Tensor:
     """Causal attention of the last T of S positions.
 
     Args:
@@ -238,23 +281,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Ten
         k: [key-value heads, S, head_dim]; each serves heads / key-value heads queries.
         v: the same shape.
         window: how many positions, its own included, a query sees; None is all before it.
+        scale: of the scores, by default head_dim ** -0.5.
+        position: [1] int64, where T is 1 and the position is not the last of the S.
 
     Returns:
         [T, heads, head_dim].
     """
     rows, columns = q.shape[1], k.shape[1]
-    if window is not None and (unseen := columns - rows - window + 1) > 0:
+    if position is None and window is not None and (unseen := columns - rows - window + 1) > 0:
         k, v = k[:, unseen:], v[:, unseen:]
         columns -= unseen
     limited = window is not None and columns > window
-    mask = None
-    if rows > 1 and (limited or rows < columns):
+    last = None if position is None else position[:, None]
+    if position is None and rows > 1 and (limited or rows < columns):
         last = torch.arange(columns - rows, columns, device=q.device)[:, None]
+    mask = None
+    if last is not None:
         seen = torch.arange(columns, device=q.device)
         mask = seen <= last
         if limited and window is not None:
             mask &= seen > last - window
-    if mask is not None and (shared := q.shape[0] // k.shape[0]) > 1:
+    if rows > 1 and mask is not None and (shared := q.shape[0] // k.shape[0]) > 1:
         # With a mask, only the kernels that hold all scores share keys between heads themselves.
         k, v = k.repeat_interleave(shared, dim=0), v.repeat_interleave(shared, dim=0)
     out = F.scaled_dot_product_attention(
@@ -263,6 +310,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Ten
         v[None],
         attn_mask=mask,
         is_causal=rows > 1 and mask is None,
+        scale=scale,
         enable_gqa=q.shape[0] != k.shape[0],
     )
     return out[0].transpose(0, 1)

@@ -17,13 +17,13 @@ from teal_cli.model.rope_config import RopeConfig, yarn_scale
 class RotaryEmbedding:
     """Rotates queries and keys by their position; the tables grow with the longest position."""
 
-    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
-        self.inv_freq = inverse_frequencies(config, head_dim).to(device)
+    def __init__(self, config: RopeConfig, rotary_dim: int, device: torch.device) -> None:
+        self.inv_freq = inverse_frequencies(config, rotary_dim).to(device)
         self.scaling = attention_scaling(config)
-        self._cos = self._sin = torch.empty(0, head_dim // 2, device=device)
+        self._cos = self._sin = torch.empty(0, rotary_dim // 2, device=device)
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions 0 to length - 1, each [length, head_dim / 2] float32."""
+        """Cosines and sines of positions 0 to length - 1, each [length, rotary_dim / 2] float32."""
         if length > self._cos.shape[0]:
             rows = 1 << (length - 1).bit_length()
             positions = torch.arange(rows, dtype=torch.float32, device=self.inv_freq.device)
@@ -32,13 +32,21 @@ class RotaryEmbedding:
             self._sin = angles.sin() * self.scaling
         return self._cos[:length], self._sin[:length]
 
-    def rotate(self, x: Tensor, position: int) -> Tensor:
-        """Rotate x [T, heads, head_dim], whose first row stands at `position`."""
-        cos, sin = self.tables(position + x.shape[0])
-        cos, sin = cos[position:, None], sin[position:, None]
-        first, second = x.chunk(2, dim=-1)
+    def rotate(self, x: Tensor, position: int | Tensor) -> Tensor:
+        """Rotate x [T, heads, head_dim], whose first row stands at `position`.
+
+        A position on the device [1] is one that the tables have; channels beyond rotary_dim stay.
+        """
+        if isinstance(position, Tensor):
+            cos, sin = self._cos[position, None], self._sin[position, None]
+        else:
+            cos, sin = self.tables(position + x.shape[0])
+            cos, sin = cos[position:, None], sin[position:, None]
+        width = cos.shape[-1]
+        first, second, rest = x.split((width, width, x.shape[-1] - 2 * width), dim=-1)
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return rotated.to(x.dtype)
+        rotated = rotated.to(x.dtype)
+        return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:

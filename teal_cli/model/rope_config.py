@@ -37,6 +37,7 @@ class RopeConfig:
     attention_factor: float | None = None  # yarn, longrope
     truncate: bool = True  # yarn: whole channels begin and end the blend
     divisors: tuple[float, ...] | None = None  # longrope: of each frequency
+    partial_rotary_factor: float = 1.0  # share of a head's channels that is rotated
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:

@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from teal_cli.model.decoder import Decoder, _Pass, threshold
+from teal_cli.model.cache import KVCache
+from teal_cli.model.decoder import Decoder, Pass, threshold
 from teal_cli.model.sites import FUSED, PROJECTIONS
-from teal_cli.model.weights import LayerWeights, Matrix, floats
+from teal_cli.model.weights import Matrix, floats
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.profile import Profile
 from teal_cli.sparsity.spool import sweep
@@ -98,6 +99,9 @@ def search(block: _Block, profile: Profile, step: float, steps: int) -> Tensor:
 class _Block:
     """One layer on a few windows: the last quarter of each sparse, after a dense context.
 
+    Nothing is computed twice: trials differ from the level reached in one threshold. That leaves
+    40 % of the time on SmolLM2-135M, with the same result.
+
     Args:
         decoder: the model.
         layer: the block's index.
@@ -106,64 +110,48 @@ class _Block:
 
     def __init__(self, decoder: Decoder, layer: int, hidden: list[Tensor]) -> None:
         self.layer = layer
-        self._decoder = _Reusing(decoder)
+        self._decoder = decoder
         self._position = len(hidden[0]) * 3 // 4
         self._tails = [row[self._position :] for row in hidden]
+        self._wide: dict[str, Tensor] = {}
+        self._kept: OrderedDict[tuple[Hashable, ...], Tensor] = OrderedDict()
         self._caches = []
-        for row in hidden:
+        self._dense = []
+        for row, tail in zip(hidden, self._tails, strict=True):
             cache = decoder.new_cache(len(row))
             decoder.layer(layer, row[: self._position], cache=cache)
             self._caches.append(cache)
-        self._dense = self._outputs(None)
+            self._dense.append(decoder.layer(layer, tail, cache=cache, position=self._position))
 
     def error(self, thresholds: Tensor) -> float:
         """Mean over tokens of the output error's norm over the hidden axis."""
-        pairs = zip(self._outputs(thresholds), self._dense, strict=True)
-        return sum(float((ours - dense).float().norm(dim=-1).mean()) for ours, dense in pairs)
+        levels = thresholds[self.layer].tolist()
+        windows = zip(self._tails, self._caches, self._dense, strict=True)
+        return sum(
+            float((self._sparse(tail, cache, levels) - dense).float().norm(dim=-1).mean())
+            for tail, cache, dense in windows
+        )
 
-    def _outputs(self, thresholds: Tensor | None) -> list[Tensor]:
-        return [
-            self._decoder.layer(
-                self.layer, tail, cache=cache, position=self._position, thresholds=thresholds
-            )
-            for tail, cache in zip(self._tails, self._caches, strict=True)
-        ]
-
-
-class _Reusing(Decoder):
-    """A layer that computes nothing twice: trials differ from the level reached in one threshold.
-
-    That leaves 40 % of the time on SmolLM2-135M, with the same result.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__(decoder.config, decoder.weights)
-        self._wide: dict[str, Tensor] = {}
-        self._kept: OrderedDict[tuple[Hashable, ...], Tensor] = OrderedDict()
-
-    def _attention(self, index: int, layer: LayerWeights, x: Tensor, run: _Pass) -> Tensor:
-        make = partial(super()._attention, index, layer, x, run)
-        if run.thresholds is None:
-            return make()
-        return self._once((run.cache, *run.thresholds[index, :4].tolist()), make)
+    def _sparse(self, tail: Tensor, cache: KVCache, levels: list[float]) -> Tensor:
+        """The block's output for a window, at a threshold for each projection."""
+        project = partial(self._project, cache, levels)
+        run = Pass(cache=cache, position=self._position, project=project)
+        attention = partial(self._decoder.attention, self.layer, tail, run)
+        hidden = tail + self._once((cache, *levels[:4]), attention)
+        return hidden + self._decoder.mlp(self.layer, hidden, run)
 
     def _project(
-        self, fused: str, index: int, x: Tensor, weight: Matrix, bias: Tensor | None, run: _Pass
+        self, cache: KVCache, levels: list[float], _: int, fused: str, x: Tensor, weight: Matrix
     ) -> Tensor:
-        if run.thresholds is None:
-            return super()._project(fused, index, x, weight, bias, run)
         if fused not in self._wide:  # as they are computed with, a copy on a CPU
             self._wide[fused] = floats(weight, x.dtype)
-        wide, offsets = self._wide[fused], self.offsets[fused]
-        levels = run.thresholds[index].tolist()
-        first = PROJECTIONS.index(FUSED[fused][0])
+        wide, first = self._wide[fused], PROJECTIONS.index(FUSED[fused][0])
         parts = []
-        for number, (a, b) in enumerate(itertools.pairwise(offsets)):
+        for number, (a, b) in enumerate(itertools.pairwise(self._decoder.offsets[fused])):
             level = levels[first + number]
-            key = (run.cache, fused, number, *levels[:first], level)
+            key = (cache, fused, number, *levels[:first], level)
             parts.append(self._once(key, partial(_product, x, level, wide[:, a:b])))
-        y = torch.cat(parts, dim=-1)
-        return y if bias is None else y + bias.to(x.dtype)
+        return torch.cat(parts, dim=-1)
 
     def _once(self, key: tuple[Hashable, ...], make: Callable[[], Tensor]) -> Tensor:
         found = self._kept.pop(key, None)

@@ -18,6 +18,7 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.sites import PROJECTIONS, SITES
 from teal_cli.sparsity.histogram import BINS
 from teal_cli.sparsity.quantiles import Quantiles
+from teal_cli.sparsity.setting import Setting, check_target
 from teal_cli.suggestions import did_you_mean, quoted
 
 _KIND, _SCHEMA = "profile", 3
@@ -58,8 +59,15 @@ class ModelShape:
     @property
     def weight_shares(self) -> Tensor:
         """Each projection's share of a layer's weights, float64 [7]."""
-        sizes = torch.tensor([i * o for i, o in self.projections], dtype=torch.float64)
-        return sizes / sizes.sum()
+        return self._sizes / self._sizes.sum()
+
+    def weighted(self, shares: Tensor) -> Tensor:
+        """Shares [..., num_hidden_layers, 7] of the projections → of all weights, [...]."""
+        return (shares.double().mean(-2) * self._sizes).sum(-1) / self._sizes.sum()
+
+    @property
+    def _sizes(self) -> Tensor:
+        return torch.tensor([i * o for i, o in self.projections], dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +120,15 @@ class Profile:
             UsageError: the sparsity is out of range, or there is no such method.
             TealError: the method does not reach the sparsity.
         """
-        if not 0.0 <= sparsity < 1.0:
-            raise UsageError(f"sparsity must be at least 0 and below 1, got {sparsity:g}")
+        check_target(sparsity)
         method = method or self.default_method
         allocation = self.allocation(self.asked(sparsity, method), method)
         return self.quantiles.thresholds(allocation).float()
+
+    def setting(self, sparsity: float, method: str | None = None) -> Setting:
+        """What puts a target sparsity on the model; arguments and errors as `thresholds`."""
+        thresholds = self.thresholds(sparsity, method)
+        return Setting(method or self.default_method, sparsity, thresholds)
 
     def asked(self, sparsity: float, method: str) -> float:
         """The target to take a method's allocation at, for the sparse model to realise `sparsity`.
@@ -140,7 +152,7 @@ class Profile:
             TealError: the method does not reach the sparsity.
         """
         rows = self._rows(method)
-        totals = self._totals(rows)
+        totals = self.shape.weighted(rows)
         if sparsity > totals[-1] + 1e-9:  # a mean of equal numbers rounds
             raise TealError(
                 f"the {method} allocation of {self.model} ends at sparsity {totals[-1]:.2f}",
@@ -154,7 +166,7 @@ class Profile:
 
     def reach(self, method: str) -> float:
         """The largest target that a method has an allocation for."""
-        return float(self._totals(self._rows(method))[-1])
+        return float(self.shape.weighted(self._rows(method))[-1])
 
     def sparsity_at(self, thresholds: Tensor) -> Tensor:
         """The share of inputs that thresholds [num_hidden_layers, 7] skip, same shape, float64.
@@ -165,7 +177,7 @@ class Profile:
 
     def model_sparsity(self, sparsity: Tensor) -> float:
         """The model-wide sparsity of a [num_hidden_layers, 7] table, weighted by weights."""
-        return float((sparsity.double().mean(0) * self.shape.weight_shares).sum())
+        return float(self.shape.weighted(sparsity))
 
     def check(self, config: ModelConfig, fingerprint: str | None = None) -> None:
         """Make sure that this profile belongs to a model.
@@ -258,9 +270,6 @@ class Profile:
             )
         # A published search may ask for more than the published histograms can tell.
         return torch.minimum(self.allocations[method].double(), limit)
-
-    def _totals(self, rows: Tensor) -> Tensor:
-        return (rows.mean(1) * self.shape.weight_shares).sum(-1)
 
 
 def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Profile:

@@ -9,13 +9,14 @@ lose two to three times as much at 0.8 as independent channels would.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from teal_cli.errors import TealError
-from teal_cli.model.decoder import Decoder, _Pass
+from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import FUSED, PROJECTIONS, SITE_OF
 from teal_cli.model.weights import Matrix, floats
 from teal_cli.progress import Reporter
@@ -78,14 +79,13 @@ def costs(
     thresholds = torch.stack(
         [profile.quantiles.thresholds(level.expand(shape)) for level in LEVELS]
     ).float()
-    tapped = _Tapped(decoder.config, decoder.weights)
 
     def backward(step: int, gradients: Iterable[Tensor], found: Tensor) -> Iterator[Tensor]:
         layer = layers - 1 - step
         before = inputs.read(layer) if layer else (decoder.embed(row) for row in windows)
         levels = thresholds[:, layer].to(decoder.device)
         for hidden, gradient in zip(before, gradients, strict=True):
-            passed, projections = tapped.backward(layer, hidden, gradient)
+            passed, projections = layer_gradients(decoder, layer, hidden, gradient)
             found += _layer_costs(projections, levels).cpu()
             yield passed
 
@@ -123,7 +123,7 @@ def equalise(found: Tensor, shape: ModelShape) -> Tensor:
     for _ in range(60):
         middle = (low + high) / 2
         table = _shares_below(slope, shares, middle)
-        below = (table.mean(1) * shape.weight_shares).sum(-1) < _TARGETS
+        below = shape.weighted(table) < _TARGETS
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     table = _shares_below(slope, shares, high)
     table[0] = 0
@@ -155,43 +155,43 @@ def _loss_gradient(decoder: Decoder, hidden: Tensor, generator: torch.Generator)
     return gradient
 
 
-class _Tapped(Decoder):
-    """A dense decoder whose projections each read a tensor of their own."""
+def layer_gradients(
+    decoder: Decoder, layer: int, hidden: Tensor, gradient: Tensor
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Gradients at a dense layer's input and, with the inputs, at its projections'.
 
-    def backward(
-        self, layer: int, hidden: Tensor, gradient: Tensor
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Gradients at a layer's input and, with the inputs, at its projections'.
+    Args:
+        decoder: the model.
+        layer: the layer's index.
+        hidden: its input, [T, hidden_size].
+        gradient: the loss's gradient at its output, [T, hidden_size].
 
-        Args:
-            layer: its index.
-            hidden: its input, [T, hidden_size].
-            gradient: the loss's gradient at its output, [T, hidden_size].
+    Returns:
+        [T, hidden_size], and (x, gradient) [T, channels] in PROJECTIONS order.
 
-        Returns:
-            [T, hidden_size], and (x, gradient) [T, channels] in PROJECTIONS order.
-        """
-        self._read: list[Tensor] = []
-        with torch.enable_grad():
-            hidden = hidden.detach().requires_grad_()
-            out = self.layer(layer, hidden)
-            first, *rest = torch.autograd.grad(out, [hidden, *self._read], gradient)
-        if not first.sum(dtype=torch.float32).isfinite():
-            raise TealError(
-                f"layer {layer}: a gradient is not finite",
-                hint="Gradients overflow in this dtype; try --dtype bfloat16 or float32.",
-            )
-        return first, list(zip((x.detach() for x in self._read), rest, strict=True))
+    Raises:
+        TealError: a gradient is not finite.
+    """
+    read: list[Tensor] = []
 
-    def _project(
-        self, fused: str, index: int, x: Tensor, weight: Matrix, bias: Tensor | None, run: _Pass
-    ) -> Tensor:
-        whole, offsets = floats(weight, x.dtype), self.offsets[fused]
-        read = [x.view_as(x) for _ in FUSED[fused]]
-        self._read += read
-        parts = zip(read, offsets[:-1], offsets[1:], strict=True)
-        y = torch.cat([z @ whole[:, a:b] for z, a, b in parts], dim=-1)
-        return y if bias is None else y + bias.to(x.dtype)
+    def project(_: int, fused: str, x: Tensor, weight: Matrix) -> Tensor:
+        """The product, of which each projection reads a tensor of its own."""
+        whole = floats(weight, x.dtype)
+        own = [x.view_as(x) for _ in FUSED[fused]]
+        read.extend(own)
+        parts = zip(own, itertools.pairwise(decoder.offsets[fused]), strict=True)
+        return torch.cat([z @ whole[:, a:b] for z, (a, b) in parts], dim=-1)
+
+    with torch.enable_grad():
+        hidden = hidden.detach().requires_grad_()
+        out = decoder.layer(layer, hidden, project=project)
+        first, *rest = torch.autograd.grad(out, [hidden, *read], gradient)
+    if not first.sum(dtype=torch.float32).isfinite():
+        raise TealError(
+            f"layer {layer}: a gradient is not finite",
+            hint="Gradients overflow in this dtype; try --dtype bfloat16 or float32.",
+        )
+    return first, list(zip((x.detach() for x in read), rest, strict=True))
 
 
 def _layer_costs(projections: list[tuple[Tensor, Tensor]], levels: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def test_the_compiled_step_is_the_same_model(family: str) -> None:
     decoding.run()
     assert decoding.answer == greedy(original, prompt, 6)
     with torch.no_grad():
-        ours = decoding._model.step(torch.tensor([7]), torch.tensor([44]))[0]
+        ours = decoding._logits(torch.tensor([7]), torch.tensor([44]))[0]
         tokens = torch.tensor([[*prompt, *decoding.answer[:5], 7]])
         theirs = original(tokens).logits[0, -1]
     assert torch.allclose(ours, theirs, atol=2e-5, rtol=1e-5)

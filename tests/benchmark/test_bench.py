@@ -7,18 +7,18 @@ import dataclasses
 import pytest
 import torch
 from benchmark.subjects import TINY
-from torch import Tensor
 
 from teal_cli.benchmark import bench, subject
 from teal_cli.benchmark.bandwidth import Bandwidth
 from teal_cli.benchmark.bench import Settings, measure, require_memory_for
 from teal_cli.benchmark.decode import SessionDecoding
-from teal_cli.benchmark.self_calibration import met_thresholds, self_calibrated
+from teal_cli.benchmark.self_calibration import met_setting, self_calibrated
 from teal_cli.errors import TealError, UsageError
 from teal_cli.inference.session import Session
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.random_weights import SHAPES, random_decoder
 from teal_cli.progress import Silent
+from teal_cli.sparsity.setting import DENSE, Setting
 
 PROMPT = [5, 9, 200, 31]
 BANDWIDTH = Bandwidth(3e15, "made up")
@@ -39,18 +39,21 @@ def test_random_weights_meet_their_target_on_decoded_tokens(
     decoder: Decoder, session: Session, target: float
 ) -> None:
     profile = self_calibrated(decoder, seed=0, reporter=Silent())
-    thresholds = met_thresholds(session, profile, target, PROMPT)
-    run = SessionDecoding(session, thresholds, 0.5, PROMPT, 40).run()
+    setting = met_setting(session, profile, target, PROMPT)
+    assert setting.target_sparsity == target
+    run = SessionDecoding(session, setting, PROMPT, 40).run()
     assert run.realised_sparsity == pytest.approx(target, abs=0.02)
 
 
 def test_no_sparsity_is_exact(decoder: Decoder, session: Session) -> None:
     profile = self_calibrated(decoder, seed=0, reporter=Silent())
-    assert not met_thresholds(session, profile, 0.0, PROMPT).any()
+    thresholds = met_setting(session, profile, 0.0, PROMPT).thresholds
+    assert thresholds is not None
+    assert not thresholds.any()
 
 
 def test_every_repeat_answers_the_whole_prompt(session: Session) -> None:
-    decoding = SessionDecoding(session, None, 0.0, PROMPT, 10)
+    decoding = SessionDecoding(session, DENSE, PROMPT, 10)
     decoding.warm_up()
     first = decoding.run()
     tokens = list(session.tokens)
@@ -75,12 +78,12 @@ def test_measure_gives_a_row_for_everything_asked(
         baselines=("transformers", "compile"),
     )
 
-    def thresholds_for(session: Session, sparsity: float) -> Tensor:
-        return torch.full((TINY.num_hidden_layers, 7), sparsity)
+    def setting_for(session: Session, sparsity: float) -> Setting:
+        return Setting("uniform", sparsity, torch.full((TINY.num_hidden_layers, 7), sparsity))
 
     reads = iter([Bandwidth(1.0, "slow"), BANDWIDTH, Bandwidth(2.0, "slow")])  # one more than runs
     bandwidth, rows, notes = measure(
-        decoder, PROMPT, settings, thresholds_for, lambda: next(reads), Silent()
+        decoder, PROMPT, settings, setting_for, lambda: next(reads), Silent()
     )
     assert bandwidth == Bandwidth(BANDWIDTH.bytes_per_s, "made up, the fastest read")
     assert next(reads, None) is None
@@ -96,9 +99,7 @@ def test_measure_gives_a_row_for_everything_asked(
 def test_a_context_too_short_is_refused(decoder: Decoder) -> None:
     settings = Settings(tokens=100, prompt_tokens=100)
     with pytest.raises(UsageError, match="longer than this model's context of 128"):
-        measure(
-            decoder, PROMPT, settings, lambda s, t: torch.zeros(3, 7), lambda: BANDWIDTH, Silent()
-        )
+        measure(decoder, PROMPT, settings, lambda s, t: DENSE, lambda: BANDWIDTH, Silent())
 
 
 def test_a_shape_that_does_not_fit_is_refused_before_it_is_made(

@@ -16,6 +16,7 @@ from teal_cli.inference.session import Session
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.random_weights import random_decoder
+from teal_cli.sparsity.setting import Setting
 
 CONFIG = ModelConfig.from_dict(
     {
@@ -40,9 +41,10 @@ class FakeProfile:
     def __init__(self) -> None:
         self.asked: list[tuple[float, str | None]] = []
 
-    def thresholds(self, sparsity: float, method: str | None) -> torch.Tensor:
+    def setting(self, sparsity: float, method: str | None) -> Setting:
         self.asked.append((sparsity, method))
-        return torch.full((CONFIG.num_hidden_layers, 7), sparsity)
+        levels = torch.full((CONFIG.num_hidden_layers, 7), sparsity)
+        return Setting(method or self.default_method, sparsity, levels)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,5 @@ def chat(
         conversation=conversation,
         profile=lambda: profile,  # type: ignore[arg-type, return-value]
         method=None,
-        sparsity=0.0,
         max_tokens=8,
     )

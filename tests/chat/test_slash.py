@@ -18,13 +18,13 @@ def test_sparsity_changes_the_loaded_model_at_once(chat: Chat, profile: Any) -> 
     assert slash.run(chat, "/sparsity").text == "sparsity 0 (dense)"
     assert profile.asked == []
     assert slash.run(chat, "/sparsity 0.4").text == "sparsity 0.4, by uniform"
-    thresholds = chat.session.thresholds
+    thresholds = chat.session.setting.thresholds
     assert thresholds is not None
     assert float(thresholds[0, 0]) == pytest.approx(0.4)
     finish = answers.answer(chat, "Hi").finish
     assert finish.stats.realised_sparsity is not None
     slash.run(chat, "/sparsity 0")
-    assert chat.session.thresholds is None
+    assert chat.session.setting.thresholds is None
     assert profile.asked == [(0.4, None)]
 
 

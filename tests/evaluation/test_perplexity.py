@@ -16,6 +16,7 @@ from teal_cli.evaluation.protocols import Protocol
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import PROJECTIONS
 from teal_cli.progress import Silent
+from teal_cli.sparsity.setting import Setting
 
 LAYERS, VOCAB = 3, 97
 STANDARD = Protocol("standard", 40, 40, 4, 1)
@@ -76,7 +77,7 @@ def test_every_figure_agrees_with_float64(
     oracle: Any, decoder: Decoder, thresholds: Tensor, protocol: Protocol
 ) -> None:
     windows = torch.randint(VOCAB, (3, 40), generator=torch.Generator().manual_seed(5))
-    result = evaluate(decoder, windows, [("half", thresholds)], protocol, Silent())
+    result = evaluate(decoder, windows, [Setting("half", 0.5, thresholds)], protocol, Silent())
 
     nll, dense_nll, kl, agreement, shares = [], [], [], [], []
     for window in windows:
@@ -118,7 +119,7 @@ def test_every_figure_agrees_with_float64(
 def test_thresholds_of_zero_change_nothing(decoder: Decoder) -> None:
     windows = torch.randint(VOCAB, (2, 40), generator=torch.Generator().manual_seed(6))
     zero = torch.zeros(LAYERS, 7)
-    result = evaluate(decoder, windows, [("exact", zero)], STANDARD, Silent())
+    result = evaluate(decoder, windows, [Setting("exact", 0.0, zero)], STANDARD, Silent())
     (exact,) = result.sparse
     assert exact.nll.value == pytest.approx(result.dense.nll.value, rel=1e-6)
     assert exact.kl.value == pytest.approx(0, abs=1e-6)
@@ -130,9 +131,9 @@ def test_chunks_of_positions_change_nothing(
     decoder: Decoder, thresholds: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows = torch.randint(VOCAB, (2, 40), generator=torch.Generator().manual_seed(7))
-    whole = evaluate(decoder, windows, [("half", thresholds)], STANDARD, Silent())
+    whole = evaluate(decoder, windows, [Setting("half", 0.5, thresholds)], STANDARD, Silent())
     monkeypatch.setattr("teal_cli.evaluation.perplexity.LOGITS_CHUNK", 7 * VOCAB)
-    chunked = evaluate(decoder, windows, [("half", thresholds)], STANDARD, Silent())
+    chunked = evaluate(decoder, windows, [Setting("half", 0.5, thresholds)], STANDARD, Silent())
     assert chunked.sparse[0].nll.value == pytest.approx(whole.sparse[0].nll.value, rel=1e-6)
     assert chunked.sparse[0].kl.value == pytest.approx(whole.sparse[0].kl.value, rel=1e-5)
     assert chunked.sparse[0].realised_sparsity == whole.sparse[0].realised_sparsity
@@ -160,5 +161,6 @@ def test_a_setting_whose_loss_is_not_finite_is_named(decoder: Decoder) -> None:
         return logits(hidden) * (float("nan") if len(calls) == 2 else 1)
 
     broken.logits = second_is_nan  # type: ignore[method-assign]
+    setting = Setting("greedy", 0.5, torch.zeros(LAYERS, 7))
     with pytest.raises(TealError, match=r"sparse model \(greedy 0\.5\) is not finite"):
-        evaluate(broken, windows, [("greedy 0.5", torch.zeros(LAYERS, 7))], STANDARD, Silent())
+        evaluate(broken, windows, [setting], STANDARD, Silent())

@@ -18,6 +18,7 @@ from teal_cli.errors import TealError
 from teal_cli.inference.session import Session
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.progress import Silent
+from teal_cli.sparsity.setting import DENSE, Setting
 
 pytest.importorskip("lm_eval")
 
@@ -43,14 +44,17 @@ def checkpoint(home: Path, tiny_model: Path) -> Checkpoint:
         )
 
 
-def teal_lm(checkpoint: Checkpoint, thresholds: Tensor | None, **changes: Any) -> Any:
+def teal_lm(
+    checkpoint: Checkpoint, thresholds: Tensor | None, target: float = 0.5, **changes: Any
+) -> Any:
     from teal_cli.evaluation.harness import Subject, TealLM
 
     settings = {"protocol": "standard", "context": 512, **changes}
     subject = Subject(
         checkpoint.load(), checkpoint.tokenizer(), checkpoint.eos_token_ids, **settings
     )
-    return TealLM(subject, "half", thresholds, Silent())
+    setting = DENSE if thresholds is None else Setting("uniform", target, thresholds)
+    return TealLM(subject, setting, Silent())
 
 
 def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
@@ -138,13 +142,27 @@ def test_sparse_answers_are_a_sessions(checkpoint: Checkpoint) -> None:
     answers = lm.generate_until(requests("generate_until", *asked))
     assert answers[0] == answers[2]  # nothing that was decoded is left in the cache
     tokenizer = checkpoint.tokenizer()
-    session = Session(checkpoint.load(), max_length=64, thresholds=thresholds)
+    setting = Setting("uniform", 0.5, thresholds)
+    session = Session(checkpoint.load(), max_length=64, setting=setting)
     logits, tokens = session.prefill(tokenizer.encode("Say it")), []
     while len(tokens) < 8 and (token := int(logits.argmax())) not in checkpoint.eos_token_ids:
         tokens.append(token)
         logits = session.step(token)
     assert answers[0] == tokenizer.decode(tokens, skip_special_tokens=True)
     assert 0.1 < lm.realised_sparsity() < 0.9
+
+
+def test_answers_are_decoded_under_the_whole_setting(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    use = Session.use
+    monkeypatch.setattr(
+        Session, "use", lambda self, setting: (used.append(setting), use(self, setting))
+    )
+    lm = teal_lm(checkpoint, torch.full((3, 7), 0.3), target=0.65)
+    lm.generate_until(requests("generate_until", ("Say it", {"until": [], "max_gen_toks": 2})))
+    assert [setting.target_sparsity for setting in used] == [0.65]
 
 
 def test_what_does_not_fit_the_context_is_one_error(checkpoint: Checkpoint) -> None:
@@ -161,7 +179,7 @@ def test_a_likelihood_that_is_not_finite_names_its_setting(checkpoint: Checkpoin
     lm._decoder.weights = type(weights)(
         weights.embed_tokens, weights.layers, weights.norm * 1e39, weights.lm_head
     )
-    with pytest.raises(TealError, match=r"sparse model \(half\) is not finite"):
+    with pytest.raises(TealError, match=r"sparse model \(uniform 0\.5\) is not finite"):
         lm.loglikelihood(requests("loglikelihood", ("a", "b")))
 
 

@@ -18,9 +18,14 @@ from teal_cli.inference.session import Session
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import PROJECTIONS, SITE_OF
 from teal_cli.progress import Silent
+from teal_cli.sparsity.setting import DENSE, Setting
 
 PROMPT = torch.randint(0, 259, (21,), generator=torch.Generator().manual_seed(5)).tolist()
 BACKENDS = ["reference", "auto"]
+
+
+def half(thresholds: Tensor | None) -> Setting:
+    return DENSE if thresholds is None else Setting("uniform", 0.5, thresholds)
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -35,7 +40,7 @@ def test_steps_equal_a_full_forward(
     decoder: Decoder, thresholds: Tensor, backend: str, sparse: bool
 ) -> None:
     levels = thresholds if sparse else None
-    session = Session(decoder, max_length=40, thresholds=levels, backend=backend)  # type: ignore[arg-type]
+    session = Session(decoder, max_length=40, setting=half(levels), backend=backend)  # type: ignore[arg-type]
     actual = [session.prefill(PROMPT[:12]), *(session.step(token) for token in PROMPT[12:])]
     with torch.inference_mode():
         hidden = decoder.forward(torch.tensor(PROMPT), thresholds=levels, sparse_from=12)
@@ -49,7 +54,7 @@ def test_steps_equal_a_full_forward(
 def test_realised_sparsity_counts_what_the_decoder_sees(
     decoder: Decoder, thresholds: Tensor, backend: str
 ) -> None:
-    session = Session(decoder, max_length=40, thresholds=thresholds, backend=backend)  # type: ignore[arg-type]
+    session = Session(decoder, max_length=40, setting=half(thresholds), backend=backend)  # type: ignore[arg-type]
     session.prefill(PROMPT[:12])
     assert session.realised_sparsity() is None
     for token in PROMPT[12:]:
@@ -66,9 +71,9 @@ def test_realised_sparsity_counts_what_the_decoder_sees(
         decoder.forward(
             torch.tensor(PROMPT), thresholds=thresholds, sparse_from=12, observe=observe
         )
-    shares = session.kept_shares()
-    assert shares is not None
-    assert (shares - kept).abs().max() < 1e-6
+    skips = session.skips()
+    assert skips is not None
+    assert (1 - skips.shares - kept).abs().max() < 1e-6
     weights = torch.tensor([a * b for a, b in decoder.config.projection_shapes.values()]).double()
     expected = 1 - float((kept.mean(0) * weights).sum() / weights.sum())
     assert session.realised_sparsity() == pytest.approx(expected)
@@ -82,7 +87,7 @@ def test_thresholds_apply_at_once_and_zero_is_exact(
     def last(session: Session, levels: Tensor | None) -> Tensor:
         session.reset()
         session.prefill(PROMPT[:12])
-        session.set_thresholds(levels)
+        session.use(half(levels))
         return session.step(7).clone()
 
     session = Session(decoder, max_length=40, backend=backend)  # type: ignore[arg-type]
@@ -97,9 +102,34 @@ def test_thresholds_apply_at_once_and_zero_is_exact(
     assert session.realised_sparsity() == 1.0
 
 
+def test_the_kernels_are_told_the_target(
+    decoder: Decoder, thresholds: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+
+    class Choosing(session_module._DecoderStep):
+        start = advance = chosen = take_back = session_module._DecoderStep.__call__
+
+        def expect(self, sparsity: float) -> None:
+            told.append(sparsity)
+
+    monkeypatch.setattr(
+        session_module, "_choose_step", lambda decoder, cache, *rest: Choosing(decoder, cache)
+    )
+    session = Session(decoder, max_length=40, setting=Setting("greedy", 0.65, thresholds))
+    session.use(DENSE)
+    session.use(Setting("greedy", 0.3, thresholds))
+    assert told == [0.65, 0.0, 0.3]
+
+
+def test_thresholds_of_another_model_are_refused(decoder: Decoder, thresholds: Tensor) -> None:
+    with pytest.raises(ValueError, match="of 2 layers, not 3"):
+        Session(decoder, max_length=40, setting=half(thresholds[:2]))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rewinding_forgets(decoder: Decoder, thresholds: Tensor, backend: str) -> None:
-    session = Session(decoder, max_length=40, thresholds=thresholds, backend=backend)  # type: ignore[arg-type]
+    session = Session(decoder, max_length=40, setting=half(thresholds), backend=backend)  # type: ignore[arg-type]
     session.prefill(PROMPT[:12])
     first = session.step(3).clone()
     session.prefill(PROMPT[12:])
@@ -109,7 +139,7 @@ def test_rewinding_forgets(decoder: Decoder, thresholds: Tensor, backend: str) -
 
 def test_both_backends_give_the_same_greedy_tokens(decoder: Decoder, thresholds: Tensor) -> None:
     def answer(backend: str) -> list[int]:
-        session = Session(decoder, max_length=64, thresholds=thresholds, backend=backend)  # type: ignore[arg-type]
+        session = Session(decoder, max_length=64, setting=half(thresholds), backend=backend)  # type: ignore[arg-type]
         steps = generate(session, PROMPT, Sampler(Sampling()), max_new_tokens=30)
         return [step.id for step in steps if isinstance(step, Token)]
 
@@ -126,7 +156,7 @@ def test_without_numba_it_decodes_in_torch_and_says_so(
             notes.append(message)
 
     monkeypatch.setitem(sys.modules, "teal_kernels.cpu", None)  # as if the import failed
-    session = Session(decoder, max_length=40, thresholds=thresholds, reporter=Listener())
+    session = Session(decoder, max_length=40, setting=half(thresholds), reporter=Listener())
     assert session.backend == "torch"
     assert len(notes) == 1
     assert "plain torch" in notes[0]
@@ -158,8 +188,8 @@ def test_a_broken_triton_costs_one_warning_and_no_text(
     broken = SimpleNamespace(DecodeStep=_Broken) if fault == "launch" else None
     monkeypatch.setitem(sys.modules, "teal_kernels.gpu", broken)
     monkeypatch.setitem(session_module._FUSED_STEPS, "cpu", ("teal_kernels.gpu", "triton"))
-    session = Session(decoder, max_length=64, thresholds=thresholds, reporter=Listener())
-    expected = Session(decoder, max_length=64, thresholds=thresholds, backend="reference")
+    session = Session(decoder, max_length=64, setting=half(thresholds), reporter=Listener())
+    expected = Session(decoder, max_length=64, setting=half(thresholds), backend="reference")
     assert session.backend == "torch"
     assert run(session, PROMPT, max_new_tokens=12)[0] == run(expected, PROMPT, max_new_tokens=12)[0]
     assert session.realised_sparsity() == expected.realised_sparsity()

@@ -21,6 +21,7 @@ from teal_cli.inference.session import Session
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.random_weights import random_decoder
+from teal_cli.sparsity.setting import Setting
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +39,7 @@ CONFIG = ModelConfig.from_dict(
     }
 )
 PROMPT = [5, 81, 3, 44, 60, 12, 7]
-LEVELS = torch.tensor([[0.4, 0.3, 0.5, 0.1, 0.4, 0.5, 0.05]])
+SETTING = Setting("uniform", 0.5, torch.tensor([[0.4, 0.3, 0.5, 0.1, 0.4, 0.5, 0.05]]))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def decoder() -> Iterator[Decoder]:
 
 
 def _session(decoder: Decoder, backend: str, length: int = 20) -> Session:
-    return Session(decoder, max_length=length, thresholds=LEVELS, backend=backend)  # type: ignore[arg-type]
+    return Session(decoder, max_length=length, setting=SETTING, backend=backend)  # type: ignore[arg-type]
 
 
 def _answer(
@@ -169,10 +170,10 @@ def test_an_abandoned_answer_leaves_the_session_in_order(decoder: Decoder) -> No
             next(steps)
         steps.close()  # type: ignore[attr-defined]
     assert device.tokens == host.tokens
-    shares, expected = device.kept_shares(), host.kept_shares()
-    assert shares is not None
+    skips, expected = device.skips(), host.skips()
+    assert skips is not None
     assert expected is not None
-    torch.testing.assert_close(shares, expected)
+    torch.testing.assert_close(skips.shares, expected.shares)
     following = device.step(4), host.step(4)
     torch.testing.assert_close(*following, rtol=1e-4, atol=1e-4)
 

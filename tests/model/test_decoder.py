@@ -156,7 +156,7 @@ def test_layers_chained_equal_forward() -> None:
     hidden = decoder.embed(ids)
     for index in range(decoder.config.num_hidden_layers):
         hidden = decoder.layer(index, hidden)
-    torch.testing.assert_close(decoder._norm(hidden, decoder.weights.norm), decoder.forward(ids))
+    torch.testing.assert_close(decoder.final_norm(hidden), decoder.forward(ids))
 
 
 @pytest.mark.parametrize(

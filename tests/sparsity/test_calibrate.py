@@ -224,12 +224,6 @@ def count_layers(decoder: Decoder) -> list[int]:
 
 def as_dtype(decoder: Decoder, dtype: torch.dtype) -> Decoder:
     """The decoder computing in its weights' dtype, as on a GPU."""
-
-    class Narrow(Decoder):
-        @property
-        def compute_dtype(self) -> torch.dtype:
-            return dtype
-
     weights = decoder.weights
     layers = [
         dataclasses.replace(
@@ -249,4 +243,4 @@ def as_dtype(decoder: Decoder, dtype: torch.dtype) -> Decoder:
         norm=weights.norm.to(dtype),
         lm_head=weights.lm_head.to(dtype),
     )
-    return Narrow(decoder.config, narrow)
+    return Decoder(decoder.config, narrow, compute_dtype=dtype)

@@ -79,9 +79,8 @@ def test_projections_gradients_add_up_to_their_site_s(
         for layer in range(4):
             inputs.append(decoder.layer(layer, inputs[-1]))
     gradient = sensitivity._loss_gradient(decoder, inputs[4], torch.Generator().manual_seed(5))
-    tapped = sensitivity._Tapped(decoder.config, decoder.weights)
     for layer in reversed(range(4)):
-        gradient, projections = tapped.backward(layer, inputs[layer], gradient)
+        gradient, projections = sensitivity.layer_gradients(decoder, layer, inputs[layer], gradient)
         for site in SITES:
             names = [name for name in PROJECTIONS if SITE_OF[name] == site]
             total = sum(projections[PROJECTIONS.index(name)][1] for name in names)

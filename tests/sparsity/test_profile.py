@@ -82,6 +82,14 @@ def test_target_is_met_model_wide(profile: Profile, method: str | None, sparsity
         assert realised.std() > 0.02
 
 
+def test_a_setting_is_made_of_the_best_method_or_the_one_named(profile: Profile) -> None:
+    best, uniform = profile.setting(0.4), profile.setting(0.4, "uniform")
+    assert (best.method, best.label) == (profile.default_method, f"{profile.default_method} 0.4")
+    assert (uniform.method, uniform.target_sparsity) == ("uniform", 0.4)
+    assert uniform.thresholds is not None
+    assert torch.equal(uniform.thresholds, profile.thresholds(0.4, "uniform"))
+
+
 def test_model_sparsity_is_weighted_by_weights(profile: Profile, config: ModelConfig) -> None:
     table = torch.rand(LAYERS, len(PROJECTIONS), generator=torch.Generator().manual_seed(1))
     sizes = torch.tensor([i * o for i, o in config.projection_shapes.values()])
