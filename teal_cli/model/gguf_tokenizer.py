@@ -14,6 +14,7 @@ from teal_cli.errors import TealError, UnsupportedError, whole
 from teal_cli.progress import Reporter
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types
+_BYTES = 256  # a vocabulary of these and some special tokens needs no merges
 _LONGEST = 4096  # characters; runs of spaces and dashes are the longest, with a few hundred
 
 # A word that is a token is taken before any merge, and a text begins with BOS.
@@ -70,8 +71,9 @@ def _write(
         raise TealError("the GGUF file holds no tokenizer")
     if (longest := max(map(len, tokens))) > _LONGEST:  # every way to cut it would be tried
         raise TealError(f"the GGUF file's tokenizer is damaged: a token of {longest:,} characters")
-    if kind == "gpt2" and "tokenizer.ggml.merges" not in metadata:  # every word would be letters
-        raise TealError("the GGUF file's tokenizer is damaged: it holds no merges")
+    merges = metadata.get("tokenizer.ggml.merges", ())
+    if kind == "gpt2" and not merges and sum(len(token) > 1 for token in tokens) > _BYTES:
+        raise TealError("the GGUF file's tokenizer is damaged: it holds words and no merges")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedError(f"GGUF tokenizer {kind!r} is not supported")
     pre = _pre_tokenizer(metadata, reporter) if kind == "gpt2" else None
@@ -143,7 +145,7 @@ def _tokenizer(metadata: dict[str, Any], pre: str | None, ids: dict[str, int]) -
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     fields: dict[str, Any] = {"tokens": tokens, "tokenizer_type": "gpt2" if pre else "llama"}
     if pre:
-        fields["merges"] = metadata["tokenizer.ggml.merges"]
+        fields["merges"] = metadata.get("tokenizer.ggml.merges", ())
     else:
         fields["scores"] = metadata["tokenizer.ggml.scores"]
         # Its special tokens are dropped again below; before 5.18 it wants all of them named.
