@@ -56,7 +56,7 @@ ROWS = (
     Situation(
         "GGUF: no merges, and no words",
         Tokens(("the 12", "ö<|im_end|>")),
-        (as_gguf({"tokenizer.ggml.merges": None}),),
+        (as_gguf(),),  # the writer leaves an empty list out
         vocabulary=_bytes_alone,
         transformers="5.18",
     ),
