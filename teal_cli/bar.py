@@ -9,8 +9,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.progress import Task as RichTask
 from rich.text import Text
 
-from teal_cli.console import LineTask, format_amount, format_left, format_rate
-from teal_cli.progress import Road
+from teal_cli.amounts import format_amount, format_left, format_rate
+from teal_cli.progress import LineTask, Road
 
 _START_S = 0.2
 

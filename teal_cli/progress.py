@@ -113,3 +113,13 @@ class Silent:
 
     def skip(self) -> None:
         pass
+
+
+class LineTask:
+    """Counts what is done, so that the closing line can say how much it was."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def advance(self, amount: int = 1) -> None:
+        self.done += amount

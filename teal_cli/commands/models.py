@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from teal_cli import console
+from teal_cli.amounts import format_amount
 from teal_cli.errors import MissingError, UsageError
 from teal_cli.options import JsonOption, complete_stored
 
@@ -59,7 +60,7 @@ def _remove(name: str, yes: bool) -> None:
             f"teal has stored nothing of {model.name}", hint=_cached_hint(model.download)
         )
     for folder in model.owned:
-        size = console.format_amount(inventory.folder_bytes(folder), "B")
+        size = format_amount(inventory.folder_bytes(folder), "B")
         console.print_line(f"{size:>9}  {folder}", to_stderr=True)
     if not yes:
         if not sys.stdin.isatty():
@@ -69,7 +70,7 @@ def _remove(name: str, yes: bool) -> None:
         if not console.confirm(f"Remove {model.name}?"):
             return
     nbytes = inventory.remove(model, console.reporter())
-    console.reporter().note(f"removed {console.format_amount(nbytes, 'B')} of {model.name}")
+    console.reporter().note(f"removed {format_amount(nbytes, 'B')} of {model.name}")
     if hint := _cached_hint(model.download):
         console.reporter().note(hint)
 
@@ -80,7 +81,7 @@ def _cached_hint(download: Path | None) -> str | None:
         return None
     from teal_cli.store.inventory import folder_bytes
 
-    size = console.format_amount(folder_bytes(download), "B")
+    size = format_amount(folder_bytes(download), "B")
     repository = download.name.replace("models--", "model/", 1).replace("--", "/")
     return f"Hugging Face's cache keeps {size} of it; `hf cache rm {repository}` removes that."
 
@@ -98,13 +99,13 @@ def _rows(model: StoredModel) -> list[list[str]]:
     for checkpoint in model.checkpoints:
         methods = ", ".join(checkpoint.methods)
         stage = f"calibrated: {methods}" if methods else "converted"
-        size = console.format_amount(checkpoint.nbytes, "B")
+        size = format_amount(checkpoint.nbytes, "B")
         rows.append([checkpoint.folder.name, size, stage])
     for item in model.others:
-        size = console.format_amount(item.nbytes, "B")
+        size = format_amount(item.nbytes, "B")
         rows.append([item.path.name, size, item.what])
     if model.download is not None:
-        size = console.format_amount(folder_bytes(model.download), "B")
+        size = format_amount(folder_bytes(model.download), "B")
         rows.append(["Hub's cache", size, "downloaded"])
     return rows
 
@@ -115,10 +116,10 @@ def _total(stored: Sequence[StoredModel]) -> str:
 
     own = sum(folder_bytes(path) for model in stored for path in model.owned)
     cached = sum(folder_bytes(model.download) for model in stored if model.download is not None)
-    total = f"total: {console.format_amount(own, 'B')}"
+    total = f"total: {format_amount(own, 'B')}"
     if not cached:
         return total
-    return f"{total}, and {console.format_amount(cached, 'B')} in the Hub's cache"
+    return f"{total}, and {format_amount(cached, 'B')} in the Hub's cache"
 
 
 def _document(model: StoredModel) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from teal_cli.model.tokenizer import panics_explained
 from teal_cli.progress import Reporter
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types
+_BYTES = 256  # a vocabulary of these and some special tokens needs no merges
 _LONGEST = 4096  # characters; runs of spaces and dashes are the longest, with a few hundred
 _MOST_CUT = 1 << 30  # characters, in all cuts of all tokens: a second; Gemma 3 has 2 % of it
 
@@ -77,8 +78,9 @@ def _write(
         raise TealError(
             f"the GGUF file's tokenizer is damaged: tokens of up to {max(lengths):,} characters"
         )
-    if kind == "gpt2" and "tokenizer.ggml.merges" not in metadata:  # every word would be letters
-        raise TealError("the GGUF file's tokenizer is damaged: it holds no merges")
+    merges = metadata.get("tokenizer.ggml.merges", ())
+    if kind == "gpt2" and not merges and sum(length > 1 for length in lengths) > _BYTES:
+        raise TealError("the GGUF file's tokenizer is damaged: it holds words and no merges")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedError(f"GGUF tokenizer {kind!r} is not supported")
     pre = _pre_tokenizer(metadata, reporter) if kind == "gpt2" else None
@@ -150,7 +152,7 @@ def _tokenizer(metadata: dict[str, Any], pre: str | None, ids: dict[str, int]) -
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     fields: dict[str, Any] = {"tokens": tokens, "tokenizer_type": "gpt2" if pre else "llama"}
     if pre:
-        fields["merges"] = metadata["tokenizer.ggml.merges"]
+        fields["merges"] = metadata.get("tokenizer.ggml.merges", ())
     else:
         fields["scores"] = metadata["tokenizer.ggml.scores"]
         # Its special tokens are dropped again below; before 5.18 it wants all of them named.

@@ -14,13 +14,8 @@ from pathlib import Path
 import pytest
 
 from teal_cli import console
-from teal_cli.console import (
-    ConsoleReporter,
-    format_amount,
-    format_left,
-    format_rate,
-    format_seconds,
-)
+from teal_cli.amounts import format_amount, format_left, format_rate, format_seconds
+from teal_cli.console import ConsoleReporter
 from teal_cli.errors import TealError, UsageError
 from teal_cli.options import parse_sparsities, parse_sparsity
 from teal_cli.progress import Road

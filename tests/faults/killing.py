@@ -52,7 +52,7 @@ def beside(home: Path, name: str) -> Path:
 def _teal(home: str, arguments: list[str], kill_at: int, environment: Mapping[str, str]) -> None:
     import torch
 
-    from teal_cli import app, console
+    from teal_cli import app, progress
 
     seen = 0
 
@@ -66,13 +66,13 @@ def _teal(home: str, arguments: list[str], kill_at: int, environment: Mapping[st
         if event in _EVENTS and any(str(d).startswith(home + os.sep) for d in details[:2]):
             touch()
 
-    advance = console.LineTask.advance
+    advance = progress.LineTask.advance
 
-    def advance_counted(task: console.LineTask, amount: int = 1) -> None:
+    def advance_counted(task: progress.LineTask, amount: int = 1) -> None:
         touch()
         advance(task, amount)
 
-    console.LineTask.advance = advance_counted  # type: ignore[method-assign]
+    progress.LineTask.advance = advance_counted  # type: ignore[method-assign]
     torch.set_num_threads(1)  # the model is too small for two to gain anything
     os.environ.update(TEAL_HOME=home, HF_HUB_OFFLINE="1")
     os.environ.update(environment)

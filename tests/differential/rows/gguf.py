@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from differential.comparisons import Refused, Tensors, Tokens
 from differential.rows.text import INSTRUCTIONS
 from differential.situations import Situation, as_gguf
-from differential.vocabularies import sentencepiece
+from differential.vocabularies import byte_level, sentencepiece
+from tokenizers import Tokenizer
 
 from teal_cli.errors import TealError
 
 
 def _file(name: str, keys: Mapping[str, Any]) -> Situation:
     return Situation(f"GGUF: {name}", Tensors(), (as_gguf(keys),), families=("llama", "qwen2"))
+
+
+def _bytes_alone() -> Tokenizer:
+    tokenizer = byte_level()
+    state = json.loads(tokenizer.to_str())
+    state["model"]["merges"] = []
+    return Tokenizer.from_str(json.dumps(state))
 
 
 ROWS = (
@@ -42,6 +51,14 @@ ROWS = (
         "GGUF: no merges",
         Refused(TealError, ("merges",)),
         (as_gguf({"tokenizer.ggml.merges": None}),),
+        vocabulary=lambda: byte_level(special_from=1000),
+    ),
+    Situation(
+        "GGUF: no merges, and no words",
+        Tokens(("the 12", "ö<|im_end|>")),
+        (as_gguf(),),  # the writer leaves an empty list out
+        vocabulary=_bytes_alone,
+        transformers="5.18",
     ),
     Situation(
         "GGUF: a text for a number",
