@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,11 @@ class ModelShape:
         """Each projection's share of a layer's weights, float64 [7]."""
         return self._sizes / self._sizes.sum()
 
-    def weighted(self, shares: Tensor) -> Tensor:
-        """Shares [..., num_hidden_layers, 7] of the projections → of all weights, [...]."""
-        return (shares.double().mean(-2) * self._sizes).sum(-1) / self._sizes.sum()
+    def weighted(self, shares: Tensor, names: Sequence[str] = PROJECTIONS) -> Tensor:
+        """Shares [..., layers, 7] of projections → of the weights of those named, [...]."""
+        columns = [PROJECTIONS.index(name) for name in names]
+        sizes = self._sizes[columns]
+        return (shares.double().mean(-2)[..., columns] * sizes).sum(-1) / sizes.sum()
 
     @property
     def _sizes(self) -> Tensor:

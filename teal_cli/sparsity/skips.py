@@ -23,28 +23,31 @@ class Skips:
     @property
     def shares(self) -> Tensor:
         """Share of each projection's inputs that was skipped, float64 [num_hidden_layers, 7]."""
-        if not self.positions:
-            return torch.zeros(self.kept.shape, dtype=torch.float64)
-        inputs = torch.tensor([inputs for inputs, _ in self.shape.projections])
-        return 1 - self.kept.double() / (self.positions * inputs)
+        return self._skipped(self.kept.double())
 
     @property
     def realised_sparsity(self) -> float:
         """Share of the projections' weights that was skipped."""
-        return float(self.shape.weighted(self.shares))
+        return float(self.shape.weighted(self._means))
 
     def by_projection(self) -> dict[str, float]:
         """Share of each projection's inputs that was skipped, the mean of all layers."""
-        return dict(zip(PROJECTIONS, self.shares.mean(0).tolist(), strict=True))
+        return dict(zip(PROJECTIONS, self._means[0].tolist(), strict=True))
 
     def by_site(self) -> dict[str, float]:
         """Share skipped of each site, its projections weighted by their weights."""
-        found = {}
-        for site in SITES:
-            columns = [i for i, name in enumerate(PROJECTIONS) if SITE_OF[name] == site]
-            weights = self.shape.weight_shares[columns]
-            found[site] = float((self.shares.mean(0)[columns] * weights).sum() / weights.sum())
-        return found
+        readers = {site: [n for n in PROJECTIONS if SITE_OF[n] == site] for site in SITES}
+        weighted = self.shape.weighted
+        return {site: float(weighted(self._means, names)) for site, names in readers.items()}
+
+    @property
+    def _means(self) -> Tensor:
+        """Of all layers, [1, 7]."""
+        return self._skipped(self.kept.double().mean(0, keepdim=True))
+
+    def _skipped(self, kept: Tensor) -> Tensor:
+        inputs = torch.tensor([inputs for inputs, _ in self.shape.projections])
+        return 1 - kept / (self.positions * inputs) if self.positions else torch.zeros_like(kept)
 
 
 class SkipCount:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from teal_kernels import quantized
@@ -163,3 +165,13 @@ def test_rows_are_within_half_a_step() -> None:
     error = (rows.dequantize() - weight).abs()
     assert (error <= weight.abs().amax(1, keepdim=True) / 127 * 0.5001).all()
     assert torch.equal(rows.dequantize(5, 9), rows.dequantize()[5:9])
+
+
+def test_without_triton_torch_dequantizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "teal_kernels.dequantize", None)  # as if the import failed
+    quantized._kernel.cache_clear()
+    try:
+        assert quantized._kernel("cuda") is None
+    finally:
+        quantized._kernel.cache_clear()
+    assert quantized._kernel("cpu") is None
