@@ -36,6 +36,15 @@ def test_compare_answers_twice_and_keeps_the_sparse_one(
     assert "they part" not in capsys.readouterr().out
 
 
+def test_compare_draws_alike_for_both(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    slash.run(chat, "/set temperature 1")
+    slash.run(chat, "/sparsity 1e-30")  # skips nothing, so that only other draws could differ
+    chat.compare = True
+    said = [answers.answer(chat, "Hi").text for _ in range(2)]
+    assert capsys.readouterr().out.count("both say the same") == 2
+    assert said[0] != said[1]  # a draw of its own for each prompt
+
+
 def test_where_two_texts_part(chat: Chat) -> None:
     finish = answers.answer(chat, "Hi").finish
 

@@ -77,6 +77,21 @@ def test_int4_is_rounded_on_text_unless_told_otherwise(
     assert back["fingerprint"] == found["fingerprint"]  # the same text gives the same integers
 
 
+def test_text_that_rounding_has_read_is_left_out_of_an_evaluation(
+    teal: Teal, tiny_model: Path, text: Path
+) -> None:
+    quantized = (tiny_model, "--quantize", "int4")
+    assert teal("convert", *quantized, "--dataset", text, *TEXT)[0] == 0
+    assert teal("calibrate", *quantized, "--dataset", "pydoc", *TEXT)[0] == 0
+    options = ("--dataset", text, "--context", 64, "--samples", 2, "-s", "0.5", "--json")
+    parts = []
+    for model in ((tiny_model,), quantized):
+        code, out, _ = teal("eval", *model, *options)
+        assert code == 0
+        parts.append(json.loads(out)["dataset"]["part"])
+    assert parts == ["all of it", "the last quarter"]
+
+
 def test_every_command_takes_it(teal: Teal, tiny_model: Path, text: Path) -> None:
     quantize = ("--quantize", "int8+head")
     code, out, _ = teal("calibrate", tiny_model, *quantize, "--dataset", text, *TEXT, "--json")

@@ -15,6 +15,8 @@ from evaluation.tasks_data import DOCUMENTS, write_group, write_task
 from torch import Tensor
 
 from teal_cli.errors import TealError
+from teal_cli.inference.generate import Token, generate
+from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.progress import Silent
@@ -145,6 +147,28 @@ def test_sparse_answers_are_a_sessions(checkpoint: Checkpoint) -> None:
         logits = session.step(token)
     assert answers[0] == tokenizer.decode(tokens, skip_special_tokens=True)
     assert 0.1 < lm.realised_sparsity() < 0.9
+
+
+def test_what_an_answer_decoded_is_read_anew_in_a_later_prompt(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thresholds = torch.full((3, 7), 0.5)
+    session = Session(checkpoint.load(), max_length=64, thresholds=thresholds)
+    first = checkpoint.tokenizer().encode("Say it")
+    steps = generate(session, first, Sampler(Sampling()), max_new_tokens=16)
+    said = [step.id for step in steps if isinstance(step, Token)]
+    prompts = {"first": first, "second": [*first, *said, *first]}
+
+    def answers(*asked: str) -> list[str]:
+        lm = teal_lm(checkpoint, thresholds)
+        monkeypatch.setattr(lm, "tok_encode", prompts.get)
+        options = {"until": [], "max_gen_toks": 16}
+        entries = [(name, options) for name in asked]
+        found: list[str] = lm.generate_until(requests("generate_until", *entries))
+        return found
+
+    assert len(said) == 16
+    assert answers("first", "second")[1] == answers("second")[0]
 
 
 def test_what_does_not_fit_the_context_is_one_error(checkpoint: Checkpoint) -> None:

@@ -284,6 +284,20 @@ def test_a_following_turn_computes_only_what_is_new(decoder: Decoder) -> None:
     assert again == fresh
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_answers_sparsity_is_its_own(decoder: Decoder, thresholds: Tensor, backend: str) -> None:
+    def realised(session: Session, prompt: list[int]) -> float | None:
+        return run(session, prompt, max_new_tokens=5)[1].stats.realised_sparsity
+
+    def fresh() -> Session:
+        return Session(decoder, max_length=80, thresholds=thresholds, backend=backend)  # type: ignore[arg-type]
+
+    session = fresh()
+    first, second = realised(session, PROMPT), realised(session, PROMPT[:7])
+    assert first != second
+    assert second == realised(fresh(), PROMPT[:7])
+
+
 def test_only_a_long_prompt_is_reported(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     class Follower(Silent):
         def __init__(self) -> None:

@@ -160,25 +160,52 @@ def test_damaged_profile_is_made_again(
     assert torch.equal(Profile.load(path).thresholds(0.5), good)
 
 
-def test_built_in_profile_needs_no_calibration(
-    calibrate: Command, teal_home: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def built_in(teal_home: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Profile:
+    """A profile that comes with teal, for every model of the tiny one's shape."""
     checkpoint = pipeline.ensure_checkpoint(models.resolve(str(tiny_model)), reporter=Silent())
     known = presets.preset_for("mistralai/Mistral-7B-v0.1")
     assert known is not None
-    built_in = Profile(
+    profile = Profile(
         "tiny",
         None,
         ModelShape.of(checkpoint.config),
         type(known.quantiles)(known.quantiles.shares[:3], known.quantiles.values[:3]),
     )
-    monkeypatch.setattr(presets, "preset_for", lambda name: built_in)
+    monkeypatch.setattr(presets, "preset_for", lambda name: profile)
+    return profile
+
+
+def test_built_in_profile_needs_no_calibration(
+    calibrate: Command, teal_home: Path, tiny_model: Path, built_in: Profile
+) -> None:
     code, _, err = calibrate(str(tiny_model))
     assert code == 0
     assert "up to date" in err
     assert "built into teal" in err
     assert not (teal_home / "data" / "profiles").exists()
+    checkpoint = pipeline.ensure_checkpoint(models.resolve(str(tiny_model)), reporter=Silent())
     assert pipeline.ensure_profile(checkpoint, reporter=Silent()) is built_in
+
+
+def test_built_in_profile_is_not_for_quantized_weights(
+    calibrate: Command, teal_home: Path, tiny_model: Path, built_in: Profile
+) -> None:
+    quantized = (tiny_model, "--quantize", "int8")
+    checkpoint = pipeline.ensure_checkpoint(
+        models.resolve(str(tiny_model)), quantize="int8", reporter=Silent()
+    )
+    code, out, said = calibrate(*quantized, "--show")
+    assert (code, out) == (3, "")
+    assert "has no profile yet" in said
+    made = pipeline.ensure_profile(checkpoint, reporter=Silent())
+    assert made.fingerprint == checkpoint.fingerprint
+    (path,) = stored(teal_home)
+    path.unlink()
+    code, _, said = calibrate(*quantized)
+    assert code == 0
+    assert "built into teal" not in said
+    assert stored(teal_home) == [path]
 
 
 def test_two_processes_calibrate_once(teal_home: Path, tiny_model: Path, text: Path) -> None:
