@@ -252,11 +252,15 @@ def _show(
     json: bool,
 ) -> None:
     """Print, and draw, what the model's profile holds."""
-    from teal_cli import exports, pipeline, profile_view
+    from teal_cli import pipeline
+    from teal_cli.commands import profile_view
+    from teal_cli.commands.results import deliver_figure
+    from teal_cli.report import files
+    from teal_cli.sparsity.plot import draw
     from teal_cli.sparsity.summary import summarise
-    from teal_cli.store import artifacts, models
+    from teal_cli.store import models
 
-    exports.check_figure(look.plot)
+    files.check_figure(look.plot)
     profile, path = pipeline.stored_profile(models.resolve(model, revision), dtype, quantize)
     target = 0.5 if look.sparsity is None else look.sparsity
     summary = summarise(profile, target, method, layer=look.layer, site=look.site)
@@ -265,11 +269,7 @@ def _show(
     else:
         profile_view.print_summary(summary)
         console.reporter().note(f"profile: {path or 'built into teal'}")
-    if look.plot is not None:
-        from teal_cli.sparsity.plot import draw
-
-        artifacts.atomic_write(look.plot, draw(summary, look.plot.suffix.lower()))
-        console.reporter().note(f"plot: {look.plot}")
+    deliver_figure(draw, summary, look.plot)
 
 
 def _document(profile: Profile, path: Path | None) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def test_card_and_figures_of_a_real_model(bench: Command, tiny_model: Path) -> N
     assert [line.split("  ")[0] for line in card.splitlines()[2:]] == ["dense", "sparse 0.5"]
     assert "4 tokens after a prompt of 8, median of 2" in figures
     assert [line.split("  ")[0] for line in figures.splitlines()[3:]] == ["dense", "sparse 0.5"]
-    assert max(map(len, out.splitlines())) <= 100
+    lines = out.replace(str(tiny_model), "tiny-llama").splitlines()  # wherever this test runs
+    assert max(map(len, lines)) <= 100
 
 
 def test_json_and_every_file(bench: Command, tiny_model: Path, tmp_path: Path) -> None:

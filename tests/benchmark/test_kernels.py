@@ -41,8 +41,8 @@ def test_every_matrix_has_a_row_at_every_sparsity(quantize: str | None) -> None:
         assert row.bandwidth_share == pytest.approx(row.bytes_per_s / FASTER.bytes_per_s)
         assert row.time_us.median > 0
         assert row.linear_us.median > 0
-    columns, lines = report.kernel_table(rows)
-    assert all(len(line) == len(columns) for line in lines)
+    table = report.kernel_table(rows)
+    assert all(len(line) == len(table.columns) for line in table.rows)
     assert "without --kernels" in notes[0]
 
 

@@ -109,7 +109,7 @@ def test_plot_in_every_format(
 def test_plot_without_matplotlib_names_the_extra(
     evaluate: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teal_cli.exports.find_spec", lambda name: None)
+    monkeypatch.setattr("teal_cli.report.files.find_spec", lambda name: None)
     code, _, said = evaluate(tiny_model, "--plot", "quality.png")
     assert code == 3
     assert "pip install 'teal-cli[plot]'" in said
