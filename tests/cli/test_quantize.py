@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from benchmark.commands import Command, prepare, runner
+from threads import one_thread
 
 from teal_cli.benchmark import bandwidth
 
@@ -19,11 +19,8 @@ TEXT = ("--samples", "4", "--seq-len", "64")
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """At these sizes a second one only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch
 from model.edits import edit_config, edit_weights
 from model.families import hf_model
 from model.sources import save_folder, source_of
+from reporters import Notes
 from safetensors.torch import load_file, save_file
 
 from teal_cli.errors import TealError, UsageError
@@ -37,16 +38,6 @@ def logits(decoder: Decoder) -> torch.Tensor:
 @pytest.fixture
 def tiny_folder(tmp_path: Path) -> Path:
     return save_folder(hf_model("llama").to(torch.float16), tmp_path / "tiny")
-
-
-class Notes(Silent):
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
 
 
 SPARE: dict[str, tuple[Callable[[Path], None], str]] = {
