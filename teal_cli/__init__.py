@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from teal_cli.version import __version__
+
 if TYPE_CHECKING:
     from teal_cli.sparsified import sparsify, unsparsify
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "sparsify", "unsparsify"]
 
 

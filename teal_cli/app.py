@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from teal_cli import __version__, console, process, usage
+from teal_cli import console, process, usage
 from teal_cli.commands.bench import bench
 from teal_cli.commands.calibrate import calibrate
 from teal_cli.commands.chat import chat
@@ -29,6 +29,7 @@ from teal_cli.commands.models import models
 from teal_cli.examples import epilog
 from teal_cli.faults import explain
 from teal_cli.options import QuietOption, VerboseOption
+from teal_cli.version import __version__
 
 # An error this soon after Ctrl-C comes of it: torch, broken off while it reads, has one of its own.
 _SAME_CAUSE_S = 2.0

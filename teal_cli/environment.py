@@ -18,9 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teal_cli import __version__
 from teal_cli.errors import whole
 from teal_cli.store import paths
+from teal_cli.version import __version__
 
 if TYPE_CHECKING:
     import torch

@@ -63,7 +63,7 @@ def _check_sparsities(text: str | None) -> str | None:
 
 def complete_stored(incomplete: str) -> list[str]:
     """The names of stored models that begin so, for the shell."""
-    from teal_cli.store import inventory
+    from teal_cli.model import inventory
 
     return [name for name in inventory.names() if name.startswith(incomplete)]
 

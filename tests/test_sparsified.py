@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from model.families import FAMILIES, hf_model, our_config, our_decoder
+from threads import one_thread
 
 import teal_cli
 from teal_cli.errors import MissingError, TealError, UnsupportedError, UsageError
@@ -31,10 +32,8 @@ def _no_grad() -> Any:
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

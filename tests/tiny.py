@@ -6,11 +6,30 @@ import json
 from pathlib import Path
 from typing import Any
 
+from teal_cli.model.config import ModelConfig
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+# Its vocabulary is that of the tokenizer below.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def config(**changes: Any) -> ModelConfig:
+    """A Llama of that shape, but for `changes`."""
+    return ModelConfig.from_dict({"model_type": "llama", "rms_norm_eps": 1e-5, **SHAPE, **changes})
 
 
 def write_tokenizer(folder: Path, *, chat: bool = True) -> int:
@@ -44,13 +63,8 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = write_tokenizer(folder, chat=chat)
     settings: dict[str, Any] = {
+        **SHAPE,
         "vocab_size": vocab_size,
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
         "initializer_range": 0.1,
         "tie_word_embeddings": False,
         "bos_token_id": 0,

@@ -1,87 +1,139 @@
-"""A benchmark's result as a table, and as a JSON, CSV or Markdown file."""
+"""A benchmark's result: its tables at a terminal and in a file, and its records."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from teal_cli.benchmark.kernels import KernelResult, KernelRow
 from teal_cli.benchmark.result import BenchResult, CardRow, Row
 from teal_cli.benchmark.timing import Spread
 from teal_cli.benchmark.tune import Tuned, TuneResult
-
-Table = tuple[list[str], list[list[str]]]  # column names, rows
-
-
-def card_table(card: Sequence[CardRow]) -> Table:
-    """What a token reads, and the speed that the bandwidth would allow."""
-    columns = ["reads per token", "projections", "lm_head", "KV cache", "total", "ceiling"]
-    return columns, [
-        [
-            f"sparse {row.sparsity:.4g}" if row.sparsity else "dense",
-            _size(row.bytes.projections),
-            _size(row.bytes.lm_head),
-            _size(row.bytes.cache),
-            _size(row.bytes.total),
-            f"{row.ceiling_tokens_per_s:.1f} tokens/s",
-        ]
-        for row in card
-    ]
+from teal_cli.report.result import versions
+from teal_cli.report.table import Table
 
 
-def result_table(rows: Sequence[Row]) -> Table:
-    """The measured figures, spreads in brackets."""
-    references = [row.label for row in rows if row.kind != "sparse"]
-    columns = ["", "realised", "tokens/s", "ms/token", "prompt tokens/s", "first token"]
-    columns += ["read/token", "of ceiling", *(f"× {label}" for label in references)]
-    table = []
-    for row in rows:
-        line = [
-            f"{row.label} ({row.dtype})" if row.kind == "baseline" else row.label,
-            "" if row.realised_sparsity is None else f"{row.realised_sparsity:.3f}",
-            _spread(row.tokens_per_s, 1),
-            _spread(row.time_per_token_ms, 2),
-            _spread(row.prompt_tokens_per_s, 1),
-            f"{row.time_to_first_token_ms.median:.0f} ms",
-            _size(row.bytes_per_token),
-            f"{row.bandwidth_share:.0%}",
-        ]
-        line += [
-            _spread(row.speedup[label], 2) if label in row.speedup else "" for label in references
-        ]
-        table.append(line)
-    return columns, table
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """What decoding was measured to take."""
+
+    result: BenchResult
+
+    def document(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self.result)
+
+    def header(self) -> dict[str, Any]:
+        """Model, machine and settings."""
+        result = self.result
+        model, machine, settings = result.model, result.environment, result.settings
+        return {
+            "model": model["name"],
+            "weights": model["weights"],
+            "quantization": model.get("quantization"),
+            "device": machine["device_name"],
+            "threads": machine["threads"],
+            "torch": machine["versions"].get("torch"),
+            "teal": machine["versions"]["teal"],
+            "date": machine["date"],
+            "tokens": settings["tokens"],
+            "prompt_tokens": settings["prompt_tokens"],
+            "repeats": settings["repeats"],
+            "bandwidth_bytes_per_s": result.bandwidth.bytes_per_s,
+        }
+
+    def records(self) -> list[dict[str, Any]]:
+        """One flat record a row, a spread as its median and both percentiles."""
+        references = _references(self.result.rows)
+        records = []
+        for row in self.result.rows:
+            record: dict[str, Any] = {
+                "label": row.label,
+                "kind": row.kind,
+                "dtype": row.dtype,
+                "backend": row.backend,
+                "target_sparsity": row.target_sparsity,
+                "realised_sparsity": row.realised_sparsity,
+                "bytes_per_token": row.bytes_per_token,
+                "bandwidth_share": row.bandwidth_share,
+            }
+            spreads = {
+                "tokens_per_s": row.tokens_per_s,
+                "time_per_token_ms": row.time_per_token_ms,
+                "prompt_tokens_per_s": row.prompt_tokens_per_s,
+                "time_to_first_token_ms": row.time_to_first_token_ms,
+                **{f"speedup_over_{label}": row.speedup.get(label) for label in references},
+            }
+            for name, value in spreads.items():
+                record[name] = value.median if value else None
+                record[f"{name}_p20"] = value.low if value else None
+                record[f"{name}_p80"] = value.high if value else None
+            records.append(record)
+        return records
+
+    def shown(self) -> Iterator[Table | str]:
+        """The card and the short table, then a sentence for each baseline and note."""
+        rows, bandwidth = self.result.rows, self.result.bandwidth
+        memory = f"Memory: {bandwidth.bytes_per_s / 1e9:.1f} GB/s ({bandwidth.how})"
+        yield card_table(self.result.card, title=[memory])
+        model, _, how = heading(self.result, "± half of p20–p80").partition(": ")
+        yield short_table(rows, title=[f"{model}:", how])
+        for row in rows:
+            if row.kind == "baseline":
+                yield f"{row.label}: {row.dtype}, {row.backend}"
+        yield from self.result.notes
+
+    def written(self) -> Iterator[Table | str]:
+        """The card and the whole table, what lies between them, and the machine."""
+        bandwidth = self.result.bandwidth
+        yield card_table(self.result.card, title=[heading(self.result)])
+        yield f"Ceiling at the measured {bandwidth.bytes_per_s / 1e9:.1f} GB/s ({bandwidth.how})."
+        yield result_table(self.result.rows)
+        yield from self.result.notes
+        yield _footer(self.result)
 
 
-def short_table(rows: Sequence[Row]) -> Table:
-    """The same for a terminal: spreads as shares of the median, and less that can be derived."""
-    references = [row.label for row in rows if row.kind != "sparse"]
-    columns = ["", "realised", "tokens/s", "prompt tokens/s", "first token", "ceiling"]
-    columns += [f"× {label}" for label in references]
-    return columns, [
-        [
-            row.label,
-            "" if row.realised_sparsity is None else f"{row.realised_sparsity:.3f}",
-            f"{row.tokens_per_s.median:.1f} ±{_half_spread(row.tokens_per_s):.0%}",
-            f"{row.prompt_tokens_per_s.median:.1f}",
-            f"{row.time_to_first_token_ms.median:.0f} ms",
-            f"{row.bandwidth_share:.0%}",
-            *(
-                f"{row.speedup[label].median:.2f}" if label in row.speedup else ""
-                for label in references
-            ),
-        ]
-        for row in rows
-    ]
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """What the matrices one by one were measured to take, or what tuning them found."""
 
+    result: KernelResult | TuneResult
 
-def backends(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each baseline: in what, and by what it was measured."""
-    return [f"{row.label}: {row.dtype}, {row.backend}" for row in rows if row.kind == "baseline"]
+    def document(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self.result)
+
+    def header(self) -> dict[str, Any]:
+        """Nothing: the table stands alone."""
+        return {}
+
+    def records(self) -> list[dict[str, Any]]:
+        """The table's rows, as text."""
+        table = self._table()
+        names = [name or "kernel" for name in table.columns]
+        return [dict(zip(names, row, strict=True)) for row in table.rows]
+
+    def shown(self) -> Iterator[Table | str]:
+        """The table, and what is to be said of it."""
+        yield self._table()
+        yield from self.result.notes
+
+    def written(self) -> Iterator[Table | str]:
+        """The same, and the machine."""
+        yield from self.shown()
+        yield _footer(self.result)
+
+    def _table(self) -> Table:
+        model, machine = self.result.model, self.result.environment
+        title = (
+            f"{model['name']}, {_weights_type(model)}, {machine['device_name']}: "
+            "one matrix of every layer"
+        )
+        if isinstance(self.result, TuneResult):
+            return tune_table(self.result.rows, title=[title])
+        return kernel_table(self.result.rows, title=[title])
 
 
 def heading(result: BenchResult, spreads: str = "[p20–p80]") -> str:
@@ -96,138 +148,88 @@ def heading(result: BenchResult, spreads: str = "[p20–p80]") -> str:
     )
 
 
-def kernel_table(rows: Sequence[KernelRow]) -> Table:
+def card_table(card: Sequence[CardRow], *, title: Sequence[str] = ()) -> Table:
+    """What a token reads, and the speed that the bandwidth would allow."""
+    columns: list[tuple[str, Callable[[CardRow], str]]] = [
+        ("reads per token", lambda row: f"sparse {row.sparsity:.4g}" if row.sparsity else "dense"),
+        ("projections", lambda row: _size(row.bytes.projections)),
+        ("lm_head", lambda row: _size(row.bytes.lm_head)),
+        ("KV cache", lambda row: _size(row.bytes.cache)),
+        ("total", lambda row: _size(row.bytes.total)),
+        ("ceiling", lambda row: f"{row.ceiling_tokens_per_s:.1f} tokens/s"),
+    ]
+    return Table.of(card, columns, title=title, figures=True)
+
+
+def result_table(rows: Sequence[Row], *, title: Sequence[str] = ()) -> Table:
+    """The measured figures, spreads in brackets."""
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("", lambda row: f"{row.label} ({row.dtype})" if row.kind == "baseline" else row.label),
+        ("realised", _realised),
+        ("tokens/s", lambda row: _spread(row.tokens_per_s, 1)),
+        ("ms/token", lambda row: _spread(row.time_per_token_ms, 2)),
+        ("prompt tokens/s", lambda row: _spread(row.prompt_tokens_per_s, 1)),
+        ("first token", lambda row: f"{row.time_to_first_token_ms.median:.0f} ms"),
+        ("read/token", lambda row: _size(row.bytes_per_token)),
+        ("of ceiling", lambda row: f"{row.bandwidth_share:.0%}"),
+    ]
+    columns += [
+        (f"× {label}", partial(_speedup, label, lambda value: _spread(value, 2)))
+        for label in _references(rows)
+    ]
+    return Table.of(rows, columns, title=title, figures=True)
+
+
+def short_table(rows: Sequence[Row], *, title: Sequence[str] = ()) -> Table:
+    """The same for a terminal: spreads as shares of the median, and less that can be derived."""
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("", lambda row: row.label),
+        ("realised", _realised),
+        ("tokens/s", lambda row: _with_half_spread(row.tokens_per_s)),
+        ("prompt tokens/s", lambda row: f"{row.prompt_tokens_per_s.median:.1f}"),
+        ("first token", lambda row: f"{row.time_to_first_token_ms.median:.0f} ms"),
+        ("ceiling", lambda row: f"{row.bandwidth_share:.0%}"),
+    ]
+    columns += [
+        (f"× {label}", partial(_speedup, label, lambda value: f"{value.median:.2f}"))
+        for label in _references(rows)
+    ]
+    return Table.of(rows, columns, title=title)
+
+
+def kernel_table(rows: Sequence[KernelRow], *, title: Sequence[str] = ()) -> Table:
     """What each matrix takes at each sparsity, spreads in brackets."""
-    columns = ["", "in → out", "realised", "µs", "GB/s", "of ceiling", "F.linear µs", "× F.linear"]
-    return columns, [
-        [
-            f"{row.kernel} {row.target_sparsity:.4g}" if row.target_sparsity else row.kernel,
-            f"{row.inputs} → {row.outputs}",
-            f"{row.realised_sparsity:.3f}",
-            _spread(row.time_us, 1),
-            f"{row.bytes_per_s / 1e9:.0f}",
-            f"{row.bandwidth_share:.0%}",
-            f"{row.linear_us.median:.1f} ({row.linear_dtype})",
-            _spread(row.speedup, 2),
-        ]
-        for row in rows
+    columns: list[tuple[str, Callable[[KernelRow], str]]] = [
+        ("", _kernel),
+        ("in → out", lambda row: f"{row.inputs} → {row.outputs}"),
+        ("realised", lambda row: f"{row.realised_sparsity:.3f}"),
+        ("µs", lambda row: _spread(row.time_us, 1)),
+        ("GB/s", lambda row: f"{row.bytes_per_s / 1e9:.0f}"),
+        ("of ceiling", lambda row: f"{row.bandwidth_share:.0%}"),
+        ("F.linear µs", lambda row: f"{row.linear_us.median:.1f} ({row.linear_dtype})"),
+        ("× F.linear", lambda row: _spread(row.speedup, 2)),
     ]
+    return Table.of(rows, columns, title=title, figures=True)
 
 
-def tune_table(rows: Sequence[Tuned]) -> Table:
+def tune_table(rows: Sequence[Tuned], *, title: Sequence[str] = ()) -> Table:
     """What was found for each matrix, and what it brings."""
-    columns = ["", "µs before", "µs after", "launch"]
-    return columns, [
-        [
-            f"{row.kernel}, from sparsity {row.regime:g}",
-            f"{row.before_us:.2f}",
-            f"{row.after_us:.2f}",
-            ", ".join(f"{name} {value}" for name, value in row.launch.items()),
-        ]
-        for row in rows
+    columns: list[tuple[str, Callable[[Tuned], str]]] = [
+        ("", lambda row: f"{row.kernel}, from sparsity {row.regime:g}"),
+        ("µs before", lambda row: f"{row.before_us:.2f}"),
+        ("µs after", lambda row: f"{row.after_us:.2f}"),
+        ("launch", lambda row: ", ".join(f"{name} {value}" for name, value in row.launch.items())),
     ]
+    return Table.of(rows, columns, title=title, figures=True)
 
 
-def kernel_heading(result: KernelResult | TuneResult) -> str:
-    """Which kernels were measured where, in one line."""
-    model, machine = result.model, result.environment
-    return (
-        f"{model['name']}, {_weights_type(model)}, {machine['device_name']}: "
-        "one matrix of every layer"
-    )
+def _references(rows: Sequence[Row]) -> list[str]:
+    """What speed-ups are over."""
+    return [row.label for row in rows if row.kind != "sparse"]
 
 
-def render_kernels(result: KernelResult | TuneResult, suffix: str) -> str:
-    """The result as the text of a file with this suffix, one of TABLE_SUFFIXES."""
-    document = asdict(result)
-    if suffix == ".json":
-        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    columns, lines = (
-        kernel_table(result.rows) if isinstance(result, KernelResult) else tune_table(result.rows)
-    )
-    if suffix == ".csv":
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([[column or "kernel" for column in columns], *lines])
-        return text.getvalue()
-    versions = ", ".join(f"{k} {v}" for k, v in result.environment["versions"].items())
-    parts = [kernel_heading(result) + ".", _pipe_table((columns, lines)), *result.notes]
-    return "\n\n".join([*parts, f"{versions}; {result.environment['date']}"]) + "\n"
-
-
-def render(result: BenchResult, suffix: str) -> str:
-    """The result as the text of a file with this suffix, one of TABLE_SUFFIXES."""
-    if suffix == ".json":
-        return json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n"
-    return _csv(result) if suffix == ".csv" else _markdown(result)
-
-
-def _csv(result: BenchResult) -> str:
-    """One line a row, machine and model repeated on each so that files can be joined."""
-    common = {
-        "model": result.model["name"],
-        "weights": result.model["weights"],
-        "quantization": result.model.get("quantization"),
-        "device": result.environment["device_name"],
-        "threads": result.environment["threads"],
-        "torch": result.environment["versions"].get("torch"),
-        "teal": result.environment["versions"]["teal"],
-        "date": result.environment["date"],
-        "tokens": result.settings["tokens"],
-        "prompt_tokens": result.settings["prompt_tokens"],
-        "repeats": result.settings["repeats"],
-        "bandwidth_bytes_per_s": result.bandwidth.bytes_per_s,
-    }
-    references = [row.label for row in result.rows if row.kind != "sparse"]
-    lines = []
-    for row in result.rows:
-        line = {
-            "label": row.label,
-            "kind": row.kind,
-            "dtype": row.dtype,
-            "backend": row.backend,
-            "target_sparsity": row.target_sparsity,
-            "realised_sparsity": row.realised_sparsity,
-            "bytes_per_token": row.bytes_per_token,
-            "bandwidth_share": row.bandwidth_share,
-        }
-        spreads = {
-            "tokens_per_s": row.tokens_per_s,
-            "time_per_token_ms": row.time_per_token_ms,
-            "prompt_tokens_per_s": row.prompt_tokens_per_s,
-            "time_to_first_token_ms": row.time_to_first_token_ms,
-            **{f"speedup_over_{label}": row.speedup.get(label) for label in references},
-        }
-        for name, value in spreads.items():
-            line[name] = value.median if value else None
-            line[f"{name}_p20"] = value.low if value else None
-            line[f"{name}_p80"] = value.high if value else None
-        lines.append(line | common)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
-def _markdown(result: BenchResult) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in result.environment["versions"].items())
-    parts = [
-        heading(result) + ".",
-        _pipe_table(card_table(result.card)),
-        f"Ceiling at the measured {result.bandwidth.bytes_per_s / 1e9:.1f} GB/s "
-        f"({result.bandwidth.how}).",
-        _pipe_table(result_table(result.rows)),
-        *result.notes,
-        f"{versions}; {result.environment['date']}",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _pipe_table(table: Table) -> str:
-    columns, rows = table
-    rule = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, rule, *rows))
+def _footer(result: BenchResult | KernelResult | TuneResult) -> str:
+    return f"{versions(result.environment)}; {result.environment['date']}"
 
 
 def _weights_type(model: Mapping[str, Any]) -> str:
@@ -235,12 +237,24 @@ def _weights_type(model: Mapping[str, Any]) -> str:
     return f"{kind} ({model['dtype']})" if kind else str(model["dtype"])
 
 
+def _realised(row: Row) -> str:
+    return "" if row.realised_sparsity is None else f"{row.realised_sparsity:.3f}"
+
+
+def _kernel(row: KernelRow) -> str:
+    return f"{row.kernel} {row.target_sparsity:.4g}" if row.target_sparsity else row.kernel
+
+
+def _speedup(label: str, text: Callable[[Spread], str], row: Row) -> str:
+    return text(row.speedup[label]) if label in row.speedup else ""
+
+
 def _spread(value: Spread, digits: int) -> str:
     return f"{value.median:.{digits}f} [{value.low:.{digits}f}–{value.high:.{digits}f}]"
 
 
-def _half_spread(value: Spread) -> float:
-    return (value.high - value.low) / 2 / value.median
+def _with_half_spread(value: Spread) -> str:
+    return f"{value.median:.1f} ±{(value.high - value.low) / 2 / value.median:.0%}"
 
 
 def _size(amount: int) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy
 
 from teal_cli.progress import Reporter
 
@@ -40,17 +41,8 @@ class Spread:
 
 def spread(values: Sequence[float]) -> Spread:
     """Median, 20th and 80th percentile of at least one value."""
-    low, middle, high = (percentile(values, share) for share in (0.2, 0.5, 0.8))
-    return Spread(middle, low, high)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which a share of all values lies, interpolated between neighbours."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    low, median, high = numpy.quantile(values, (0.2, 0.5, 0.8)).tolist()
+    return Spread(median, low, high)
 
 
 def alternate(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,14 +24,6 @@ from teal_cli.options import (
     TokenOption,
     parse_sparsities,
 )
-
-if TYPE_CHECKING:
-    from teal_cli.benchmark.bandwidth import Bandwidth
-    from teal_cli.benchmark.bench import Settings
-    from teal_cli.benchmark.result import CardRow
-    from teal_cli.benchmark.subject import Subject
-    from teal_cli.model.decoder import Decoder
-    from teal_cli.progress import Reporter
 
 
 class BaselineName(str, Enum):
@@ -137,28 +128,34 @@ def bench(
 
     import torch
 
-    from teal_cli import exports, pipeline
-    from teal_cli.benchmark import bench, subject
-    from teal_cli.benchmark import tune as tuning
+    from teal_cli import pipeline
+    from teal_cli.benchmark import bench, run, subject
+    from teal_cli.benchmark.plot import draw
+    from teal_cli.benchmark.report import BenchReport, KernelReport
+    from teal_cli.benchmark.tune import require_tunable
+    from teal_cli.commands.results import deliver, deliver_figure
     from teal_cli.inference.device import pick_device
     from teal_cli.model.quantization import quantization
+    from teal_cli.report import files
     from teal_cli.store import models
 
-    exports.check_table(output)
-    exports.check_figure(plot)
+    files.check_table(output)
+    files.check_figure(plot)
     target_device = pick_device(device)
     baselines = tuple(dict.fromkeys(name.value for name in baseline or ()))
     settings = bench.Settings(
         sparsities, tokens, prompt_tokens, repeats, baselines, seed, deterministic
     )
     if tune:
-        tuning.require_tunable(target_device)
+        require_tunable(target_device)
     kind, floats = quantization(quantize), getattr(torch, dtype or "float16")
+    one_by_one = run.tuning if tune else run.matrices
     if random_weights and (kernels or tune):
         decoder, description = subject.random_model(
             model, floats, settings, target_device, reporter, kind
         )
-        _run_kernels(decoder, description, settings, tune, output, json, reporter)
+        matrices = one_by_one(decoder, description, settings, reporter)
+        deliver(KernelReport(matrices), output, json=json)
         return
     if random_weights:
         tested = subject.random_subject(model, floats, settings, target_device, reporter, kind)
@@ -177,118 +174,13 @@ def bench(
             decoder = checkpoint.load(target_device)
             description = {"name": checkpoint.name, "weights": "its own"}
             description |= subject.weights_type(decoder)
-            _run_kernels(decoder, description, settings, tune, output, json, reporter)
+            matrices = one_by_one(decoder, description, settings, reporter)
+            deliver(KernelReport(matrices), output, json=json)
             return
         profile = pipeline.ensure_profile(
             checkpoint, device=device, offline=offline, reporter=reporter
         )
         tested = subject.model_subject(checkpoint, profile, method, settings, target_device)
-    _measure(tested, settings, output, plot, json, reporter)
-
-
-def _measure(
-    tested: Subject,
-    settings: Settings,
-    output: Path | None,
-    plot: Path | None,
-    json: bool,
-    reporter: Reporter,
-) -> None:
-    """Measure decoding; print, write and draw what was found."""
-    from teal_cli.benchmark import bandwidth, bench, report, result
-    from teal_cli.environment import environment
-    from teal_cli.store.artifacts import atomic_write
-
-    decoder = tested.decoder
-    measured, rows, notes = bench.measure(
-        decoder,
-        tested.prompt,
-        settings,
-        tested.setting_for,
-        lambda: bandwidth.measure_bandwidth(decoder.device),
-        reporter,
-    )
-    card = result.cost_card(
-        decoder.config,
-        measured,
-        itemsize=decoder.dtype.itemsize,
-        quantization=decoder.weights.quantization,
-        position=settings.mean_position,
-        sparsities=settings.sparsities,
-    )
-    found = result.BenchResult(
-        model=tested.description | {"shape": asdict(decoder.config)},
-        environment=environment(decoder.device),
-        settings=asdict(settings),
-        bandwidth=measured,
-        card=card,
-        rows=rows,
-        notes=notes,
-    )
-    if json:
-        console.print_json(found)
-    else:
-        _print_card(card, measured)
-        model, _, measured_how = report.heading(found, "± half of p20–p80").partition(": ")
-        console.print_table(*report.short_table(rows), title=(f"{model}:", measured_how))
-        for note in (*report.backends(rows), *notes):
-            console.print_line(note)
-    if output is not None:
-        atomic_write(output, report.render(found, output.suffix.lower()).encode())
-    if plot is not None:
-        from teal_cli.benchmark.plot import draw
-
-        atomic_write(plot, draw(found, plot.suffix.lower()))
-        reporter.note(f"plot: {plot}")
-
-
-def _run_kernels(
-    decoder: Decoder,
-    description: dict[str, Any],
-    settings: Settings,
-    tune: bool,
-    output: Path | None,
-    json: bool,
-    reporter: Reporter,
-) -> None:
-    """Tune, or measure the matrices one by one; print and write what was found."""
-    from teal_cli.benchmark import bandwidth, kernels, report
-    from teal_cli.benchmark import tune as tuning
-    from teal_cli.environment import environment
-    from teal_cli.inference import launches
-    from teal_cli.store.artifacts import atomic_write
-
-    machine = environment(decoder.device)
-    model = description | {"shape": asdict(decoder.config)}
-    found: kernels.KernelResult | tuning.TuneResult
-    if tune:
-        rows = tuning.tune(decoder, settings.sparsities, reporter)
-        notes = (f"Stored in {launches.path(decoder)}.",)
-        found = tuning.TuneResult(model, machine, asdict(settings), rows, notes)
-        table = report.tune_table(rows)
-    else:
-        measured, timed, remarks = kernels.measure_kernels(
-            decoder,
-            settings.sparsities,
-            settings.repeats,
-            lambda: bandwidth.measure_bandwidth(decoder.device),
-            reporter,
-        )
-        found = kernels.KernelResult(model, machine, asdict(settings), measured, timed, remarks)
-        table = report.kernel_table(timed)
-    if json:
-        console.print_json(found)
-    else:
-        console.print_table(*table, title=[report.kernel_heading(found)])
-        for note in found.notes:
-            console.print_line(note)
-    if output is not None:
-        atomic_write(output, report.render_kernels(found, output.suffix.lower()).encode())
-
-
-def _print_card(card: tuple[CardRow, ...], measured: Bandwidth) -> None:
-    from teal_cli.benchmark.report import card_table
-
-    title = f"Memory: {measured.bytes_per_s / 1e9:.1f} GB/s ({measured.how})"
-    console.print_table(*card_table(card), title=[title])
-    print()
+    found = run.decoding(tested, settings, reporter)
+    deliver(BenchReport(found), output, json=json)
+    deliver_figure(draw, found, plot)

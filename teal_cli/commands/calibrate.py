@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from teal_cli import console
+from teal_cli.commands.calibrate_show import Look, check_show, show_profile
 from teal_cli.errors import UsageError
 from teal_cli.model.sites import PROJECTIONS, SITE_OF, SITES
 from teal_cli.options import (
@@ -126,10 +127,10 @@ def calibrate(
     """
     asked = {"dataset": dataset, "column": column, "samples": samples, "seq_len": seq_len}
     given: dict[str, Any] = {k: v for k, v in {**asked, "seed": seed}.items() if v is not None}
-    look = _Look(sparsity, layer, site, plot)
+    look = Look(sparsity, layer, site, plot)
     if show:
-        _check_show(given | {"import": import_dir, "force": force or None}, look)
-        _show(model, revision, dtype, quantize, method, look, json=json)
+        check_show(given | {"import": import_dir, "force": force or None}, look)
+        show_profile(model, revision, dtype, quantize, method, look, json=json)
         return
     _check_no_show(given, look, import_dir, {"method": method, "quantize": quantize})
 
@@ -153,18 +154,8 @@ def calibrate(
     _report(profile, path if path.exists() else None, json=json)
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """What --show is to show; None is the default."""
-
-    sparsity: float | None
-    layer: int | None
-    site: str | None
-    plot: Path | None
-
-
 def _check_no_show(
-    given: dict[str, Any], look: _Look, import_dir: Path | None, others: dict[str, Any]
+    given: dict[str, Any], look: Look, import_dir: Path | None, others: dict[str, Any]
 ) -> None:
     for name, value in asdict(look).items():
         if value is not None:
@@ -178,16 +169,6 @@ def _check_no_show(
         raise UsageError("--import brings the release's own allocation: leave out --method")
     if others["quantize"] is not None:
         raise UsageError("--import brings thresholds of float weights: leave out --quantize")
-
-
-def _check_show(others: dict[str, Any], look: _Look) -> None:
-    for name, value in others.items():
-        if value is not None:
-            raise UsageError(
-                f"--show looks at the profile that is there: leave out --{name.replace('_', '-')}"
-            )
-    if look.site is not None and look.layer is None:
-        raise UsageError("--site goes with --layer")
 
 
 def _learn(
@@ -250,37 +231,6 @@ def _report(profile: Profile, path: Path | None, *, json: bool) -> None:
     else:
         _print_summary(profile)
         console.reporter().note(f"profile: {path or 'built into teal'}")
-
-
-def _show(
-    model: str | None,
-    revision: str | None,
-    dtype: str | None,
-    quantize: str | None,
-    method: str | None,
-    look: _Look,
-    *,
-    json: bool,
-) -> None:
-    """Print, and draw, what the model's profile holds."""
-    from teal_cli import exports, pipeline, profile_view
-    from teal_cli.sparsity.summary import summarise
-    from teal_cli.store import artifacts, models
-
-    exports.check_figure(look.plot)
-    profile, path = pipeline.stored_profile(models.resolve(model, revision), dtype, quantize)
-    target = 0.5 if look.sparsity is None else look.sparsity
-    summary = summarise(profile, target, method, layer=look.layer, site=look.site)
-    if json:
-        console.print_json({"profile": path, **summary.document()})
-    else:
-        profile_view.print_summary(summary)
-        console.reporter().note(f"profile: {path or 'built into teal'}")
-    if look.plot is not None:
-        from teal_cli.sparsity.plot import draw
-
-        artifacts.atomic_write(look.plot, draw(summary, look.plot.suffix.lower()))
-        console.reporter().note(f"plot: {look.plot}")
 
 
 def _document(profile: Profile, path: Path | None) -> dict[str, Any]:

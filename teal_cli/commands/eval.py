@@ -27,8 +27,6 @@ from teal_cli.options import (
 from teal_cli.suggestions import did_you_mean, quoted
 
 if TYPE_CHECKING:
-    from teal_cli.evaluation.comparison import QualityReport
-    from teal_cli.evaluation.report import Report
     from teal_cli.evaluation.run import Form
     from teal_cli.model.checkpoint import Checkpoint
     from teal_cli.sparsity.profile import Profile
@@ -156,14 +154,17 @@ def evaluate(
     )
     reporter = console.reporter()
 
-    from teal_cli import exports, pipeline
+    from teal_cli import pipeline
+    from teal_cli.commands.results import deliver, deliver_figure
+    from teal_cli.evaluation.plot import draw
     from teal_cli.evaluation.run import Run
     from teal_cli.evaluation.tasks import require_lm_eval
     from teal_cli.inference.device import pick_device
+    from teal_cli.report import files
     from teal_cli.store import models
 
-    exports.check_table(output)
-    exports.check_figure(plot)
+    files.check_table(output)
+    files.check_figure(plot)
     if specs:
         require_lm_eval()
     target_device = pick_device(device)
@@ -180,12 +181,12 @@ def evaluate(
     reference = forms[0].checkpoint if specs or kinds[0] is None else checkpoint(**where)
     run = Run(reference, tuple(forms), target_device, offline, reporter)
     if specs:
-        _render(run.on_tasks(specs, protocol, context, limit, num_fewshot), output, json=json)
+        tasks_report = run.on_tasks(specs, protocol, context, limit, num_fewshot)
+        deliver(tasks_report, output, json=json)
         return
     found = run.on_text(dataset, column, samples, protocol, context)
-    _render(found, output, json=json)
-    if plot is not None:
-        _draw(found, plot)
+    deliver(found, output, json=json)
+    deliver_figure(draw, found, plot)
 
 
 def _check(
@@ -224,30 +225,6 @@ def _form(
     if checkpoint.quantization is not None and not tasks:
         settings = comparison.on_quantized(checkpoint.quantization.name, settings)
     return Form(checkpoint, profile, settings)
-
-
-def _draw(found: QualityReport, path: Path) -> None:
-    from teal_cli.evaluation.plot import draw
-    from teal_cli.store.artifacts import atomic_write
-
-    atomic_write(path, draw(found, path.suffix.lower()))
-    console.reporter().note(f"plot: {path}")
-
-
-def _render(found: Report, output: Path | None, *, json: bool) -> None:
-    """Print what was found, and write it to a file."""
-    from teal_cli.evaluation.report import render
-    from teal_cli.store.artifacts import atomic_write
-
-    if json:
-        console.print_json(found.document())
-    else:
-        for number, (title, (columns, lines)) in enumerate(found.tables()):
-            if number:
-                print()
-            console.print_table(columns, lines, title=[title])
-    if output is not None:
-        atomic_write(output, render(found, output.suffix.lower()).encode())
 
 
 def _entries(text: str, option: str) -> tuple[str, ...]:

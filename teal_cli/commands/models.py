@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from teal_cli.store.inventory import StoredModel
+    from teal_cli.model.inventory import StoredModel
 
 RemoveOption = Annotated[
     str | None,
@@ -39,7 +39,7 @@ def models(remove: RemoveOption = None, yes: YesOption = False, json: JsonOption
     if remove is not None:
         _remove(remove, yes)
         return
-    from teal_cli.store import inventory
+    from teal_cli.model import inventory
 
     stored = inventory.stored_models()
     if json:
@@ -52,7 +52,7 @@ def models(remove: RemoveOption = None, yes: YesOption = False, json: JsonOption
 
 
 def _remove(name: str, yes: bool) -> None:
-    from teal_cli.store import inventory
+    from teal_cli.model import inventory
 
     model = inventory.find(name)
     if not model.owned:
@@ -79,7 +79,7 @@ def _cached_hint(download: Path | None) -> str | None:
     """What stays in Hugging Face's cache, and what would remove it."""
     if download is None:
         return None
-    from teal_cli.store.inventory import folder_bytes
+    from teal_cli.model.inventory import folder_bytes
 
     size = format_amount(folder_bytes(download), "B")
     repository = download.name.replace("models--", "model/", 1).replace("--", "/")
@@ -93,7 +93,7 @@ def _title(model: StoredModel) -> str:
 
 def _rows(model: StoredModel) -> list[list[str]]:
     """What is stored of a model: in which form, how large, how far prepared."""
-    from teal_cli.store.inventory import folder_bytes
+    from teal_cli.model.inventory import folder_bytes
 
     rows = []
     for checkpoint in model.checkpoints:
@@ -112,7 +112,7 @@ def _rows(model: StoredModel) -> list[list[str]]:
 
 def _total(stored: Sequence[StoredModel]) -> str:
     """One line: what teal's own files take, and what is beside them in the Hub's cache."""
-    from teal_cli.store.inventory import folder_bytes
+    from teal_cli.model.inventory import folder_bytes
 
     own = sum(folder_bytes(path) for model in stored for path in model.owned)
     cached = sum(folder_bytes(model.download) for model in stored if model.download is not None)
@@ -123,7 +123,7 @@ def _total(stored: Sequence[StoredModel]) -> str:
 
 
 def _document(model: StoredModel) -> dict[str, Any]:
-    from teal_cli.store.inventory import folder_bytes
+    from teal_cli.model.inventory import folder_bytes
 
     return {
         "model": model.name,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from teal_cli.evaluation import statistics
+from teal_cli.evaluation import report, statistics
 from teal_cli.evaluation.perplexity import EvalResult, Quality, scores
-from teal_cli.evaluation.report import Table, cell
+from teal_cli.evaluation.report import cell
 from teal_cli.evaluation.statistics import Estimate
+from teal_cli.report.table import Table
 from teal_cli.sparsity.setting import Setting
 from teal_cli.text.corpora import is_file
 
@@ -109,39 +111,47 @@ class QualityReport:
             for row in (dense, *document["sparse"])
         ]
 
-    def tables(self) -> Iterator[tuple[str, Table]]:
+    def header(self) -> dict[str, Any]:
+        """Model and machine."""
+        return report.header(self.inputs)
+
+    def shown(self) -> Iterator[Table | str]:
         """The figures, then where the sparsity is."""
-        compared = len(self.methods) > 1
-        columns = ["", "target", "realised", "perplexity", "to dense", "KL (nats/token)"]
-        columns += ["same top token", *([f"NLL to {self.methods[0]}"] if compared else [])]
-        dense = self.result.dense
-        lines = [["dense", "", "0.000", cell(dense.perplexity, 2), *[""] * (len(columns) - 4)]]
-        for row in self.rows:
-            quality = row.quality
-            line = [
-                row.method,
-                f"{row.target_sparsity:.4g}",
-                f"{quality.realised_sparsity:.3f}",
-                cell(quality.perplexity, 2),
-                cell(quality.perplexity_gap, 2, sign=True),
-                cell(quality.kl, 4),
-                cell(quality.agreement, 3),
-            ]
-            if compared:
-                line.append(cell(row.nll_difference, 4, sign=True))
-            lines.append(line)
-        yield self.heading(), (columns, lines)
-        yield (
-            "",
-            (
-                ["realised by site", "target", *dense.realised_by_site],
-                [
-                    [
-                        row.method,
-                        f"{row.target_sparsity:.4g}",
-                        *(f"{share:.3f}" for share in row.quality.realised_by_site.values()),
-                    ]
-                    for row in self.rows
-                ],
-            ),
+        yield self._figures()
+        sites = self.result.dense.realised_by_site
+        yield Table.of(
+            self.rows,
+            [
+                ("realised by site", lambda row: row.method),
+                ("target", lambda row: f"{row.target_sparsity:.4g}"),
+                *((site, partial(_realised_at, site)) for site in sites),
+            ],
         )
+
+    def written(self) -> Iterator[Table | str]:
+        """The same, and where it was measured."""
+        yield from self.shown()
+        yield report.footer(self.inputs)
+
+    def _figures(self) -> Table:
+        columns: list[tuple[str, Callable[[Row], str]]] = [
+            ("", lambda row: row.method),
+            ("target", lambda row: f"{row.target_sparsity:.4g}"),
+            ("realised", lambda row: f"{row.quality.realised_sparsity:.3f}"),
+            ("perplexity", lambda row: cell(row.quality.perplexity, 2)),
+            ("to dense", lambda row: cell(row.quality.perplexity_gap, 2, sign=True)),
+            ("KL (nats/token)", lambda row: cell(row.quality.kl, 4)),
+            ("same top token", lambda row: cell(row.quality.agreement, 3)),
+        ]
+        if len(self.methods) > 1:
+            columns.append(
+                (f"NLL to {self.methods[0]}", lambda row: cell(row.nll_difference, 4, sign=True))
+            )
+        table = Table.of(self.rows, columns, title=[self.heading()])
+        dense = ["dense", "", "0.000", cell(self.result.dense.perplexity, 2)]
+        table.rows.insert(0, dense + [""] * (len(columns) - len(dense)))
+        return table
+
+
+def _realised_at(site: str, row: Row) -> str:
+    return f"{row.quality.realised_by_site[site]:.3f}"

@@ -1,29 +1,12 @@
-"""An evaluation's result as tables, and as a JSON, CSV or Markdown file."""
+"""What the reports of perplexity and of tasks share."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 from teal_cli.evaluation.statistics import Estimate
-
-Table = tuple[list[str], list[list[str]]]  # column names, rows
-
-
-class Report(Protocol):
-    """What can be rendered."""
-
-    def document(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-
-    def records(self) -> list[dict[str, Any]]:
-        """One flat record a row."""
-
-    def tables(self) -> Iterator[tuple[str, Table]]:
-        """What a reader sees, each table with its title."""
+from teal_cli.report.result import versions
 
 
 def cell(estimate: Estimate | None, digits: int, *, sign: bool = False) -> str:
@@ -36,46 +19,20 @@ def cell(estimate: Estimate | None, digits: int, *, sign: bool = False) -> str:
     return f"{value} ± {estimate.standard_error:.{digits}f}"
 
 
-def render(report: Report, suffix: str) -> str:
-    """The result as the text of a file with this suffix, one of TABLE_SUFFIXES."""
-    if suffix == ".json":
-        return json.dumps(report.document(), indent=2, ensure_ascii=False) + "\n"
-    return _csv(report) if suffix == ".csv" else _markdown(report)
-
-
-def _csv(report: Report) -> str:
-    """One line a row, model and machine repeated on each so that files can be joined."""
-    document = report.document()
-    environment = document["environment"]
-    common = {
-        "model": document["model"]["name"],
-        "model_fingerprint": document["model"]["fingerprint"],
+def header(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Model and machine, for each line of a CSV file."""
+    environment = inputs["environment"]
+    return {
+        "model": inputs["model"]["name"],
+        "model_fingerprint": inputs["model"]["fingerprint"],
         "device": environment["device_name"],
         "torch": environment["versions"].get("torch"),
         "teal": environment["versions"]["teal"],
         "date": environment["date"],
     }
-    records = report.records()
-    text = io.StringIO()
-    # The dense row lacks what compares it with others.
-    columns = dict.fromkeys(name for record in records for name in record)
-    writer = csv.DictWriter(text, fieldnames=[*columns, *common], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(record | common for record in records)
-    return text.getvalue()
 
 
-def _markdown(report: Report) -> str:
-    environment = report.document()["environment"]
-    parts = []
-    for title, (columns, rows) in report.tables():
-        if title:
-            parts.append(f"{title}.")
-        parts.append(
-            "\n".join(
-                f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)
-            )
-        )
-    versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
-    parts.append(f"{environment['device_name']}, {environment['date']}: {versions}.")
-    return "\n\n".join(parts) + "\n"
+def footer(inputs: Mapping[str, Any]) -> str:
+    """Machine, date and versions, below the tables of a Markdown file."""
+    environment = inputs["environment"]
+    return f"{environment['device_name']}, {environment['date']}: {versions(environment)}."

@@ -12,7 +12,7 @@ from teal_cli.environment import environment
 from teal_cli.evaluation import comparison, perplexity, protocols
 from teal_cli.evaluation.comparison import QualityReport
 from teal_cli.evaluation.protocols import ProtocolName
-from teal_cli.evaluation.tasks import TasksReport
+from teal_cli.evaluation.tasks_report import TasksReport
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter

@@ -9,7 +9,6 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from statistics import fmean
@@ -17,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from teal_cli.errors import MissingError
 from teal_cli.evaluation import statistics
-from teal_cli.evaluation.report import Table, cell
 from teal_cli.evaluation.statistics import Estimate
 from teal_cli.evaluation.task_files import SEED, load_tasks, task_manager
+from teal_cli.evaluation.tasks_report import Score, TaskScores, TasksReport
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.setting import DENSE, Setting
 from teal_cli.text.hub_data import network
@@ -27,105 +26,7 @@ from teal_cli.text.hub_data import network
 if TYPE_CHECKING:
     from teal_cli.evaluation.harness import Subject
 
-_SCHEMA = 1
 _BOOTSTRAP = 1000  # resamplings, for metrics whose standard error has no closed form
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One metric of one task, with what each document scored where the metric is their mean."""
-
-    metric: str  # with its filter, where that is not lm-eval's "none"
-    estimate: Estimate
-    higher_is_better: bool | None
-    by_document: tuple[float, ...] | None
-    to_dense: Estimate | None = None  # paired over the documents
-
-
-@dataclass(frozen=True, slots=True)
-class TaskScores:
-    """One setting's scores in one task or group of tasks."""
-
-    task: str
-    method: str  # "dense", or how the sparsity was shared out
-    target_sparsity: float | None
-    realised_sparsity: float  # over everything that the run asked of this setting
-    scores: tuple[Score, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TasksReport:
-    """What every setting scored, and what is needed to repeat it."""
-
-    inputs: dict[str, Any]
-    tasks: dict[str, dict[str, Any]]  # name → version, few-shot examples, documents, config
-    groups: dict[str, list[str]]  # name → its tasks and groups
-    rows: tuple[TaskScores, ...]
-
-    def document(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return {
-            "kind": "tasks",
-            "schema": _SCHEMA,
-            **self.inputs,
-            "tasks": self.tasks,
-            "groups": self.groups,
-            "scores": [
-                {
-                    **self._place(row),
-                    "metric": score.metric,
-                    **statistics.flat("value", score.estimate),
-                    **statistics.flat("to_dense", score.to_dense),
-                    "higher_is_better": score.higher_is_better,
-                    "by_document": score.by_document,
-                }
-                for row in self.rows
-                for score in row.scores
-            ],
-        }
-
-    def records(self) -> list[dict[str, Any]]:
-        """One flat record a score."""
-        return [
-            {name: value for name, value in score.items() if name != "by_document"}
-            for score in self.document()["scores"]
-        ]
-
-    def tables(self) -> Iterator[tuple[str, Table]]:
-        """A table for each group and each task that is in none, a row for each setting."""
-        grouped = {name for children in self.groups.values() for name in children}
-        for name in dict.fromkeys(row.task for row in self.rows if row.task not in grouped):
-            rows = [row for row in self.rows if row.task == name]
-            columns = ["", "target", "realised"]
-            for score in rows[0].scores:
-                columns += [score.metric, "to dense"]
-            lines = []
-            for row in rows:
-                target = "" if row.target_sparsity is None else f"{row.target_sparsity:.4g}"
-                line = [row.method, target, f"{row.realised_sparsity:.3f}"]
-                for score in row.scores:
-                    line += [cell(score.estimate, 4), cell(score.to_dense, 4, sign=True)]
-                lines.append(line)
-            yield self._title(name), (columns, lines)
-
-    def _title(self, name: str) -> str:
-        about = self.tasks.get(name, {})
-        shots = about.get("few_shot")
-        if about:
-            counted = [f"{about['documents']} documents"]
-        else:
-            counted = [f"a group of {len(self.groups[name])} tasks"]
-        counted += [f"{shots} examples in the prompt"] if shots else []
-        return f"{self.inputs['model']['name']}, {name}: {', '.join(counted)}"
-
-    @staticmethod
-    def _place(row: TaskScores) -> dict[str, Any]:
-        return {
-            "task": row.task,
-            "method": row.method,
-            "target_sparsity": row.target_sparsity,
-            "realised_sparsity": row.realised_sparsity,
-        }
 
 
 def require_lm_eval() -> None:

@@ -14,13 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teal_cli import __version__
 from teal_cli.environment import device_name
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import FUSED
 from teal_cli.progress import Reporter
 from teal_cli.store import paths
 from teal_cli.store.artifacts import atomic_write
+from teal_cli.version import __version__
 
 if TYPE_CHECKING:
     from teal_kernels.gpu.launch import StepLaunches

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal_cli import __version__
 from teal_cli.errors import UsageError
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
@@ -31,6 +30,7 @@ from teal_cli.sparsity.profile import (
 from teal_cli.sparsity.quantiles import Quantiles
 from teal_cli.sparsity.refine import REFINED_WINDOWS, refine
 from teal_cli.sparsity.workspace import Workspace
+from teal_cli.version import __version__
 
 _ALLOCATE = {"sensitivity": sensitivity.allocate, "greedy": greedy.allocate}
 

@@ -12,7 +12,6 @@ import numpy
 import torch
 from torch import Tensor
 
-from teal_cli import __version__
 from teal_cli.errors import MissingError, TealError, UsageError
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.sites import PROJECTIONS, SITES
@@ -20,6 +19,7 @@ from teal_cli.sparsity.histogram import BINS
 from teal_cli.sparsity.quantiles import Quantiles
 from teal_cli.sparsity.setting import Setting, check_target
 from teal_cli.suggestions import did_you_mean, quoted
+from teal_cli.version import __version__
 
 _KIND, _SCHEMA = "profile", 3
 # Prefixes of the tensors that hold what belongs to a method.

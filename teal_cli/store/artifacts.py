@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from teal_cli import __version__
 from teal_cli.errors import MissingError, TealError
 from teal_cli.progress import Reporter
 from teal_cli.store.local import read_regular
+from teal_cli.version import __version__
 
 CHECKPOINT, MANIFEST = "checkpoint", "manifest.json"  # a converted model: its kind, and its file
 CHAT = "chat"

@@ -35,6 +35,14 @@ def prepare(model: Path, methods: tuple[str, ...] = ()) -> None:
     profile.save(stored.profile_path(checkpoint))
 
 
+def is_refused(outcome: tuple[int, str, str], code: int, message: str) -> None:
+    """A command ended with this exit code and one sentence on stderr."""
+    found, out, said = outcome
+    assert (found, out) == (code, "")
+    assert message in " ".join(said.split())
+    assert "Traceback" not in said
+
+
 def runner(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Command:

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
+import tiny
+
 from teal_cli.benchmark.bandwidth import Bandwidth
 from teal_cli.benchmark.result import BenchResult, Variant, cost_card, rows
 from teal_cli.benchmark.timing import Run
-from teal_cli.model.config import ModelConfig
 from teal_cli.model.random_weights import SHAPES
 
-TINY = ModelConfig.from_dict(
-    {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 259,
-        "max_position_embeddings": 128,
-    }
-)
+TINY = tiny.config(max_position_embeddings=128)
 
 
 def made_up_result() -> BenchResult:

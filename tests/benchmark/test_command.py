@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmark.commands import Command, prepare, runner
+from benchmark.commands import Command, is_refused, prepare, runner
 
 from teal_cli.benchmark import bandwidth
 
@@ -39,7 +39,8 @@ def test_card_and_figures_of_a_real_model(bench: Command, tiny_model: Path) -> N
     assert [line.split("  ")[0] for line in card.splitlines()[2:]] == ["dense", "sparse 0.5"]
     assert "4 tokens after a prompt of 8, median of 2" in figures
     assert [line.split("  ")[0] for line in figures.splitlines()[3:]] == ["dense", "sparse 0.5"]
-    assert max(map(len, out.splitlines())) <= 100
+    lines = out.replace(str(tiny_model), "tiny-llama").splitlines()  # wherever this test runs
+    assert max(map(len, lines)) <= 100
 
 
 def test_json_and_every_file(bench: Command, tiny_model: Path, tmp_path: Path) -> None:
@@ -105,10 +106,7 @@ def test_kernels_one_by_one(bench: Command, tiny_model: Path, tmp_path: Path) ->
 def test_bad_input_is_one_sentence(
     bench: Command, tiny_model: Path, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
-    found, out, said = bench(tiny_model, *arguments)
-    assert (found, out) == (code, "")
-    assert message in " ".join(said.split())
-    assert "Traceback" not in said
+    is_refused(bench(tiny_model, *arguments), code, message)
 
 
 def test_a_built_in_shape_without_random_weights(bench: Command) -> None:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from benchmark.subjects import TINY
+from clocks import tick
 from interpreted import run_interpreted
 
-from teal_cli.benchmark import kernels, report
+from teal_cli.benchmark import kernels, projections, report
 from teal_cli.benchmark.bandwidth import Bandwidth
 from teal_cli.benchmark.tune import search
 from teal_cli.errors import UnsupportedError
@@ -21,7 +22,10 @@ BANDWIDTH, FASTER = Bandwidth(30e9, "made up"), Bandwidth(3e12, "made up too")
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_every_matrix_has_a_row_at_every_sparsity(quantize: str | None) -> None:
+def test_every_matrix_has_a_row_at_every_sparsity(
+    quantize: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tick(monkeypatch, projections)
     kind = QUANTIZATIONS[quantize] if quantize else None
     decoder = random_decoder(TINY, device="cpu", dtype=torch.float16, seed=0, kind=kind)
     reads = iter([BANDWIDTH, FASTER, BANDWIDTH, BANDWIDTH])
@@ -39,10 +43,13 @@ def test_every_matrix_has_a_row_at_every_sparsity(quantize: str | None) -> None:
         rows_bytes = kept * (matrix.rows if kind else matrix)[0].nbytes
         assert row.bytes_read == rows_bytes + (matrix.nbytes - matrix.rows.nbytes if kind else 0)
         assert row.bandwidth_share == pytest.approx(row.bytes_per_s / FASTER.bytes_per_s)
-        assert row.time_us.median > 0
-        assert row.linear_us.median > 0
-    columns, lines = report.kernel_table(rows)
-    assert all(len(line) == len(columns) for line in lines)
+        # A second for all layers, and for as many of F.linear's or of its four copies.
+        assert row.time_us.median == pytest.approx(1e6 / TINY.num_hidden_layers)
+        assert row.linear_us.median == pytest.approx(1e6 / (4 if kind else TINY.num_hidden_layers))
+        assert row.speedup.median == pytest.approx(row.linear_us.median / row.time_us.median)
+        assert row.bytes_per_s == pytest.approx(row.bytes_read / row.time_us.median * 1e6)
+    table = report.kernel_table(rows)
+    assert all(len(line) == len(table.columns) for line in table.rows)
     assert "without --kernels" in notes[0]
 
 

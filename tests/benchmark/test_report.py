@@ -13,9 +13,17 @@ from benchmark.subjects import made_up_result
 from teal_cli.benchmark import plot, report
 from teal_cli.benchmark.bandwidth import Bandwidth
 from teal_cli.benchmark.cost import token_bytes
+from teal_cli.benchmark.report import BenchReport
 from teal_cli.benchmark.result import Variant, rows
 from teal_cli.benchmark.timing import Run
 from teal_cli.model.random_weights import SHAPES
+from teal_cli.report.result import render
+from teal_cli.report.table import Table
+
+
+def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    return table.columns, table.rows
 
 
 def test_rows_hold_speed_share_and_paired_speedups() -> None:
@@ -60,27 +68,26 @@ def test_no_row_exceeds_the_ceiling(fastest: float, how: str) -> None:
 
 def test_the_terminals_table_fits_a_hundred_columns() -> None:
     result = made_up_result()
-    columns, lines = report.short_table(result.rows)
-    assert all(len(line) == len(columns) for line in lines)
+    columns, lines = _cells(report.short_table(result.rows))
     widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
     assert sum(widths) + 2 * (len(widths) - 1) <= 100
     assert lines[1][0] == "sparse 0.5"
     assert lines[1][2:6] == ["16.7 ±1%", "160.0", "200 ms", "62%"]
     assert lines[1][-2:] == ["1.67", "2.50"]
-    assert report.backends(result.rows) == ["transformers: bfloat16, generate, static cache"]
+    sentences = [part for part in BenchReport(result).shown() if isinstance(part, str)]
+    assert sentences == ["transformers: bfloat16, generate, static cache", *result.notes]
 
 
 def test_speed_has_one_unit() -> None:
     result = made_up_result()
-    for text in (report.render(result, ".md"), str(report.short_table(result.rows))):
+    for text in (render(BenchReport(result), ".md"), str(report.short_table(result.rows))):
         assert "tokens/s" in text
         assert not re.search(r"\btok/s|\bt/s|tokens per second", text)
 
 
 def test_table_has_a_column_for_each_reference() -> None:
-    columns, lines = report.result_table(made_up_result().rows)
+    columns, lines = _cells(report.result_table(made_up_result().rows))
     assert columns[-2:] == ["× dense", "× transformers"]
-    assert all(len(line) == len(columns) for line in lines)
     assert lines[1][:2] == ["sparse 0.5", "0.490"]
     assert lines[1][-1] == "2.50 [2.50–2.50]"
 
@@ -89,20 +96,20 @@ def test_card_tells_ceilings_apart() -> None:
     card = made_up_result().card
     assert [row.sparsity for row in card] == [0.0, 0.5]
     assert card[0].ceiling_tokens_per_s == pytest.approx(30e9 / card[0].bytes.total)
-    _, lines = report.card_table(card)
+    _, lines = _cells(report.card_table(card))
     assert lines[0][1] == "1.94 GB"
     assert lines[1][1] == "969 MB"
 
 
 def test_json_is_the_whole_result() -> None:
-    document = json.loads(report.render(made_up_result(), ".json"))
+    document = json.loads(render(BenchReport(made_up_result()), ".json"))
     assert (document["kind"], document["schema"]) == ("bench", 1)
     assert document["rows"][1]["speedup"]["dense"]["median"] == pytest.approx(1 / 0.6)
     assert document["notes"] == ["no --baseline compile: there is no compiler"]
 
 
 def test_csv_has_one_line_a_row() -> None:
-    lines = list(csv.DictReader(io.StringIO(report.render(made_up_result(), ".csv"))))
+    lines = list(csv.DictReader(io.StringIO(render(BenchReport(made_up_result()), ".csv"))))
     assert [line["label"] for line in lines] == ["dense", "sparse 0.5", "transformers"]
     assert float(lines[1]["speedup_over_dense"]) == pytest.approx(1 / 0.6)
     assert lines[0]["speedup_over_dense"] == ""
@@ -110,7 +117,7 @@ def test_csv_has_one_line_a_row() -> None:
 
 
 def test_markdown_has_both_tables() -> None:
-    text = report.render(made_up_result(), ".md")
+    text = render(BenchReport(made_up_result()), ".md")
     assert text.count("| --- |") == 2
     assert "no --baseline compile" in text
     assert "30.0 GB/s" in text

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from teal_cli import console
@@ -13,24 +14,11 @@ from teal_cli.chat.state import Chat
 from teal_cli.inference.conversation import Conversation
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
-from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.random_weights import random_decoder
 from teal_cli.sparsity.setting import Setting
 
-CONFIG = ModelConfig.from_dict(
-    {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 259,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-    }
-)
+CONFIG = tiny.config(num_hidden_layers=2)
 
 
 class FakeProfile:
@@ -54,7 +42,6 @@ def decoder() -> Decoder:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["template", "base"])
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    import tiny
     from transformers import AutoTokenizer
 
     folder: Path = tmp_path_factory.mktemp("tokenizer")

@@ -26,7 +26,11 @@ def test_compare_answers_twice_and_keeps_the_sparse_one(
     out, err = capsys.readouterr()
     assert out.startswith("dense\n")
     assert "\nsparsity 0.9\n" in out
-    assert "they part after" in out or "both say the same" in out
+    dense = out.removeprefix("dense\n").partition("\n\nsparsity 0.9\n")[0]
+    assert ("both say the same" in out, "they part after" in out) == (
+        dense == answer.text,
+        dense != answer.text,
+    )
     assert [" · dense · " in line for line in err.splitlines()[:2]] == [True, False]
     assert (chat.sparsity, chat.conversation.sampler) == (0.9, sampler)
     if chat.conversation.has_template:
@@ -34,6 +38,15 @@ def test_compare_answers_twice_and_keeps_the_sparse_one(
     slash.run(chat, "/sparsity 0")
     answers.answer(chat, "Hi")
     assert "they part" not in capsys.readouterr().out
+
+
+def test_compare_draws_alike_for_both(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    slash.run(chat, "/set temperature 1")
+    slash.run(chat, "/sparsity 1e-30")  # skips nothing, so that only other draws could differ
+    chat.compare = True
+    said = [answers.answer(chat, "Hi").text for _ in range(2)]
+    assert capsys.readouterr().out.count("both say the same") == 2
+    assert said[0] != said[1]  # a draw of its own for each prompt
 
 
 def test_where_two_texts_part(chat: Chat) -> None:

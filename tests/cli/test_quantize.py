@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from benchmark.commands import Command, prepare, runner
+from threads import one_thread
 
 from teal_cli.benchmark import bandwidth
 
@@ -19,11 +19,8 @@ TEXT = ("--samples", "4", "--seq-len", "64")
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """At these sizes a second one only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +72,21 @@ def test_int4_is_rounded_on_text_unless_told_otherwise(
     assert other["folder"] == found["folder"]
     back = json.loads(teal("convert", *arguments, "--dataset", text, *TEXT)[1])
     assert back["fingerprint"] == found["fingerprint"]  # the same text gives the same integers
+
+
+def test_text_that_rounding_has_read_is_left_out_of_an_evaluation(
+    teal: Teal, tiny_model: Path, text: Path
+) -> None:
+    quantized = (tiny_model, "--quantize", "int4")
+    assert teal("convert", *quantized, "--dataset", text, *TEXT)[0] == 0
+    assert teal("calibrate", *quantized, "--dataset", "pydoc", *TEXT)[0] == 0
+    options = ("--dataset", text, "--context", 64, "--samples", 2, "-s", "0.5", "--json")
+    parts = []
+    for model in ((tiny_model,), quantized):
+        code, out, _ = teal("eval", *model, *options)
+        assert code == 0
+        parts.append(json.loads(out)["dataset"]["part"])
+    assert parts == ["all of it", "the last quarter"]
 
 
 def test_every_command_takes_it(teal: Teal, tiny_model: Path, text: Path) -> None:

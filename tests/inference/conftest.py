@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 
-from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.random_weights import random_decoder
 
-CONFIG = ModelConfig.from_dict(
-    {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 259,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-    }
-)
+CONFIG = tiny.config(max_position_embeddings=256)
 
 
 @pytest.fixture(scope="session")

@@ -179,6 +179,21 @@ def test_a_full_context_leaves_out_the_oldest_turns(start: Start, tokenizer: Any
     assert conversation.last_prompt == "5" * 30
 
 
+@pytest.mark.parametrize(("length", "dropped"), [(60, 1), (70, 2)], ids=["181", "191"])
+def test_turns_make_room_down_to_three_quarters_of_the_context(
+    start: Start, tokenizer: Any, length: int, dropped: int
+) -> None:
+    if not tokenizer.chat_template:
+        pytest.skip("needs a template")
+    conversation, _ = start(*"abc")
+    ask(conversation, "1" * 20)
+    ask(conversation, "2" * 80)
+    # Without the first turn there are 181 or 191 tokens, and 200 would be room enough; three
+    # quarters of the context are 187.
+    steps = list(conversation.answer("3" * length, max_new_tokens=50))
+    assert [step.turns for step in steps if isinstance(step, Dropped)] == [dropped]
+
+
 def test_a_full_context_can_also_take_no_more(start: Start, tokenizer: Any) -> None:
     if not tokenizer.chat_template:
         pytest.skip("needs a template")

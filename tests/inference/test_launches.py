@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from model.families import hf_model, our_decoder
+from reporters import Notes
 
 from teal_cli.inference import launches
 from teal_cli.model.decoder import Decoder
@@ -17,14 +18,6 @@ from teal_cli.progress import Silent
 pytest.importorskip("triton")
 
 DENSE, SPARSE = 0.0, 0.2
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
 
 
 @pytest.fixture
@@ -41,7 +34,7 @@ def entry(decoder: Decoder, name: str = "qkv", **changes: Any) -> dict[str, Any]
 def test_nothing_stored_leaves_the_table(decoder: Decoder) -> None:
     notes = Notes()
     assert launches.stored_launches(decoder, notes) is None
-    assert notes.said == []
+    assert notes.notes == []
 
 
 def test_what_is_stored_takes_its_own_place_only(decoder: Decoder) -> None:
@@ -87,8 +80,8 @@ def test_what_does_not_fit_is_ignored_with_a_note(decoder: Decoder, change: dict
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     notes = Notes()
     assert launches.stored_launches(decoder, notes) is None
-    assert len(notes.said) == 1
-    assert "teal bench --tune" in notes.said[0]
+    assert len(notes.notes) == 1
+    assert "teal bench --tune" in notes.notes[0]
 
 
 def test_a_damaged_file_is_ignored_with_a_note(decoder: Decoder) -> None:
@@ -96,4 +89,4 @@ def test_a_damaged_file_is_ignored_with_a_note(decoder: Decoder) -> None:
     file.write_bytes(b"\xff{")
     notes = Notes()
     assert launches.stored_launches(decoder, notes) is None
-    assert len(notes.said) == 1
+    assert len(notes.notes) == 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from reporters import Notes
 from torch import Tensor
 
 from teal_cli.errors import TealError, UsageError
@@ -149,17 +150,12 @@ def test_both_backends_give_the_same_greedy_tokens(decoder: Decoder, thresholds:
 def test_without_numba_it_decodes_in_torch_and_says_so(
     decoder: Decoder, thresholds: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes: list[str] = []
-
-    class Listener(Silent):
-        def note(self, message: str) -> None:
-            notes.append(message)
-
+    listener = Notes()
     monkeypatch.setitem(sys.modules, "teal_kernels.cpu", None)  # as if the import failed
-    session = Session(decoder, max_length=40, setting=half(thresholds), reporter=Listener())
+    session = Session(decoder, max_length=40, setting=half(thresholds), reporter=listener)
     assert session.backend == "torch"
-    assert len(notes) == 1
-    assert "plain torch" in notes[0]
+    assert len(listener.notes) == 1
+    assert "plain torch" in listener.notes[0]
     session.prefill(PROMPT)
     assert session.step(1).isfinite().all()
 
@@ -179,23 +175,18 @@ class _Broken:
 def test_a_broken_triton_costs_one_warning_and_no_text(
     fault: str, decoder: Decoder, thresholds: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes: list[str] = []
-
-    class Listener(Silent):
-        def note(self, message: str) -> None:
-            notes.append(message)
-
+    listener = Notes()
     broken = SimpleNamespace(DecodeStep=_Broken) if fault == "launch" else None
     monkeypatch.setitem(sys.modules, "teal_kernels.gpu", broken)
     monkeypatch.setitem(session_module._FUSED_STEPS, "cpu", ("teal_kernels.gpu", "triton"))
-    session = Session(decoder, max_length=64, setting=half(thresholds), reporter=Listener())
+    session = Session(decoder, max_length=64, setting=half(thresholds), reporter=listener)
     expected = Session(decoder, max_length=64, setting=half(thresholds), backend="reference")
     assert session.backend == "torch"
     assert run(session, PROMPT, max_new_tokens=12)[0] == run(expected, PROMPT, max_new_tokens=12)[0]
     assert session.realised_sparsity() == expected.realised_sparsity()
-    assert len(notes) == 1
-    assert "plain torch" in notes[0]
-    assert "\n" not in notes[0]
+    assert len(listener.notes) == 1
+    assert "plain torch" in listener.notes[0]
+    assert "\n" not in listener.notes[0]
 
 
 def test_a_cpu_decodes_with_the_compiled_step(decoder: Decoder) -> None:
@@ -312,6 +303,20 @@ def test_a_following_turn_computes_only_what_is_new(decoder: Decoder) -> None:
     again, finish = run(session, turn, max_new_tokens=5)
     assert finish.stats.reused_tokens == len(turn) - 1
     assert again == fresh
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_answers_sparsity_is_its_own(decoder: Decoder, thresholds: Tensor, backend: str) -> None:
+    def realised(session: Session, prompt: list[int]) -> float | None:
+        return run(session, prompt, max_new_tokens=5)[1].stats.realised_sparsity
+
+    def fresh() -> Session:
+        return Session(decoder, max_length=80, setting=half(thresholds), backend=backend)  # type: ignore[arg-type]
+
+    session = fresh()
+    first, second = realised(session, PROMPT), realised(session, PROMPT[:7])
+    assert first != second
+    assert second == realised(fresh(), PROMPT[:7])
 
 
 def test_only_a_long_prompt_is_reported(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

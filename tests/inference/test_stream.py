@@ -5,8 +5,10 @@ On a CUDA device, or on the CPU in Triton's interpreter (see `test_stream_interp
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.errors import TealError
+from teal_cli.inference import launches
 from teal_cli.inference import session as sessions
 from teal_cli.inference.generate import Finish, Token, generate
 from teal_cli.inference.sampling import Sampler, Sampling, candidates, penalised
@@ -21,7 +24,7 @@ from teal_cli.inference.session import Session
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.random_weights import random_decoder
-from teal_cli.sparsity.setting import Setting
+from teal_cli.sparsity.setting import DENSE, Setting
 
 pytestmark = pytest.mark.gpu
 
@@ -90,6 +93,32 @@ def test_every_ending_is_the_host_loops(decoder: Decoder) -> None:
         assert (device.tokens, device.position) == (host.tokens, host.position)
         assert ours.stats.reused_tokens == theirs.stats.reused_tokens
         assert device.realised_sparsity() == pytest.approx(host.realised_sparsity())
+
+
+def test_launches_are_those_that_were_tuned_for_the_sparsity(
+    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEAL_HOME", str(tmp_path))
+    table = launches.table_launches(decoder)
+    dense, sparse, sparser = sorted(table)
+    tuned = {
+        regime: table[regime].qkv._replace(num_warps=warps)
+        for regime, warps in ((dense, 1), (sparse, 2), (sparser, 8))
+    }
+    entries = {
+        launches.matrix_key(decoder, "qkv", regime): launch._asdict()
+        for regime, launch in tuned.items()
+    }
+    launches.write(decoder, entries)
+    session = _session(decoder, "auto")
+    step: Any = session._step
+    assert step.launches.qkv == tuned[sparse]  # the thresholds are for a sparsity near 0.5
+    for sparsity, regime in ((0.1, dense), (0.3, sparse), (0.6, sparser)):
+        session.use(dataclasses.replace(SETTING, target_sparsity=sparsity))
+        assert step.launches.qkv == tuned[regime]
+        assert step.launches._replace(qkv=table[regime].qkv) == table[regime]
+    session.use(DENSE)
+    assert step.launches.qkv == tuned[dense]
 
 
 def test_an_interrupted_answer_ends_where_it_was_heard(decoder: Decoder) -> None:

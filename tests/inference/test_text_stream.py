@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from clocks import tick
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from teal_cli.inference import generate as generating
 from teal_cli.inference.generate import Finish, Token
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
@@ -198,7 +200,10 @@ def test_stop_texts_are_not_looked_for_in_thinking(answer: Answer) -> None:
     assert (thought, spoken, finish.reason) == ("a\n\nb", "c", "stop")
 
 
-def test_thinking_has_a_budget_of_its_own(answer: Answer, tokenizer: Any) -> None:
+def test_thinking_has_a_budget_of_its_own(
+    answer: Answer, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tick(monkeypatch, generating)
     thinks = "<think>" + "x" * 30
     thought, spoken, finish, tokens, session = answer(
         thinks + "Yes it is so", max_thinking_tokens=20, max_new_tokens=8, max_length=120
@@ -211,7 +216,8 @@ def test_thinking_has_a_budget_of_its_own(answer: Answer, tokenizer: Any) -> Non
     assert len(spoken) == 8
     assert finish.stats.new_tokens == len(tokens)
     assert finish.stats.prompt_tokens == 2
-    assert finish.stats.decode_s > 0
+    # A second for each token, and one for the end of thinking to be read.
+    assert finish.stats.decode_s == len(tokens) + 1
 
 
 def test_a_budget_that_is_not_used_up_changes_nothing(answer: Answer) -> None:

@@ -16,6 +16,7 @@ import torch
 from model.edits import edit_config, edit_weights
 from model.families import FAMILIES, hf_model
 from model.sources import IDS, converted, logits, save_folder, source_of
+from reporters import Notes
 from safetensors.torch import load_file, save_file
 
 from teal_cli.errors import MissingError, TealError, UnsupportedError
@@ -283,17 +284,16 @@ def test_waits_for_another_process_and_survives_its_death(
     assert other.stdout is not None
     assert other.stdout.readline() == "writing\n"
 
-    class KillsWhenToldToWait(Silent):
-        notes: list[str] = []  # noqa: RUF012
-
+    class KillsWhenToldToWait(Notes):
         def note(self, message: str) -> None:
-            self.notes.append(message)
+            super().note(message)
             if "waiting for it" in message:
                 other.kill()
 
-    folder = convert(source_of(tiny_folder), reporter=KillsWhenToldToWait())
+    reporter = KillsWhenToldToWait()
+    folder = convert(source_of(tiny_folder), reporter=reporter)
     assert other.wait() != 0
-    assert "waiting for it" in KillsWhenToldToWait.notes[0]
+    assert "waiting for it" in reporter.notes[0]
     assert logits(Checkpoint(folder).load()).isfinite().all()
     assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == ["float16"]
 

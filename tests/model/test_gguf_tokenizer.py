@@ -20,6 +20,7 @@ from model.vocabularies import (
     sentencepiece,
 )
 from packaging.version import Version
+from reporters import Notes
 
 from teal_cli.errors import TealError, UnsupportedError
 from teal_cli.model.gguf_tokenizer import write_tokenizer
@@ -27,14 +28,6 @@ from teal_cli.model.tokenizer import load_tokenizer
 from teal_cli.progress import Silent
 
 DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
 
 
 def load(folder: Path, metadata: dict[str, Any], reporter: Any = None) -> Any:
@@ -124,14 +117,14 @@ def test_an_unnamed_cut_is_known_by_the_vocabulary(
     ours = load(tmp_path, metadata, notes)
     for text in TEXTS[:2]:
         assert ours(text)["input_ids"] == oracle.encode(text).ids
-    assert not notes.said
+    assert not notes.notes
 
 
 def test_an_unnamed_cut_that_nobody_knows_is_said(tmp_path: Path) -> None:
     oracle, notes = byte_level(None), Notes()
     ours = load(tmp_path, gguf_metadata(oracle), notes)
     assert ours(TEXTS[0])["input_ids"] == oracle.encode(TEXTS[0]).ids  # as GPT-2
-    assert "tokenizer.ggml.pre" in notes.said[0]
+    assert "tokenizer.ggml.pre" in notes.notes[0]
 
 
 def spm_of_llama_cpp(metadata: dict[str, Any], text: str) -> list[int]:

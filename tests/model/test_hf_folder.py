@@ -14,6 +14,7 @@ import torch
 from model.edits import edit_config, edit_weights
 from model.families import hf_model
 from model.sources import IDS, converted, logits, save_folder, source_of
+from reporters import Notes
 from safetensors.torch import load_file, save_file
 
 from teal_cli.errors import TealError, UsageError
@@ -25,16 +26,6 @@ from teal_cli.progress import Silent
 @pytest.fixture
 def tiny_folder(tmp_path: Path) -> Path:
     return save_folder(hf_model("llama").to(torch.float16), tmp_path / "tiny")
-
-
-class Notes(Silent):
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
 
 
 SPARE: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from threads import one_thread
 
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
@@ -15,10 +16,8 @@ from teal_cli.model.random_weights import random_decoder
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

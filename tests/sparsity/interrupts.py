@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from reporters import Notes
+
 from teal_cli.progress import Silent, Task
 
 QUIET = Silent()
@@ -14,15 +16,12 @@ class Stop(Exception):
     """What ends a run early here."""
 
 
-class StopsAfter(Silent):
+class StopsAfter(Notes):
     """Fails once so many layers are done, and keeps the notes."""
 
     def __init__(self, layers: int | None) -> None:
+        super().__init__()
         self.left = layers
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
 
     @contextmanager
     def task(self, label: str, total: int | None = None, unit: str = "it") -> Iterator[Task]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmark.commands import Command, runner
+from benchmark.commands import Command, is_refused, runner
 
 from teal_cli import pipeline
 from teal_cli.model.sites import PROJECTIONS
@@ -84,9 +84,7 @@ def test_makes_a_profile_shows_it_and_is_done(
     assert f"3 windows of 100 tokens → {path}" in err
     assert "attn_in → q, k, v" in out
     assert f"profile: {path}" in err
-    assert not (teal_home / "cache" / "calibration").exists() or not list(
-        (teal_home / "cache" / "calibration").rglob("*.bin")
-    )
+    assert not list((teal_home / "cache" / "calibration").rglob("*.bin"))
 
     before = path.stat().st_mtime_ns
     for repeated in (options, (tiny_model,)):
@@ -289,12 +287,8 @@ def test_bad_input_is_one_error(
     (tmp_path / "short.txt").write_text("Too short.")
     (tmp_path / "rows.jsonl").write_text('{"text": "A row."}\n')
     files = {"SHORT": tmp_path / "short.txt", "ROWS": tmp_path / "rows.jsonl"}
-    found, out, err = calibrate(str(tiny_model), *(str(files.get(a, a)) for a in arguments))
-    assert found == code
-    assert message in err
-    assert "Traceback" not in err
-    assert out == ""
-    assert not (teal_home / "data" / "profiles").exists() or not stored(teal_home)
+    is_refused(calibrate(tiny_model, *(files.get(a, a) for a in arguments)), code, message)
+    assert not stored(teal_home)
 
 
 def test_another_method_adds_to_the_profile(
@@ -329,25 +323,52 @@ def test_damaged_profile_is_made_again(
     assert torch.equal(Profile.load(path).thresholds(0.5), good)
 
 
-def test_built_in_profile_needs_no_calibration(
-    calibrate: Command, teal_home: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def built_in(teal_home: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Profile:
+    """A profile that comes with teal, for every model of the tiny one's shape."""
     checkpoint = pipeline.ensure_checkpoint(models.resolve(str(tiny_model)), reporter=Silent())
     known = presets.preset_for("mistralai/Mistral-7B-v0.1")
     assert known is not None
-    built_in = Profile(
+    profile = Profile(
         "tiny",
         None,
         ModelShape.of(checkpoint.config),
         type(known.quantiles)(known.quantiles.shares[:3], known.quantiles.values[:3]),
     )
-    monkeypatch.setattr(presets, "preset_for", lambda name, source="": built_in)
+    monkeypatch.setattr(presets, "preset_for", lambda name, source="": profile)
+    return profile
+
+
+def test_built_in_profile_needs_no_calibration(
+    calibrate: Command, teal_home: Path, tiny_model: Path, built_in: Profile
+) -> None:
     code, _, err = calibrate(str(tiny_model))
     assert code == 0
     assert "up to date" in err
     assert "built into teal" in err
     assert not (teal_home / "data" / "profiles").exists()
+    checkpoint = pipeline.ensure_checkpoint(models.resolve(str(tiny_model)), reporter=Silent())
     assert pipeline.ensure_profile(checkpoint, reporter=Silent()) is built_in
+
+
+def test_built_in_profile_is_not_for_quantized_weights(
+    calibrate: Command, teal_home: Path, tiny_model: Path, built_in: Profile
+) -> None:
+    quantized = (tiny_model, "--quantize", "int8")
+    checkpoint = pipeline.ensure_checkpoint(
+        models.resolve(str(tiny_model)), quantize="int8", reporter=Silent()
+    )
+    code, out, said = calibrate(*quantized, "--show")
+    assert (code, out) == (3, "")
+    assert "has no profile yet" in said
+    made = pipeline.ensure_profile(checkpoint, reporter=Silent())
+    assert made.fingerprint == checkpoint.fingerprint
+    (path,) = stored(teal_home)
+    path.unlink()
+    code, _, said = calibrate(*quantized)
+    assert code == 0
+    assert "built into teal" not in said
+    assert stored(teal_home) == [path]
 
 
 def test_two_processes_calibrate_once(teal_home: Path, tiny_model: Path, text: Path) -> None:

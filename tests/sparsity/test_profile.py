@@ -14,7 +14,7 @@ from teal_cli.errors import MissingError, TealError, UsageError
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.sites import PROJECTIONS, SITES
 from teal_cli.sparsity import histogram
-from teal_cli.sparsity.profile import ModelShape, Profile
+from teal_cli.sparsity.profile import REFINED_TARGETS, ModelShape, Profile
 from teal_cli.sparsity.quantiles import Quantiles
 
 LAYERS = 3
@@ -111,6 +111,24 @@ def test_methods(profile: Profile) -> None:
 def test_sparsity_out_of_range(profile: Profile, sparsity: float) -> None:
     with pytest.raises(UsageError, match="at least 0 and below 1"):
         profile.thresholds(sparsity)
+
+
+def test_offsets_grow_with_the_square_of_a_target_up_to_the_first_refined(
+    profile: Profile,
+) -> None:
+    first, second = REFINED_TARGETS[:2]
+    offsets = torch.linspace(0.02, 0.05, len(REFINED_TARGETS), dtype=torch.float64)
+    refined = dataclasses.replace(profile, offsets={"greedy": offsets})
+    step = float(offsets[1] - offsets[0])
+    for target, offset in (
+        (0.0, 0.0),
+        (first / 4, 0.02 / 16),
+        (first / 2, 0.02 / 4),
+        (first, 0.02),
+        ((first + second) / 2, 0.02 + step / 2),
+    ):
+        assert refined.asked(target, "greedy") == pytest.approx(target + offset)
+    assert refined.asked(first, "uniform") == first  # which has no offsets
 
 
 def test_out_of_an_allocation_s_reach(profile: Profile) -> None:

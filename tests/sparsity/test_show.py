@@ -14,7 +14,7 @@ import pytest
 import torch
 from benchmark.commands import Command, prepare, runner
 
-from teal_cli import profile_view
+from teal_cli.commands import profile_view
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import PROJECTIONS, SITES
 from teal_cli.progress import Silent

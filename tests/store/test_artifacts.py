@@ -11,18 +11,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+from reporters import Notes
 
 from teal_cli.errors import MissingError, TealError
-from teal_cli.progress import Silent
 from teal_cli.store import artifacts
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.lines.append(message)
 
 
 def script(text: str, *arguments: object) -> subprocess.Popen[str]:
@@ -161,7 +153,7 @@ def test_the_next_writer_of_a_folder_cleans_up_after_a_killed_one(tmp_path: Path
     notes = Notes()
     with artifacts.lock(path, notes), artifacts.atomic_dir(path) as folder:
         (folder / "whole").write_bytes(b"")
-    assert notes.lines == []  # the dead process holds no lock
+    assert notes.notes == []  # the dead process holds no lock
     assert [file.name for file in tmp_path.iterdir() if file.is_dir()] == ["folder"]
     assert [file.name for file in path.iterdir()] == ["whole"]
 
@@ -189,7 +181,7 @@ def test_a_second_process_waits_and_says_so_once(tmp_path: Path) -> None:
     with artifacts.lock(path, notes):
         assert (path / "half").exists()  # the first one has finished
     holder = f"process {first.pid}" if sys.platform == "linux" else "another process"
-    (note,) = notes.lines
+    (note,) = notes.notes
     assert note.startswith(f"{holder} is making {path}; waiting for it (Ctrl-C ends the waiting")
 
 
@@ -201,7 +193,7 @@ def test_a_short_wait_for_a_lock_is_not_worth_a_word(tmp_path: Path) -> None:
     notes = Notes()
     with artifacts.lock(path, notes):
         assert (path / "half").exists()
-    assert notes.lines == []
+    assert notes.notes == []
     assert first.wait() == 0
     first.stdout.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from reporters import Notes
 
 from teal_cli.errors import MissingError, TealError, UsageError
 from teal_cli.progress import Silent
@@ -12,14 +13,6 @@ from teal_cli.text import corpora
 from teal_cli.text.corpora import load_corpus
 
 QUIET = Silent()
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
 
 
 def long_text(lines: int = 2000) -> str:

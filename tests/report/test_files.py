@@ -9,28 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from teal_cli import exports
 from teal_cli.errors import MissingError, UsageError
+from teal_cli.report import files
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "json"])
 def test_an_unknown_suffix_is_a_usage_error(name: str) -> None:
     with pytest.raises(UsageError, match=r"--output .* must end in \.json, \.csv or \.md"):
-        exports.check_table(Path(name))
+        files.check_table(Path(name))
     with pytest.raises(UsageError, match=r"--plot .* must end in \.png, \.pdf or \.svg"):
-        exports.check_figure(Path(name))
+        files.check_figure(Path(name))
 
 
 def test_suffixes_in_capitals_and_no_file_at_all() -> None:
-    exports.check_table(Path("x.MD"))
-    exports.check_table(None)
-    exports.check_figure(None)
+    files.check_table(Path("x.MD"))
+    files.check_table(None)
+    files.check_figure(None)
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exports, "find_spec", lambda name: None)
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match="matplotlib") as caught:
-        exports.check_figure(Path("x.png"))
+        files.check_figure(Path("x.png"))
     assert caught.value.hint is not None
     assert "teal-cli[plot]" in caught.value.hint
 
@@ -47,11 +47,11 @@ def test_a_place_that_takes_no_file_is_found_before_the_work(tmp_path: Path) -> 
         ("x" * 300 + ".json", "the name is too long"),
     ):
         with pytest.raises(UsageError, match=said):
-            exports.check_table(tmp_path / name)
+            files.check_table(tmp_path / name)
     (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
     (tmp_path / "old.json").write_text("old")
     for name in ("x.json", "link.json", "old.json", "ü \udcff.json", "x" * 200 + ".json"):
-        exports.check_table(tmp_path / name)
+        files.check_table(tmp_path / name)
     assert (tmp_path / "old.json").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 5  # nothing was made
 
@@ -60,7 +60,7 @@ def test_a_place_that_takes_no_file_is_found_before_the_work(tmp_path: Path) -> 
 def test_rights_are_looked_at(tmp_path: Path) -> None:
     (tmp_path / "x.json").touch(mode=0o400)
     with pytest.raises(UsageError, match="permission denied"):
-        exports.check_table(tmp_path / "x.json")
+        files.check_table(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("command", ["bench", "eval"])

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from teal_cli.errors import MissingError, TealError
+from teal_cli.model import inventory
 from teal_cli.progress import Silent
-from teal_cli.store import artifacts, inventory, models, paths
+from teal_cli.store import artifacts, models, paths
 from teal_cli.store.models import DEMO, ModelRef
 
 CONFIG = {
