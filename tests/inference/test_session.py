@@ -16,6 +16,7 @@ from teal_cli.inference import session as session_module
 from teal_cli.inference.generate import Finish, Token, generate
 from teal_cli.inference.sampling import Sampler, Sampling, penalised
 from teal_cli.inference.session import Session
+from teal_cli.inference.step import DecoderStep
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import PROJECTIONS, SITE_OF
 from teal_cli.progress import Silent
@@ -108,8 +109,8 @@ def test_the_kernels_are_told_the_target(
 ) -> None:
     told: list[float] = []
 
-    class Choosing(session_module._DecoderStep):
-        start = advance = chosen = take_back = session_module._DecoderStep.__call__
+    class Choosing(DecoderStep):
+        start = advance = chosen = take_back = DecoderStep.__call__
 
         def expect(self, sparsity: float) -> None:
             told.append(sparsity)

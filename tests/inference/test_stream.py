@@ -112,13 +112,13 @@ def test_launches_are_those_that_were_tuned_for_the_sparsity(
     launches.write(decoder, entries)
     session = _session(decoder, "auto")
     step: Any = session._step
-    assert step.launches.qkv == tuned[sparse]  # the thresholds are for a sparsity near 0.5
+    assert step.chain.launches.qkv == tuned[sparse]  # the thresholds are for a sparsity near 0.5
     for sparsity, regime in ((0.1, dense), (0.3, sparse), (0.6, sparser)):
         session.use(dataclasses.replace(SETTING, target_sparsity=sparsity))
-        assert step.launches.qkv == tuned[regime]
-        assert step.launches._replace(qkv=table[regime].qkv) == table[regime]
+        assert step.chain.launches.qkv == tuned[regime]
+        assert step.chain.launches._replace(qkv=table[regime].qkv) == table[regime]
     session.use(DENSE)
-    assert step.launches.qkv == tuned[dense]
+    assert step.chain.launches.qkv == tuned[dense]
 
 
 def test_an_interrupted_answer_ends_where_it_was_heard(decoder: Decoder) -> None:

@@ -120,10 +120,10 @@ def test_a_full_disk_is_named_and_does_not_stop_compilation(
 def test_a_cpu_without_f16c_is_refused_before_llvm_ends_the_process() -> None:
     code = (
         "import torch\n"
-        "from teal_kernels.cpu import sparse_project\n"
+        "from teal_kernels.cpu import Projection\n"
         "try:\n"
-        "    x, w = torch.ones(3).half(), torch.ones(3, 2).half()\n"
-        "    sparse_project(x, w, (0, 2), torch.zeros(1))\n"
+        "    w = torch.ones(3, 2).half()\n"
+        "    Projection([w], [2])(0, torch.ones(3), torch.zeros(1))\n"
         "except RuntimeError as error:\n"
         "    print(error)\n"
     )
