@@ -52,4 +52,5 @@ def on_one_line(text: str) -> str:
     text = " ".join(text.split())
     if len(text) <= _LONGEST:
         return text
-    return f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    half = (_LONGEST - len(" … ")) // 2
+    return f"{text[:half]} … {text[-half:]}"

@@ -10,7 +10,9 @@ import pytest
 
 from teal_cli import pipeline
 from teal_cli.progress import Silent
+from teal_cli.sparsity import stored
 from teal_cli.store import models
+from teal_cli.text.sample import SampleSettings
 
 ROOT = Path(__file__).parents[1]
 _PYTHON = re.compile(r"^```py(?:thon)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -33,11 +35,11 @@ def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         checkpoint = pipeline.ensure_checkpoint(models.resolve(str(tiny_model)), **where)
         pipeline.make_profile(
             checkpoint,
-            pipeline.CalibrationSettings(dataset="pydoc", samples=2, seq_len=64),
+            SampleSettings(dataset="pydoc", samples=2, seq_len=64),
             method="uniform",
             **where,
         )
-        return home, pipeline.profile_path(checkpoint).parent
+        return home, stored.profile_path(checkpoint).parent
 
 
 def run(page: Path, model: Path) -> dict[str, Any]:

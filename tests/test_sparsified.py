@@ -220,18 +220,6 @@ def test_what_does_not_fit_is_one_sentence(profile: Profile) -> None:
     assert hooks(model) == 0
 
 
-def test_the_example_in_the_docs(tiny_model: Path, teal_home: Path) -> None:
-    from benchmark.commands import prepare
-
-    with torch.enable_grad():
-        prepare(tiny_model)
-    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
-    example = page.split("```python\n")[1].split("```")[0]
-    names: dict[str, Any] = {"name": str(tiny_model), "input_ids": tokens()}
-    exec(example, names)
-    assert not torch.equal(names["sparse"], names["dense"])
-
-
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_under_accelerates_offload(profile: Profile, order: str, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")

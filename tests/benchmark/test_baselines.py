@@ -126,5 +126,5 @@ def test_a_compiler_that_fails_is_a_sentence(monkeypatch: pytest.MonkeyPatch) ->
         return fail
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(TealError, match=r"RuntimeError: no C\+\+ compiler\)"):
+    with pytest.raises(TealError, match=r"RuntimeError: no C\+\+ compiler and a long trace\)"):
         compiled_decoding(our_decoder(hf_model("llama")), [1, 2], 4, Silent())

@@ -91,7 +91,7 @@ def test_kernels_one_by_one(bench: Command, tiny_model: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("-s", "1"), 2, "not in [0, 1)"),
+        (("-s", "1"), 2, "a share from 0 to below 1"),
         (("--tokens", "600"), 2, "longer than this model's context of 512"),
         (("--tokens", "1"), 2, "--tokens"),
         (("--output", "x.txt"), 2, "must end in .json, .csv or .md"),
@@ -109,7 +109,7 @@ def test_bad_input_is_one_sentence(
     is_refused(bench(tiny_model, *arguments), code, message)
 
 
-def test_a_built_in_shape_without_random_weights(bench: Command) -> None:
+def test_a_shapes_name_is_a_models_without_random_weights(bench: Command) -> None:
     code, _, said = bench("llama-2-7b")
-    assert code == 2
-    assert "teal bench llama-2-7b --random-weights" in said
+    assert code == 3
+    assert "meta-llama/Llama-2-7b-chat-hf is not on this machine" in said

@@ -40,7 +40,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("eval", ("--dataset", "TEXT", "--context", "256", "--samples", "1", "-s", "0")),
         (
             "calibrate",
-            ("--dataset", "TEXT", "--seq-len", "256", "--samples", "1", *("--method", "uniform")),
+            (
+                "--dataset",
+                "TEXT",
+                "--seq-len",
+                "256",
+                "--samples",
+                "1",
+                *("--method", "uniform"),
+                "--force",
+            ),
         ),
     ],
     ids=["chat", "chat-by-default", "eval", "calibrate"],

@@ -124,8 +124,8 @@ def test_samples_0_is_the_whole_text(evaluate: Command, tiny_model: Path, text: 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("-s", "1.0"), 2, "not in [0, 1)"),
-        (("-s", "half"), 2, "not a number"),
+        (("-s", "1.0"), 2, "a share from 0 to below 1"),
+        (("-s", "half"), 2, "a share from 0 to below 1"),
         (("--context", "513"), 2, "a context of 513 tokens is out of range"),
         (("--protocol", "teal"), 2, "needs a context of 2560 tokens, this model has 512"),
         (("--method", "uniform,greedy"), 2, " --method greedy"),

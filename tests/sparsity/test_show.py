@@ -161,7 +161,7 @@ def test_plot(
         (("--layer", "3"), 2, "no layer 3: they are 0 to 2"),
         (("--site", "mlp_in"), 2, "--site goes with --layer"),
         (("--method", "greedy"), 2, "no allocation 'greedy'"),
-        (("--sparsity", "1"), 2, "[0, 1)"),
+        (("--sparsity", "1"), 2, "a share from 0 to below 1"),
         (("--samples", "3"), 2, "leave out --samples"),
         (("--seq-len", "64"), 2, "leave out --seq-len"),
         (("--force",), 2, "leave out --force"),
