@@ -357,3 +357,45 @@ console.print_path(Path({str(path)!r}))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True)
     assert done.stdout == b"/models/caf\xe9\x1b[2J\n"
     assert "\x1b[2J" not in terminal(script)
+
+
+PROSE = """
+from teal_cli import console
+path = "/models/" + "deep/" * 20
+console.print_error("one two three four five six seven\\neight " + "nine " * 9, "Run `teal convert "
+    + path + " --quantize int8` or name another folder; that is the other way to do it")
+console.print_line("a word " * 8)
+console.print_dim("a word " * 8)
+console.print_dim("pieces of one line " * 4, end="")
+console.print_dim("")
+console.reporter().note("kept in " + path)
+console.print_table(["first", "second"], [["1", "2"]], title=["a title of many words " * 3])
+"""
+
+
+def test_a_terminal_breaks_messages_between_words() -> None:
+    out = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal(PROSE, COLUMNS="40"))
+    path = "/models/" + "deep/" * 20
+    words = "a word a word a word a word a word a\nword a word a word"
+    assert [line.rstrip() for line in out.splitlines()] == [
+        "error: one two three four five six seven",
+        "  eight nine nine nine nine nine nine",
+        "  nine nine nine",
+        "Run",
+        f"`teal convert {path} --quantize int8`",
+        "or name another folder; that is the",
+        "other way to do it",
+        *words.splitlines() * 2,
+        ("pieces of one line " * 4).rstrip(),
+        "kept in",
+        path,
+        "a title of many words a title of many",
+        "words a title of many words",
+        "first  second",
+        "1           2",
+    ]
+
+
+def test_a_pipe_gets_messages_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_error("word " * 50 + "end", "hint " * 50 + "end")
+    assert capsys.readouterr().err == f"error: {'word ' * 50}end\n{'hint ' * 50}end\n"
