@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 BOLD, _DIM, _RED = "1", "2", "31"
 
 _WORD = re.compile(r"\s*(?:`[^`]*`|\S)+")  # with the space before it; a command in `…` is one word
+_LABEL = re.compile(r"\S+ {2,}")  # of a line that is a row of two columns
 
 
 @dataclasses.dataclass(slots=True)
@@ -217,15 +218,18 @@ def _columns(stream: TextIO) -> float:
 def _fitted(text: str, stream: TextIO, *, indent: str = "") -> str:
     """`text` with its lines broken at spaces, where `stream` is a terminal that is narrower.
 
-    Terminals break within words. A path or a command in backticks stays whole, to be copied.
+    Terminals break within words. A path or a command in backticks stays whole, to be copied. What
+    follows a label goes on below itself.
     """
     room = _columns(stream)
     lines: list[str] = []
     for line in text.split("\n"):
         lines.append("")
+        label = _LABEL.match(line)
+        inset = " " * label.end() if label else indent
         for word in _WORD.findall(line) if len(line) > room else [line]:
             if lines[-1] and len(lines[-1]) + len(word) > room:
-                lines.append(indent + word.lstrip())
+                lines.append(inset + word.lstrip())
             else:
                 lines[-1] += word
     return "\n".join(lines)

@@ -365,6 +365,7 @@ path = "/models/" + "deep/" * 20
 console.print_error("one two three four five six seven\\neight " + "nine " * 9, "Run `teal convert "
     + path + " --quantize int8` or name another folder; that is the other way to do it")
 console.print_line("a word " * 8)
+console.print_line("label    " + "a value " * 5 + "\\nnext     one")
 console.print_dim("a word " * 8)
 console.print_dim("pieces of one line " * 4, end="")
 console.print_dim("")
@@ -385,7 +386,11 @@ def test_a_terminal_breaks_messages_between_words() -> None:
         f"`teal convert {path} --quantize int8`",
         "or name another folder; that is the",
         "other way to do it",
-        *words.splitlines() * 2,
+        *words.splitlines(),
+        "label    a value a value a value a value",
+        "         a value",
+        "next     one",
+        *words.splitlines(),
         ("pieces of one line " * 4).rstrip(),
         "kept in",
         path,
