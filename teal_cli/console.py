@@ -212,7 +212,13 @@ def styled(text: str, code: str, stream: TextIO) -> str:
 
 def _columns(stream: TextIO) -> float:
     """How many columns `stream` has; infinitely many where it is no terminal."""
-    return shutil.get_terminal_size().columns if stream.isatty() else math.inf
+    if not stream.isatty():
+        return math.inf
+    try:
+        own = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        own = 0
+    return shutil.get_terminal_size((own or 80, 24)).columns  # COLUMNS, stdout's, or its own
 
 
 def _fitted(text: str, stream: TextIO, *, indent: str = "") -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -399,6 +402,23 @@ def test_a_terminal_breaks_messages_between_words() -> None:
         "first  second",
         "1           2",
     ]
+
+
+def test_a_message_has_the_room_of_stderr_where_stdout_is_a_pipe() -> None:
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    script = "from teal_cli import console; console.print_error('word ' * 18 + 'end')"
+    subprocess.run(
+        [sys.executable, "-c", script],
+        stdout=subprocess.DEVNULL,
+        stderr=follower,
+        env={**environment, "NO_COLOR": "1"},
+        check=True,
+    )
+    assert os.read(leader, 1000).decode() == f"error: {'word ' * 18}end\r\n"
+    os.close(leader)
+    os.close(follower)
 
 
 def test_a_pipe_gets_messages_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
