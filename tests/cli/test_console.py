@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from terminals import terminal
 
 from teal_cli import console
 from teal_cli.amounts import format_amount, format_left, format_rate, format_seconds
@@ -39,32 +36,8 @@ console.print_dim("statistics")
 """
 
 
-def terminal(script: str = SCRIPT, *, term: str = "xterm", **environment: str) -> str:
-    """What a script writes to a terminal."""
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=follower,
-        stderr=follower,
-        env={**os.environ, "TERM": term, "COLUMNS": "80", **environment},
-    )
-    os.close(follower)
-    out = b""
-    while True:
-        try:
-            chunk = os.read(leader, 65536)
-        except OSError:  # how Linux says that the other end has closed
-            break
-        if not chunk:
-            break
-        out += chunk
-    os.close(leader)
-    assert process.wait(60) == 0
-    return out.decode()
-
-
 def test_a_terminal_shows_bars_and_keeps_one_line_a_task() -> None:
-    out = terminal(NO_COLOR="")
+    out = terminal(SCRIPT, NO_COLOR="")
     assert "━" in out
     assert "\x1b[2mstatistics" in out
     # rich erases a line by moving up; what is left is what was printed last.
@@ -162,8 +135,8 @@ def test_what_is_left_is_no_more_exact_than_it_is(seconds: float, text: str) -> 
 
 def test_no_color_and_dumb_terminals() -> None:
     colours = re.compile(r"\x1b\[[0-9;]*m")
-    assert not colours.search(terminal(NO_COLOR="1").replace("\x1b[0m", ""))
-    assert "\x1b" not in terminal(term="dumb")
+    assert not colours.search(terminal(SCRIPT, NO_COLOR="1").replace("\x1b[0m", ""))
+    assert "\x1b" not in terminal(SCRIPT, term="dumb")
 
 
 def test_elsewhere_a_task_is_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,67 +333,3 @@ console.print_path(Path({str(path)!r}))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True)
     assert done.stdout == b"/models/caf\xe9\x1b[2J\n"
     assert "\x1b[2J" not in terminal(script)
-
-
-PROSE = """
-from teal_cli import console
-path = "/models/" + "deep/" * 20
-console.print_error("one two three four five six seven\\neight " + "nine " * 9, "Run `teal convert "
-    + path + " --quantize int8` or name another folder; that is the other way to do it")
-console.print_line("a word " * 8)
-console.print_line("label    " + "a value " * 5 + "\\nnext     one")
-console.print_dim("a word " * 8)
-console.print_dim("pieces of one line " * 4, end="")
-console.print_dim("")
-console.reporter().note("kept in " + path)
-console.print_table(["first", "second"], [["1", "2"]], title=["a title of many words " * 3])
-"""
-
-
-def test_a_terminal_breaks_messages_between_words() -> None:
-    out = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal(PROSE, COLUMNS="40"))
-    path = "/models/" + "deep/" * 20
-    words = "a word a word a word a word a word a\nword a word a word"
-    assert [line.rstrip() for line in out.splitlines()] == [
-        "error: one two three four five six seven",
-        "  eight nine nine nine nine nine nine",
-        "  nine nine nine",
-        "Run",
-        f"`teal convert {path} --quantize int8`",
-        "or name another folder; that is the",
-        "other way to do it",
-        *words.splitlines(),
-        "label    a value a value a value a value",
-        "         a value",
-        "next     one",
-        *words.splitlines(),
-        ("pieces of one line " * 4).rstrip(),
-        "kept in",
-        path,
-        "a title of many words a title of many",
-        "words a title of many words",
-        "first  second",
-        "1           2",
-    ]
-
-
-def test_a_message_has_the_room_of_stderr_where_stdout_is_a_pipe() -> None:
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
-    script = "from teal_cli import console; console.print_error('word ' * 18 + 'end')"
-    subprocess.run(
-        [sys.executable, "-c", script],
-        stdout=subprocess.DEVNULL,
-        stderr=follower,
-        env={**environment, "NO_COLOR": "1"},
-        check=True,
-    )
-    assert os.read(leader, 1000).decode() == f"error: {'word ' * 18}end\r\n"
-    os.close(leader)
-    os.close(follower)
-
-
-def test_a_pipe_gets_messages_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    console.print_error("word " * 50 + "end", "hint " * 50 + "end")
-    assert capsys.readouterr().err == f"error: {'word ' * 50}end\n{'hint ' * 50}end\n"
