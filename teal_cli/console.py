@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from teal_cli.progress import Task
 
 BOLD, _DIM, _RED = "1", "2", "31"
+
+_WORD = re.compile(r"\s*(?:`[^`]*`|\S)+")  # with the space before it; a command in `…` is one word
+_LABEL = re.compile(r"\S+ {2,}")  # of a line that is a row of two columns
 
 
 @dataclasses.dataclass(slots=True)
@@ -87,7 +91,7 @@ def print_table(
     table = [[_one_line(cell) for cell in row] for row in (columns, *rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in title:
-        print(styled(_one_line(line), BOLD, sys.stdout))
+        print(styled(_fitted(_one_line(line), sys.stdout), BOLD, sys.stdout))
     for number, part in enumerate(_parts(widths)):
         lines = [
             "  ".join(
@@ -104,7 +108,7 @@ def print_table(
 
 def _parts(widths: Sequence[int]) -> list[list[int]]:
     """The columns of each part of a table that is to fit the terminal."""
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    room = _columns(sys.stdout)
     parts = [[0]]
     for index in range(1, len(widths)):
         part = [*parts[-1], index]
@@ -129,7 +133,8 @@ def print_groups(groups: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> None:
 
 def print_line(text: str, *, to_stderr: bool = False) -> None:
     """Print text that others may have written a part of."""
-    print(printable(text), file=sys.stderr if to_stderr else sys.stdout, flush=True)
+    stream = sys.stderr if to_stderr else sys.stdout
+    print(_fitted(printable(text), stream), file=stream, flush=True)
 
 
 def print_path(path: Path) -> None:
@@ -148,10 +153,11 @@ def print_error(message: str, hint: str | None = None) -> None:
 
     Lines that follow the first are set in, so that none looks like a message of its own.
     """
-    text = printable(message).strip().replace("\n", "\n  ")
-    print(f"{styled('error:', _RED, sys.stderr)} {text}", file=sys.stderr)
+    lines = f"error: {printable(message).strip()}".split("\n")
+    text = _fitted("\n  ".join(lines), sys.stderr, indent="  ").removeprefix("error:")
+    print(f"{styled('error:', _RED, sys.stderr)}{text}", file=sys.stderr)
     if hint:
-        print(printable(hint), file=sys.stderr)
+        print(_fitted(printable(hint), sys.stderr), file=sys.stderr)
 
 
 def report(error: Exception) -> int:
@@ -186,8 +192,10 @@ def confirm(question: str) -> bool:
 def print_dim(message: str, *, end: str = "\n") -> None:
     """Print what is beside an answer on stderr, dim on a terminal; nothing when quiet."""
     if not _settings.quiet:
-        text = styled(printable(message), _DIM, sys.stderr)
-        print(text, file=sys.stderr, end=end, flush=True)
+        text = printable(message)
+        if end:  # else a piece of a line, which only the terminal can break
+            text = _fitted(text, sys.stderr)
+        print(styled(text, _DIM, sys.stderr), file=sys.stderr, end=end, flush=True)
 
 
 def is_rich(stream: TextIO) -> bool:
@@ -200,6 +208,37 @@ def styled(text: str, code: str, stream: TextIO) -> str:
     if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\x1b[{code}m{text}\x1b[0m"
+
+
+def _columns(stream: TextIO) -> float:
+    """How many columns `stream` has; infinitely many where it is no terminal."""
+    if not stream.isatty():
+        return math.inf
+    try:
+        own = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        own = 0
+    return shutil.get_terminal_size((own or 80, 24)).columns  # COLUMNS, stdout's, or its own
+
+
+def _fitted(text: str, stream: TextIO, *, indent: str = "") -> str:
+    """`text` with its lines broken at spaces, where `stream` is a terminal that is narrower.
+
+    Terminals break within words. A path or a command in backticks stays whole, to be copied. What
+    follows a label goes on below itself.
+    """
+    room = _columns(stream)
+    lines: list[str] = []
+    for line in text.split("\n"):
+        lines.append("")
+        label = _LABEL.match(line)
+        inset = " " * label.end() if label else indent
+        for word in _WORD.findall(line) if len(line) > room else [line]:
+            if lines[-1] and len(lines[-1]) + len(word) > room:
+                lines.append(inset + word.lstrip())
+            else:
+                lines[-1] += word
+    return "\n".join(lines)
 
 
 def _one_line(text: str) -> str:
@@ -230,7 +269,7 @@ class ConsoleReporter:
         """Print one line, above the bars if there are any."""
         if self._quiet:
             return
-        line = _one_line(message)
+        line = _fitted(_one_line(message), sys.stderr)
         if self._progress is not None:
             self._progress.console.print(
                 line, markup=False, emoji=False, highlight=False, soft_wrap=True

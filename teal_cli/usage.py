@@ -109,7 +109,10 @@ def explained(error: Any) -> UsageError:
     help_hint = f"`{path} --help` lists what there is."
     if hasattr(error, "possibilities"):
         options = [o for p in error.ctx.command.params for o in (*p.opts, *p.secondary_opts)]
-        meant = did_you_mean(error.option_name, (o for o in options if o.startswith("--")))
+        # Without the dashes, which would make all short names alike.
+        names = [option.removeprefix("--") for option in options if option.startswith("--")]
+        name = closest(error.option_name.lstrip("-"), names)
+        meant = f"Did you mean --{name}? " if name else ""
         return UsageError(
             f"{path} has no option {quoted(error.option_name)}",
             hint=f"{meant}{help_hint}",

@@ -48,7 +48,7 @@ def demo_gguf(reporter: Reporter, *, offline: bool = False) -> Path:
             return path
         if offline:
             raise MissingError(
-                "the demo model is not on this machine, and no server must be asked (offline)",
+                "the demo model is not on this machine, and no server may be asked (offline)",
                 hint="Run `teal download demo` where there is a network.",
             )
         artifacts.remove_leftovers(path)

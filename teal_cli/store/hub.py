@@ -94,7 +94,7 @@ def fetch(
     if ref.name == DEMO and ref.revision is None:
         return demo_source(demo.demo_gguf(reporter, offline=offline), ref)
     raise MissingError(
-        f"{ref.name} is not on this machine, and {refusal or 'no server must be asked (offline)'}",
+        f"{ref.name} is not on this machine, and {refusal or 'no server may be asked (offline)'}",
         hint=(refusal and refusal.hint)
         or f"Run `teal download {ref.name}` where there is a network, or name a local folder.",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from terminals import terminal
 
 from teal_cli import console
 from teal_cli.amounts import format_amount, format_left, format_rate, format_seconds
@@ -36,32 +36,8 @@ console.print_dim("statistics")
 """
 
 
-def terminal(script: str = SCRIPT, *, term: str = "xterm", **environment: str) -> str:
-    """What a script writes to a terminal."""
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=follower,
-        stderr=follower,
-        env={**os.environ, "TERM": term, "COLUMNS": "80", **environment},
-    )
-    os.close(follower)
-    out = b""
-    while True:
-        try:
-            chunk = os.read(leader, 65536)
-        except OSError:  # how Linux says that the other end has closed
-            break
-        if not chunk:
-            break
-        out += chunk
-    os.close(leader)
-    assert process.wait(60) == 0
-    return out.decode()
-
-
 def test_a_terminal_shows_bars_and_keeps_one_line_a_task() -> None:
-    out = terminal(NO_COLOR="")
+    out = terminal(SCRIPT, NO_COLOR="")
     assert "━" in out
     assert "\x1b[2mstatistics" in out
     # rich erases a line by moving up; what is left is what was printed last.
@@ -159,8 +135,8 @@ def test_what_is_left_is_no_more_exact_than_it_is(seconds: float, text: str) -> 
 
 def test_no_color_and_dumb_terminals() -> None:
     colours = re.compile(r"\x1b\[[0-9;]*m")
-    assert not colours.search(terminal(NO_COLOR="1").replace("\x1b[0m", ""))
-    assert "\x1b" not in terminal(term="dumb")
+    assert not colours.search(terminal(SCRIPT, NO_COLOR="1").replace("\x1b[0m", ""))
+    assert "\x1b" not in terminal(SCRIPT, term="dumb")
 
 
 def test_elsewhere_a_task_is_two_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,6 +101,7 @@ def test_help_ends_with_examples_that_parse(run: Run, command: str) -> None:
     ("words", "said", "hint"),
     [
         ("chat --sparsty 0.4", "teal chat has no option '--sparsty'", "Did you mean --sparsity? "),
+        ("calibrate --text a.txt", "calibrate has no option '--text'", "`teal calibrate --help`"),
         (
             "chat --dtype flot16",
             "--dtype takes float16, bfloat16 or float32, not 'flot16'",

@@ -328,7 +328,7 @@ def test_without_the_hub_the_copy_that_is_here_serves(hub: Hub, tmp_path: Path) 
     assert "`teal download org/model` where there is a network" in missing.stderr
     offline = run(hub, tmp_path, "org/model", "--offline")
     assert offline.returncode == 3
-    assert "no server must be asked" in offline.stderr
+    assert "no server may be asked" in offline.stderr
 
     folder = downloaded(hub, tmp_path, "org/model")
     unreachable = run(hub, tmp_path, "org/model", HF_ENDPOINT="http://127.0.0.1:9")
