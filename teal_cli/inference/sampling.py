@@ -41,7 +41,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < math.inf:
-            raise UsageError(f"temperature must be 0 or more, got {self.temperature:g}")
+            raise UsageError(f"temperature must be 0 or more, and finite, got {self.temperature:g}")
         if not -1 <= self.top_k < 2**31:
             raise UsageError(
                 f"top-k must be 1 or more, and below 2^31, or 0 or -1 for all, got {self.top_k}"
@@ -52,7 +52,7 @@ class Sampling:
             raise UsageError(f"min-p must be from 0 to 1, got {self.min_p:g}")
         if not 0.0 < self.repetition_penalty < math.inf:
             raise UsageError(
-                f"repetition-penalty must be above 0, got {self.repetition_penalty:g}",
+                f"repetition-penalty must be above 0, and finite, got {self.repetition_penalty:g}",
                 hint="1 is none, 1.1 a usual one.",
             )
 

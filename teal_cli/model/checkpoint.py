@@ -162,14 +162,21 @@ class Checkpoint:
         Raises:
             TealError: they are not token ids.
         """
-        for content in (self.generation_defaults(), read_object(self.folder / "config.json")):
-            ids = content.get("eos_token_id")
-            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-            if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-                raise TealError(f"eos_token_id of {self.name} is {ids!r}, not numbers of tokens")
-            if found := tuple(i for i in ids if 0 <= i < self.config.vocab_size):
-                return found
-        return ()
+        return eos_token_ids(self.folder, self.config, self.name)
+
+
+def eos_token_ids(folder: Path, config: ModelConfig, name: str) -> tuple[int, ...]:
+    """What `Checkpoint.eos_token_ids` are of the model `name` in a folder."""
+    path = folder / "generation_config.json"
+    generation = read_object(path) if path.is_file() else {}
+    for content in (generation, read_object(folder / "config.json")):
+        ids = content.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise TealError(f"eos_token_id of {name} is {ids!r}, not numbers of tokens")
+        if found := tuple(i for i in ids if 0 <= i < config.vocab_size):
+            return found
+    return ()
 
 
 def _wrong_field(manifest: dict[str, Any]) -> str | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.errors import TealError, UsageError
-from teal_cli.model.checkpoint import KIND, MANIFEST, Checkpoint
+from teal_cli.model.checkpoint import KIND, MANIFEST, Checkpoint, eos_token_ids
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.hf_layout import assemble, parts
 from teal_cli.model.quantization import Quantization, Quantized, tensors_of
@@ -242,6 +242,7 @@ def _convert(
         (temporary / "config.json").write_text(text, encoding="utf-8")
         reader.write_companions(temporary, reporter)
         complete_tokenizer(temporary, source.ref.name)
+        eos_token_ids(temporary, config, source.ref.name)  # refused before the weights are read
         floats = FloatWeights(reader, config, dtype)
         manifest: dict[str, Any] = {
             "model": source.ref.name,

@@ -72,12 +72,17 @@ def _write(
     tokens, kind = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.model")
     if not tokens:
         raise TealError("the GGUF file holds no tokenizer")
+    for name in ("tokens", "merges"):
+        texts = metadata.get(f"tokenizer.ggml.{name}", [])
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise TealError(f"the GGUF file's tokenizer is damaged: its {name} are no texts")
     lengths = [len(token) for token in tokens]
     # Every way to cut each of them is tried.
     if max(lengths) > _LONGEST or sum(length**2 for length in lengths) > _MOST_CUT:
         raise TealError(
             f"the GGUF file's tokenizer is damaged: tokens of up to {max(lengths):,} characters"
         )
+    _check_fields(metadata, kind)
     merges = metadata.get("tokenizer.ggml.merges", ())
     if kind == "gpt2" and not merges and sum(length > 1 for length in lengths) > _BYTES:
         raise TealError("the GGUF file's tokenizer is damaged: it holds words and no merges")
@@ -102,6 +107,28 @@ def _write(
         config["chat_template"] = templates
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def _check_fields(metadata: dict[str, Any], kind: Any) -> None:
+    """Name the key that holds something else than it should.
+
+    Raises:
+        TealError: there is one.
+    """
+    count, prefix = len(metadata["tokenizer.ggml.tokens"]), "tokenizer.ggml."
+    for name in ("scores", "token_type"):
+        default = () if (name, kind) == ("scores", "llama") else range(count)
+        found = len(metadata.get(prefix + name, default))
+        if found != count:
+            raise TealError(
+                f"the GGUF file's tokenizer is damaged: {name} of {found} of {count} tokens"
+            )
+    for name in _ROLES:
+        number = metadata.get(f"{prefix}{name}_token_id", 0)
+        if not isinstance(number, int):
+            raise TealError(
+                f"the GGUF file's tokenizer is damaged: {name}_token_id is {number!r}, no number"
+            )
 
 
 def _pre_tokenizer(metadata: dict[str, Any], reporter: Reporter) -> str:

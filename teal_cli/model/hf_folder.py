@@ -18,6 +18,7 @@ from teal_cli.model import prequantized
 from teal_cli.model.config import DAMAGED, read_object
 from teal_cli.model.tensor_files import TensorFiles, check_is_model
 from teal_cli.progress import Reporter
+from teal_cli.store.local import has_file
 
 # Whatever a tokenizer or a chat may need; never weights and never code.
 _COMPANIONS = (
@@ -32,7 +33,15 @@ _COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "additional_chat_templates/*.jinja",
+)
+_NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
+# JSON objects of a few fields, whose faults the libraries do not name.
+_SETTINGS = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
 )
 # What is read, and what it converts to when nobody asks for another dtype.
 _DTYPES = {
@@ -119,13 +128,20 @@ class HfFolder:
         return to_finite(self._stored(name), dtype, name, self.label)
 
     def write_companions(self, folder: Path, reporter: Reporter) -> None:
-        """Copy the tokenizer and the generation defaults."""
-        for name in _COMPANIONS:
-            for file in self.folder.glob(name):
-                if file.is_file():
-                    target = folder / file.relative_to(self.folder)
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(file, target)
+        """Copy the tokenizer and the generation defaults.
+
+        Raises:
+            TealError: one of the files is none, or does not hold the settings that it should.
+        """
+        named = [self.folder / name for name in _COMPANIONS]
+        for file in [*named, *self.folder.glob(_NAMED_TEMPLATES)]:
+            if not has_file(file):  # another thing than a file there is not passed over
+                continue
+            if file.name in _SETTINGS:
+                read_object(file)
+            target = folder / file.relative_to(self.folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
 
     @property
     def _tied(self) -> bool:

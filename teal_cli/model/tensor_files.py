@@ -5,7 +5,6 @@ Names are those of a transformers model, whatever was saved: the headless model,
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from teal_cli.errors import MissingError, TealError, UnsupportedError
 from teal_cli.model.config import DAMAGED, read_object
 from teal_cli.model.safetensors_file import StoredTensor, read_header
+from teal_cli.store.local import has_file
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What torch.compile, DDP and FSDP put into the names of the module that they wrap.
@@ -65,7 +65,7 @@ class TensorFiles:
             yield self._tensors[name].rows(start, start + _ROWS)
 
     def _open(self, path: Path) -> None:
-        if not os.path.isfile(path):  # pathlib's own would raise on a name that is none
+        if not has_file(path):
             raise MissingError(f"{path.name!r} is missing from {self.folder}", hint=DAMAGED)
         for stored, tensor in read_header(path).items():
             name = _name(stored)
@@ -87,7 +87,7 @@ def _shards(folder: Path, config: dict[str, Any]) -> list[Path]:
     first = config.get("transformers_weights")
     for name in (first, _SINGLE, _INDEX) if first is not None else (_SINGLE, _INDEX):
         _check_inside(name, "config.json")
-        if (folder / name).is_file():
+        if has_file(folder / name):
             return _indexed(folder / name) if name.endswith(".json") else [folder / name]
     others = sorted(folder.glob("*.safetensors"))
     if len(others) == 1 and (folder / "quantize_config.json").is_file():

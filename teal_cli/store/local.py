@@ -62,6 +62,24 @@ def open_regular(path: Path) -> BinaryIO:
     )
 
 
+def has_file(path: Path) -> bool:
+    """Whether a file is there, which may be left out.
+
+    Raises:
+        OSError: it cannot be opened.
+        TealError: something else is in its place.
+    """
+    if not os.path.lexists(path):
+        return False
+    if path.is_symlink() and not os.path.exists(path):
+        raise TealError(
+            f"{path} is a link that leads nowhere",
+            hint="Put the file in its place; where it was downloaded, download it again.",
+        )
+    open_regular(path).close()
+    return True
+
+
 def read_regular(path: Path, most_bytes: int = 1 << 26) -> bytes:
     """A file's content, of a size that a description has; the errors of `open_regular`.
 

@@ -109,8 +109,8 @@ def test_an_unnamed_cut_is_known_by_the_vocabulary(
     oracle = byte_level(**ROWS[family], special=(), plain=())
     metadata = gguf_metadata(oracle, add_bos_token=False, pre=pre)
     tokens = metadata["tokenizer.ggml.tokens"]
-    tokens += [f"<fill{i}>" for i in range(len(tokens), size)]
     metadata["tokenizer.ggml.token_type"] += [5] * (size - len(tokens))
+    tokens += [f"<fill{i}>" for i in range(len(tokens), size)]
     for i, token in marks.items():
         tokens[i] = token
     notes = Notes()

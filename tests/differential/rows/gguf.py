@@ -60,6 +60,31 @@ ROWS = (
         vocabulary=_bytes_alone,
         transformers="5.18",
     ),
+    *(
+        Situation(
+            f"GGUF: a {key} for some tokens only",
+            Refused(TealError, (f"{key} of 3",)),
+            (as_gguf({f"tokenizer.ggml.{key}": few}),),
+            vocabulary=sentencepiece,
+        )
+        for key, few in (("token_type", [1, 1, 1]), ("scores", [0.0, 0.0, 0.0]))
+    ),
+    Situation(
+        "GGUF: SentencePiece without scores",
+        Refused(TealError, ("scores of 0",)),
+        (as_gguf({"tokenizer.ggml.scores": None}),),
+        vocabulary=sentencepiece,
+    ),
+    *(
+        Situation(
+            f"GGUF: {key} of {value!r}", Refused(TealError, (said,)), (as_gguf({key: value}),)
+        )
+        for key, value, said in (
+            ("tokenizer.ggml.eos_token_id", "2", "eos_token_id is '2'"),
+            ("tokenizer.ggml.tokens", [1, 2, 3], "tokens are no texts"),
+            ("tokenizer.ggml.merges", [1, 2], "merges are no texts"),
+        )
+    ),
     Situation(
         "GGUF: a text for a number",
         Refused(TealError, ("context_length",)),

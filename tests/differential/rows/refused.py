@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from differential.comparisons import Logits, Refused, Tensors
 from differential.situations import Made, Situation, as_gguf, only_for_teal
-from model.edits import REMOVED, edit_config, remove, rename
+from model.edits import REMOVED, Edit, edit_config, edit_json, remove, rename, write
 from safetensors.torch import save_file
 
 from teal_cli.errors import MissingError, TealError, UnsupportedError
@@ -58,6 +59,35 @@ def _in_a_folder(path: Path) -> Path:
     folder.mkdir()
     path.rename(folder / path.name)
     return folder
+
+
+def _as_a_folder(name: str) -> Edit:
+    def edit(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+
+    return edit
+
+
+def _as_a_pipe(name: str) -> Edit:
+    def edit(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return edit
+
+
+def _as_a_link(name: str, *, leads: bool) -> Edit:
+    """As in the Hub's cache, whose files are links; a cleaner may take what they lead to."""
+
+    def edit(folder: Path) -> None:
+        target = folder.parent / f"{folder.name}-{name}"
+        (folder / name).rename(target)
+        (folder / name).symlink_to(target)
+        if not leads:
+            target.unlink()
+
+    return edit
 
 
 def _refused(
@@ -131,6 +161,41 @@ MODELS = (
     ),
 )
 
+_NAMES = ("model.safetensors", "tokenizer.json", "tokenizer_config.json")
+# Each may be left out, but what is there in its place is not passed over.
+NO_FILES = (
+    *(
+        _refused(f"{what} for {name}", TealError, (f"{name} is a folder, a pipe",), edit(name))
+        for what, edit in (("a folder", _as_a_folder), ("a pipe", _as_a_pipe))
+        for name in (*_NAMES, "generation_config.json", "chat_template.jinja")
+    ),
+    *(
+        _refused(
+            f"a link to nothing for {name}",
+            TealError,
+            (f"{name} is a link that leads nowhere",),
+            _as_a_link(name, leads=False),
+        )
+        for name in _NAMES
+    ),
+    Situation(
+        "links for all files",
+        Tensors(),
+        (only_for_teal(*(_as_a_link(name, leads=True) for name in (*_NAMES, "config.json"))),),
+    ),
+    *(
+        _refused(f"{text} for {name}", TealError, (f"{name} {said}",), write(name, text))
+        for text, said in (("[1]", "does not hold a json object"), ("{", "is not valid json"))
+        for name in ("tokenizer_config.json", "generation_config.json", "added_tokens.json")
+    ),
+    _refused(
+        "a text for the number of the last token",
+        TealError,
+        ("eos_token_id",),
+        edit_json("generation_config.json", eos_token_id="2"),
+    ),
+)
+
 FILES = (
     _refused("no config.json", MissingError, ("config.json",), remove("config.json")),
     _refused("no weights", MissingError, ("safetensors",), remove("*.safetensors")),
@@ -159,4 +224,4 @@ FILES = (
     Situation("a folder with one GGUF file", Logits(), (as_gguf(given=_in_a_folder),)),
 )
 
-ROWS = (*MODELS, *FILES)
+ROWS = (*MODELS, *NO_FILES, *FILES)
