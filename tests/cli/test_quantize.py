@@ -122,7 +122,8 @@ def test_one_table_of_quantized_and_sparse(
     teal: Teal, tiny_model: Path, text: Path, tmp_path: Path
 ) -> None:
     for name in ("int8", "int4"):
-        assert teal("calibrate", tiny_model, "--quantize", name, "--dataset", text, *TEXT)[0] == 0
+        made = ("--quantize", name, "--dataset", text, *TEXT, "--force")
+        assert teal("calibrate", tiny_model, *made)[0] == 0
     window = ("--dataset", text, "--context", "64", "--samples", "2", "-s", "0.5")
     arguments = (tiny_model, "--quantize", "int4,none,int8", "--method", "uniform", *window)
     code, out, _ = teal("eval", *arguments, "-o", tmp_path / "x.json", "-q")
