@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -91,7 +92,9 @@ class Bounded:
             process.kill()
             process.join()
 
-    __del__ = close
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # then multiprocessing has ended it, and is half gone itself
+            self.close()
 
     def _ask(self, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
         """The outcome of a call in the other process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -75,10 +76,8 @@ def test_a_task_cannot_swallow_a_signal() -> None:
     """As prompt_toolkit's loading of the history does with whatever is raised in it."""
 
     async def main() -> None:
-        try:
+        with contextlib.suppress(BaseException):
             os.kill(os.getpid(), signal.SIGTERM)
-        except BaseException:
-            pass
         await asyncio.sleep(60)
 
     with pytest.raises(SystemExit) as left, ended_by_signals():
