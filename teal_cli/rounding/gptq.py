@@ -24,7 +24,7 @@ _DAMPING = 0.01  # of the mean of the Hessian's diagonal (step 3)
 # six starts that shrink both ends alike.
 _STARTS = tuple(itertools.product((1.0, 0.9, 0.8), repeat=2))
 _FITS = 4
-_LARGEST = torch.finfo(torch.float16).max
+_LARGEST = 8192.0  # that a weight may be in units of its column, well within float16
 
 
 def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
@@ -44,6 +44,7 @@ def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
     # A row's error weighs as much as its inputs that no later row can make up for.
     spread = column_sizes(even / factor.diagonal()[:, None])
     spread /= _divisor(spread.mean())
+    spread = torch.maximum(spread, even.abs().amax(0) / _LARGEST)
     columns = sizes * spread
     # The last group is filled up with its own last column, which then counts for nothing.
     short = (0, -outputs % group)
@@ -51,6 +52,7 @@ def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
     importance = F.pad(columns, short).view(-1, group)
     # Only shares within a group count, and their squares stay in the range of float32.
     importance = (importance / _divisor(importance.amax(1, keepdim=True))).square()
+    total = _divisor(importance.sum(1, keepdim=True))
     starts = torch.tensor(_STARTS, device=weight.device)
     codes, steps, offsets = [], [], []
     for start in range(0, len(left), _BLOCK):
@@ -58,7 +60,7 @@ def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
         within, beyond = upper[:, start : start + _BLOCK], upper[:, start + _BLOCK :]
         errors = torch.empty_like(block)
         for i, row in enumerate(block):
-            code, step, offset = _nearest(row.view(-1, group), importance, starts)
+            code, step, offset = _nearest(row.view(-1, group), importance, total, starts)
             errors[i] = (row - torch.addcmul(offset, code, step).flatten()) / within[i, i]
             block[i + 1 :].addr_(within[i, i + 1 :], errors[i], alpha=-1)
             codes.append(code.flatten()[:outputs].to(torch.uint8))
@@ -70,16 +72,18 @@ def gptq(weight: Tensor, hessian: Tensor, group: int) -> QuantizedMatrix:
     return QuantizedMatrix(int4_rows(*grids), columns, outputs, group)
 
 
-def _nearest(row: Tensor, importance: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _nearest(
+    row: Tensor, importance: Tensor, total: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of a row [G, group], and the scales and offsets [G, 1] that leave the least error.
 
     All are float32, and scales and offsets float16 numbers. The error is the sum of squares times
-    `importance` [G, group]. `starts` [R, 2] holds shares of a group's extremes.
+    `importance` [G, group], which sums to `total` [G, 1]. `starts` [R, 2] holds shares of a group's
+    extremes.
     """
     low, high = row.aminmax(dim=1, keepdim=True)
     offsets = _rounded(low * starts[:, :1, None])  # [R, G, 1], as all grids are
     steps = _rounded((high * starts[:, 1:, None] - offsets) / 15)
-    total = _divisor(importance.sum(1, keepdim=True))
     mean = (importance * row).sum(1, keepdim=True) / total
     for _ in range(_FITS):
         # The least squares line through the weights over their codes.
@@ -109,8 +113,8 @@ def _divisor(sizes: Tensor) -> Tensor:
 
 
 def _rounded(grid: Tensor) -> Tensor:
-    """To the nearest finite float16 number."""
-    return grid.clamp(-_LARGEST, _LARGEST).half().float()
+    """To the nearest float16 number."""
+    return grid.half().float()
 
 
 def _factor(hessian: Tensor) -> Tensor:
