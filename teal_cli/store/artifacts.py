@@ -31,6 +31,7 @@ SCHEMAS = {CHECKPOINT: 2, CHAT: 1}  # the format of each kind
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY, _LOCK = ".partial-", ".lock"
 _SHORT_S = 1.0  # a wait that is not worth a word
+_MOST_TRIES = 10  # to find the folder of a lock between its removals
 _ELSEWHERE = "Or choose another place: TEAL_HOME for teal's files, HF_HOME for the Hub's cache."
 
 
@@ -202,10 +203,10 @@ def lock(path: Path, reporter: Reporter, *, wait: bool = True) -> Iterator[None]
     from filelock import FileLock, Timeout
 
     file = path.with_name(f".{path.name}{_LOCK}")
-    held, timeout_s = FileLock(file), _SHORT_S if wait else 0.0
+    held, timeout_s, tries = FileLock(file), _SHORT_S if wait else 0.0, 0
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             held.acquire(timeout=timeout_s)
             break
         except Timeout:
@@ -219,8 +220,9 @@ def lock(path: Path, reporter: Reporter, *, wait: bool = True) -> Iterator[None]
                 "leaves the other alone)"
             )
             timeout_s = -1
-        except FileNotFoundError:  # while this one waited, the folder was removed
-            if path.parent.is_dir():
+        except (FileNotFoundError, FileExistsError):  # the folder was removed meanwhile
+            tries += 1
+            if tries > _MOST_TRIES:  # or there is something else in its place
                 raise
     try:
         yield

@@ -248,6 +248,22 @@ def test_who_waits_for_a_removal_makes_the_folder_anew() -> None:
     assert (path / "file").read_text() == "new"
 
 
+def test_a_folder_that_goes_as_its_lock_is_made_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, mkdir, tries = convert(HUB), Path.mkdir, []
+
+    def gone_once(folder: Path, *arguments: Any, **options: Any) -> None:
+        tries.append(folder)
+        if len(tries) == 1:  # what pathlib says of a folder that was there and is not any more
+            raise FileExistsError(17, "File exists", str(folder))
+        mkdir(folder, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", gone_once)
+    with artifacts.lock(path, Silent()):
+        assert tries[:2] == [path.parent] * 2
+
+
 def test_all_that_is_there_is_listed_and_can_be_removed(tmp_path: Path) -> None:
     calibrate(ModelRef("hub", "org/profile-alone"))
     convert(ModelRef("folder", "/x/.hidden", Path("/x/.hidden")))
