@@ -210,7 +210,7 @@ def test_an_abandoned_answer_leaves_the_session_in_order(decoder: Decoder) -> No
 def test_the_answer_crosses_the_borders_of_the_launches_reach(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teal_kernels.gpu.step._FIRST_REACH", 2)  # then 8, 32 and 40
+    monkeypatch.setattr("teal_kernels.gpu.step.FIRST_REACH", 2)  # then 8, 32 and 40
     device, host = _session(decoder, "auto", 40), _session(decoder, "reference", 40)
     assert (
         _answer(device, PROMPT, max_new_tokens=4)[0] == _answer(host, PROMPT, max_new_tokens=4)[0]

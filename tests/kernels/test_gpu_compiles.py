@@ -95,7 +95,7 @@ def test_all_kernels_compile(
 
     device = launch.DeviceClass((capability // 10, capability % 10), 132)
     compiler = _Compiler(capability)
-    monkeypatch.setattr(chain, "_launch", compiler)
+    monkeypatch.setattr(chain, "launch", compiler)
     monkeypatch.setattr(launch.DeviceClass, "of", lambda _: device)
     config = ModelConfig.from_dict(_CONFIG)
     decoder = random_decoder(config, device="cpu", dtype=dtype, seed=0, kind=kind)
@@ -111,6 +111,35 @@ def test_all_kernels_compile(
     kernels = {"embed_kernel", "norm_project_kernel", "attention_kernel", "combine_project_kernel"}
     kernels |= {"activate_project_kernel", "logits_kernel", "best_kernel", "advance_kernel"}
     assert set(compiler.compiled) == kernels | {"peak_kernel", "select_kernel", "penalise_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kind"),
+    [
+        (75, torch.float16, None),
+        (80, torch.bfloat16, Quantization(128, head=True)),
+        (90, torch.float16, Quantization(0, head=True)),
+        (90, torch.float16, Quantization(64)),
+    ],
+    ids=["sm75", "sm80-int4-128", "sm90-int8", "sm90-int4"],
+)
+def test_the_kernels_for_several_tokens_compile(
+    capability: int, dtype: torch.dtype, kind: Quantization | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from teal_kernels.gpu import VerifyStep, verify
+
+    compiler = _Compiler(capability)
+    monkeypatch.setattr(verify, "launch", compiler)
+    config = ModelConfig.from_dict(_CONFIG)
+    decoder = random_decoder(config, device="cpu", dtype=dtype, seed=0, kind=kind)
+    tensors = step_tensors(decoder, decoder.new_cache(256))
+    VerifyStep(tensors, dependent_launch=capability >= 90).launch_all()
+    kernels = {"embed_rows_kernel", "norm_rows_kernel", "place_rows_kernel", "activate_rows_kernel"}
+    kernels |= {"attention_rows_kernel", "combine_rows_kernel"}
+    if kind is not None:
+        kernels |= {"product_rows_kernel"}
+        kernels |= {"logits_rows_kernel"} if kind.head else set()
+    assert set(compiler.compiled) == kernels
 
 
 def test_what_prefill_dequantizes_with_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

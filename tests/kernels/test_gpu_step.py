@@ -223,7 +223,7 @@ def test_quantized_step_equals_the_decoder(
 def test_launches_reach_what_is_used_and_no_further(
     window: int | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teal_kernels.gpu.step._FIRST_REACH", 32)
+    monkeypatch.setattr("teal_kernels.gpu.step.FIRST_REACH", 32)
     changes = {} if window is None else {"sliding_window": window}
     decoder = _decoder("mistral" if window else "llama", device, num_hidden_layers=1, **changes)
     step, cache = _step(decoder, 150)

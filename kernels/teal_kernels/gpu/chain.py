@@ -59,7 +59,7 @@ class Chain:
                 device
             ) >= (9, 0)
         self.pdl = dependent_launch
-        self._launch = partial(_launch, dependent_launch)
+        self._launch = partial(launch, dependent_launch)
         self.resident = 0  # programs that the device holds at a time
         if device.type == "cuda":
             self.resident = 4 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -190,7 +190,7 @@ class Chain:
             BLOCK_G=max(16, triton.next_power_of_2(group)),
             BLOCK_HALF=max(16, triton.next_power_of_2(t.head_dim // 2)),
             # The interpreter's dot is wrong in bfloat16.
-            DOT=_DOT[torch.float32 if INTERPRETED else t.keys.dtype],
+            DOT=DOT[torch.float32 if INTERPRETED else t.keys.dtype],
         )
 
     def _norm_project(self, name: str, index: int) -> None:
@@ -307,14 +307,14 @@ def _from_table(tensors: StepTensors) -> dict[float, StepLaunches]:
     }
 
 
-def _launch(
+def launch(
     pdl: bool, kernel: Any, grid: tuple[int, ...], num_warps: int, **arguments: Any
 ) -> None:
     options = {"launch_pdl": True} if pdl else {}
     kernel[grid](**arguments, PDL=pdl, num_warps=num_warps, num_stages=1, **options)
 
 
-_DOT = {
+DOT = {
     torch.float16: triton.language.float16,
     torch.bfloat16: triton.language.bfloat16,
     torch.float32: triton.language.float32,

@@ -14,7 +14,7 @@ from teal_kernels.gpu.sample import Choice
 from teal_kernels.tensors import StepTensors
 
 # Positions that the first graphs of a step cover; each further set covers twice as many.
-_FIRST_REACH = 1024
+FIRST_REACH = 1024
 
 
 class DecodeStep:
@@ -184,7 +184,7 @@ class DecodeStep:
 
         The caller says when the step has come to its end.
         """
-        chain, reach = self.chain, _FIRST_REACH
+        chain, reach = self.chain, FIRST_REACH
         self._begun = position
         while reach <= position:
             reach *= 2
@@ -196,10 +196,10 @@ class DecodeStep:
         with torch.cuda.device_of(chain.h):
             chain.launch_all(choice)
             if self.capture:
-                self._graphs[kind] = _captured(lambda: chain.launch_all(choice))
+                self._graphs[kind] = captured(lambda: chain.launch_all(choice))
 
 
-def _captured(launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def captured(launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """A graph of what `launch` launches."""
     graph = torch.cuda.CUDAGraph()
     # What the collector frees during a capture can end it: memory or graphs of older steps.
