@@ -98,7 +98,7 @@ def test_rows_beyond_the_tokens_write_nothing(device: str) -> None:
     assert torch.equal(cache.keys[:, :, :38], before[:, :, :38])
     step([3, 4], 10)
     assert torch.equal(cache.keys[:, :, 12:38], before[:, :, 12:38])
-    for tokens, position in (([], 0), (_TOKENS + [1], 0), ([50], 0), ([1, 2], 39), ([1], -1)):
+    for tokens, position in (([], 0), ([*_TOKENS, 1], 0), ([50], 0), ([1, 2], 39), ([1], -1)):
         with pytest.raises(ValueError, match="at position"):
             step(tokens, position)
 

@@ -307,9 +307,7 @@ def _from_table(tensors: StepTensors) -> dict[float, StepLaunches]:
     }
 
 
-def launch(
-    pdl: bool, kernel: Any, grid: tuple[int, ...], num_warps: int, **arguments: Any
-) -> None:
+def launch(pdl: bool, kernel: Any, grid: tuple[int, ...], num_warps: int, **arguments: Any) -> None:
     options = {"launch_pdl": True} if pdl else {}
     kernel[grid](**arguments, PDL=pdl, num_warps=num_warps, num_stages=1, **options)
 

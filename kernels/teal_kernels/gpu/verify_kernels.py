@@ -14,8 +14,18 @@ import triton.language as tl
 from teal_kernels.gpu.handover import _wait
 from teal_kernels.gpu.products import COMPILED
 
-# Rows of layers' tables: one compilation serves all layers.
 _FEWEST = tl.constexpr(16)  # rows that the tensor cores take
+
+
+def _pick(instructions: str) -> tl.constexpr:
+    """Four bytes of $2, after these instructions in u, as four float16: 1024 more than each."""
+    rest = "prmt.b32 $0, u, 0x64646464, 0x4140; prmt.b32 $1, u, 0x64646464, 0x4342;"
+    return tl.constexpr(f"{{ .reg .b32 u; {instructions} {rest} }}")
+
+
+_OFFSET = _pick("xor.b32 u, $2, 0x80808080;")  # int8, 128 more
+_LOW = _pick("and.b32 u, $2, 0x0F0F0F0F;")
+_HIGH = _pick("shr.u32 u, $2, 4; and.b32 u, u, 0x0F0F0F0F;")
 
 
 @triton.jit
@@ -275,48 +285,27 @@ def activate_rows_kernel(
 
 
 @triton.jit
-def _signed_bytes(codes, DTYPE: tl.constexpr):
-    """int8 as floats: float16 by bits, as 1024 + 128 + n, since conversion is slow."""
-    if COMPILED and DTYPE == tl.float16:
+def _floats(codes, plain, PICK: tl.constexpr, LESS: tl.constexpr, DTYPE: tl.constexpr):
+    """What PICK takes of each byte of codes, less LESS, as floats; `plain` is the same, picked.
+
+    As float16 by way of the bits of 1024 + n, four at a time: conversion is slow.
+    """
+    if COMPILED and DTYPE.is_fp16():
         floats = tl.inline_asm_elementwise(
-            "{ .reg .b32 u, c; xor.b32 u, $2, 0x80808080;"
-            "prmt.b32 $0, u, 0x64646464, 0x4140; prmt.b32 $1, u, 0x64646464, 0x4342;"
-            "mov.b32 c, 0x64806480; sub.f16x2 $0, $0, c; sub.f16x2 $1, $1, c; }",
-            "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4,
-        )  # fmt: skip
+            PICK, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+        )
+        floats -= 1024 + LESS
     else:
-        floats = codes.to(DTYPE)
+        floats = plain.to(tl.uint8, bitcast=True).to(DTYPE) - LESS
     return floats
 
 
 @triton.jit
-def _low_codes(pairs, DTYPE: tl.constexpr):
-    """The low four bits of bytes as floats."""
-    if COMPILED and DTYPE == tl.float16:
-        floats = tl.inline_asm_elementwise(
-            "{ .reg .b32 u, c; and.b32 u, $2, 0x0F0F0F0F;"
-            "prmt.b32 $0, u, 0x64646464, 0x4140; prmt.b32 $1, u, 0x64646464, 0x4342;"
-            "mov.b32 c, 0x64006400; sub.f16x2 $0, $0, c; sub.f16x2 $1, $1, c; }",
-            "=r,=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        floats = (pairs & 15).to(DTYPE)
-    return floats
-
-
-@triton.jit
-def _high_codes(pairs, DTYPE: tl.constexpr):
-    """The high four bits of bytes as floats."""
-    if COMPILED and DTYPE == tl.float16:
-        floats = tl.inline_asm_elementwise(
-            "{ .reg .b32 u, c; shr.u32 u, $2, 4; and.b32 u, u, 0x0F0F0F0F;"
-            "prmt.b32 $0, u, 0x64646464, 0x4140; prmt.b32 $1, u, 0x64646464, 0x4342;"
-            "mov.b32 c, 0x64006400; sub.f16x2 $0, $0, c; sub.f16x2 $1, $1, c; }",
-            "=r,=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        floats = (pairs >> 4).to(DTYPE)
-    return floats
+def _by_unit(x, BLOCK_K: tl.constexpr, UNITS: tl.constexpr, BYTES: tl.constexpr):
+    """Every element of x [BLOCK_K, UNITS] for the bytes of its unit: [BLOCK_K, BYTES]."""
+    return tl.reshape(
+        tl.broadcast_to(x[:, :, None], (BLOCK_K, UNITS, BYTES // UNITS)), (BLOCK_K, BYTES)
+    )
 
 
 @triton.jit
@@ -333,6 +322,7 @@ def product_rows_kernel(
     groups,
     stride_codes,
     GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
@@ -341,9 +331,13 @@ def product_rows_kernel(
 ):
     """parts [parts, rows, N] = x [rows, K] times int8 codes [K, N], or two int4 a byte.
 
-    A tile's columns share an int4 scale, which multiplies x; codes go into the product as they are.
+    UNIT columns of int4 take one lookup of scale and offset. Even and odd columns are two products,
+    so that codes stay where they lie.
     """
     BYTES: tl.constexpr = BLOCK_N // 2 if GROUP > 0 else BLOCK_N
+    UNITS: tl.constexpr = BLOCK_N // UNIT
+    # In float16 a code times its scale, plus its offset, is one instruction for two weights.
+    WIDE: tl.constexpr = tl.float16 if DOT.is_fp16() else tl.float32
     start, part = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     offs_m = tl.arange(0, _FEWEST)
     offs_b = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
@@ -351,16 +345,15 @@ def product_rows_kernel(
     mask_b = offs_b < (N // 2 if GROUP > 0 else N)
     even = tl.zeros((_FEWEST, BYTES), tl.float32)
     odd = tl.zeros((_FEWEST, BYTES), tl.float32)
-    offset = tl.zeros((_FEWEST,), tl.float32)
     _wait(PDL)
     for k in tl.range(
         part * per_part, tl.minimum((part + 1) * per_part, K), BLOCK_K, num_stages=STAGES
     ):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
-        rows_k = offs_k.to(tl.int64)
+        rows_k = offs_k.to(tl.int64)[:, None]
         codes = tl.load(
-            codes_ptr + rows_k[:, None] * stride_codes + offs_b[None, :],
+            codes_ptr + rows_k * stride_codes + offs_b[None, :],
             mask=mask_k[:, None] & mask_b[None, :],
             other=0,
             eviction_policy="evict_first",
@@ -369,18 +362,23 @@ def product_rows_kernel(
             x_ptr + offs_m[:, None] * K + offs_k[None, :],
             mask=mask_m[:, None] & mask_k[None, :],
             other=0.0,
-        )
+        ).to(DOT)
         if GROUP == 0:
-            even = tl.dot(x.to(DOT), _signed_bytes(codes, DOT), even, input_precision="ieee")
+            even = tl.dot(
+                x, _floats(codes, codes ^ -128, _OFFSET, 128, DOT), even, input_precision="ieee"
+            )
         else:
-            at = grid_ptr + rows_k * (stride_codes // 2) + start // GROUP
-            steps = tl.load(at, mask=mask_k, other=0.0).to(tl.float32)
-            lows = tl.load(at + groups, mask=mask_k, other=0.0).to(tl.float32)
-            wide = x.to(tl.float32)
-            offset += tl.sum(wide * lows[None, :], axis=1)
-            x = (wide * steps[None, :]).to(DOT)
-            even = tl.dot(x, _low_codes(codes, DOT), even, input_precision="ieee")
-            odd = tl.dot(x, _high_codes(codes, DOT), odd, input_precision="ieee")
+            offs_g = (start + UNIT * tl.arange(0, UNITS)) // GROUP
+            at = grid_ptr + rows_k * (stride_codes // 2) + offs_g[None, :]
+            mask_g = mask_k[:, None] & (offs_g < groups)[None, :]
+            steps = tl.load(at, mask=mask_g, other=0.0).to(WIDE)
+            lows = tl.load(at + groups, mask=mask_g, other=0.0).to(WIDE)
+            steps = _by_unit(steps, BLOCK_K, UNITS, BYTES)
+            lows = _by_unit(lows, BLOCK_K, UNITS, BYTES)
+            low = (_floats(codes, codes & 15, _LOW, 0, WIDE) * steps + lows).to(DOT)
+            even = tl.dot(x, low, even, input_precision="ieee")
+            high = (_floats(codes, codes >> 4, _HIGH, 0, WIDE) * steps + lows).to(DOT)
+            odd = tl.dot(x, high, odd, input_precision="ieee")
     mask = mask_m[:, None] & mask_b[None, :]
     out = parts_ptr + (part * rows + offs_m).to(tl.int64)[:, None] * N
     if GROUP == 0:
@@ -388,10 +386,9 @@ def product_rows_kernel(
         tl.store(out + offs_b[None, :], even * scales[None, :], mask=mask)
     else:
         scales = tl.load(scales_ptr + 2 * offs_b, mask=mask_b, other=0.0)
-        tl.store(out + 2 * offs_b[None, :], (even + offset[:, None]) * scales[None, :], mask=mask)
+        tl.store(out + 2 * offs_b[None, :], even * scales[None, :], mask=mask)
         scales = tl.load(scales_ptr + 2 * offs_b + 1, mask=mask_b, other=0.0)
-        odd = (odd + offset[:, None]) * scales[None, :]
-        tl.store(out + 2 * offs_b[None, :] + 1, odd, mask=mask)
+        tl.store(out + 2 * offs_b[None, :] + 1, odd * scales[None, :], mask=mask)
 
 
 @triton.jit
@@ -429,7 +426,12 @@ def logits_rows_kernel(
             mask=mask_m[None, :] & mask_h[:, None],
             other=0.0,
         )
-        total = tl.dot(_signed_bytes(codes, DOT), x.to(DOT), total, input_precision="ieee")
+        total = tl.dot(
+            _floats(codes, codes ^ -128, _OFFSET, 128, DOT),
+            x.to(DOT),
+            total,
+            input_precision="ieee",
+        )
     total *= tl.load(scales_ptr + offs_v, mask=mask_v, other=0.0)[:, None]
     out = logits_ptr + offs_m[None, :].to(tl.int64) * V + offs_v[:, None]
     tl.store(out, total, mask=mask_v[:, None] & mask_m[None, :])
