@@ -15,8 +15,9 @@ from teal_cli.benchmark.cost import require_memory, weight_bytes
 from teal_cli.benchmark.timing import Run
 from teal_cli.environment import available_memory
 from teal_cli.errors import TealError
-from teal_cli.model.config import MULTIPLIERS, ModelConfig
+from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
+from teal_cli.model.families import MULTIPLIERS
 from teal_cli.model.hf_layout import parts
 from teal_cli.model.sites import FUSED
 from teal_cli.model.weights import floats

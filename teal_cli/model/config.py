@@ -8,116 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teal_cli.errors import MissingError, TealError, UnsupportedError
+from teal_cli.errors import MissingError, TealError
+from teal_cli.model.families import FAMILIES, MULTIPLIERS, Family, family_of, language_model
 from teal_cli.model.rope_config import LARGEST, RopeConfig, rope_config
 from teal_cli.store.local import read_regular
 
 DAMAGED = "Download the model again."
-# How many experts a layer has, by family.
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Where null says something other than leaving the field out.
 _NULLABLE = ("num_key_value_heads", "sliding_window")
 _MOST_LAYERS = 10_000
-
-
-# Granite's numbers, under names that transformers and `ModelConfig` share.
-MULTIPLIERS = (
-    "embedding_multiplier",
-    "attention_multiplier",
-    "residual_multiplier",
-    "logits_scaling",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What a family adds to the Llama decoder, and what transformers assumes of a short config."""
-
-    assumed: Mapping[str, Any]
-    qkv_bias: bool = False
-    attention_bias: bool = False  # obeys `attention_bias`: biases on q, k, v and o
-    qk_norm: bool = False
-    # Layers with a sliding window: "all", or those of `layer_types` if `use_sliding_window`.
-    windows: str | None = None
-    multipliers: bool = False  # obeys those of MULTIPLIERS
-    no_rope_layers: bool = False  # obeys `no_rope_layers`
-    fused: bool = False  # q, k and v are one tensor, gate and up another
-
-
-_FAMILIES = {
-    "llama": _Family({"max_position_embeddings": 2048}, attention_bias=True),
-    "mistral": _Family(
-        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-        windows="all",
-    ),
-    "ministral3": _Family(
-        {
-            "max_position_embeddings": 262144,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1000000.0,
-                "factor": 16.0,
-                "original_max_position_embeddings": 16384,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "llama_4_scaling_beta": 0.1,
-            },
-        },
-        windows="all",
-    ),
-    "qwen2": _Family(
-        {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
-        qkv_bias=True,
-        windows="some",
-    ),
-    "qwen3": _Family(
-        {
-            "max_position_embeddings": 32768,
-            "num_key_value_heads": 32,
-            "head_dim": 128,
-            "sliding_window": 4096,
-        },
-        attention_bias=True,
-        qk_norm=True,
-        windows="some",
-    ),
-    "phi3": _Family(
-        {
-            "max_position_embeddings": 4096,
-            "original_max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-        },
-        windows="all",
-        fused=True,
-    ),
-    "granite": _Family(
-        {"max_position_embeddings": 2048, "attention_multiplier": 1.0},
-        attention_bias=True,
-        multipliers=True,
-    ),
-    "smollm3": _Family(
-        {
-            "max_position_embeddings": 32768,
-            "num_key_value_heads": 4,
-            "rope_theta": 2000000.0,
-            "tie_word_embeddings": True,
-        },
-        attention_bias=True,
-        windows="some",
-        no_rope_layers=True,
-    ),
-}
-# Models of several parts whose language model is one of these families.
-_WRAPPERS = {"mistral3": ("mistral", "ministral3")}
-# What of their config.json is said of all parts at once.
-_OF_ALL_PARTS = (
-    *("architectures", "dtype", "torch_dtype", "tie_word_embeddings", "transformers_weights"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
-    *("quantization_config", "compression_config", "quantization"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +94,7 @@ class ModelConfig:
     @property
     def fused(self) -> bool:
         """Whether a Hugging Face checkpoint has q, k, v in one tensor, gate and up in another."""
-        return _FAMILIES[self.model_type].fused
+        return FAMILIES[self.model_type].fused
 
     @property
     def rotary_dim(self) -> int:
@@ -276,7 +175,7 @@ class ModelConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Build the config from the content of a config.json (either way of writing rope)."""
         raw = language_model(raw)
-        family = _family(raw)
+        family = family_of(raw)
         given = {k: v for k, v in raw.items() if v is not None or k in _NULLABLE}
         try:
             return cls._parse(given, family)
@@ -286,7 +185,7 @@ class ModelConfig:
             raise TealError(f"config.json: {error}") from None
 
     @classmethod
-    def _parse(cls, raw: Mapping[str, Any], family: _Family) -> ModelConfig:
+    def _parse(cls, raw: Mapping[str, Any], family: Family) -> ModelConfig:
         raw = {**family.assumed, **raw}
         heads = int(raw["num_attention_heads"])
         hidden_size = int(raw["hidden_size"])
@@ -335,54 +234,10 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def language_model(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the language model alone, of a model that has a part for images besides.
-
-    Raises:
-        UnsupportedError: it is of another family than such models have.
-        TealError: there is none.
-    """
-    wrapper = raw.get("model_type")
-    if not isinstance(wrapper, str) or wrapper not in _WRAPPERS:
-        return dict(raw)
-    text = raw.get("text_config")
-    if not isinstance(text, Mapping):
-        raise TealError("config.json lacks 'text_config'", hint=DAMAGED)
-    family = text.get("model_type") or _WRAPPERS[wrapper][0]
-    if family not in _WRAPPERS[wrapper]:
-        raise UnsupportedError(
-            f"the language model of this {wrapper} is {family!r}, which is not supported"
-        )
-    whole = {name: raw[name] for name in _OF_ALL_PARTS if name in raw}
-    # transformers ties such a model's head unless it is told not to.
-    return {**text, "tie_word_embeddings": True, **whole, "model_type": family}
-
-
 def _key_value_heads(raw: Mapping[str, Any], heads: int) -> int:
     """Absent means the family's default; null means one for each attention head."""
     count = raw.get("num_key_value_heads")
     return heads if count is None else int(count)
-
-
-def _family(raw: Mapping[str, Any]) -> _Family:
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        raise UnsupportedError(
-            f"model type {model_type!r} is not supported{_reason(raw)}",
-            hint=f"Supported: {', '.join([*_FAMILIES, *_WRAPPERS])} (SmolLM2 is a llama).",
-        )
-    if (act := raw.get("hidden_act", "silu")) != "silu":
-        raise UnsupportedError(f"activation {act!r} is not supported; teal knows 'silu'")
-    if raw.get("mlp_bias"):
-        raise UnsupportedError("biases in the MLP (mlp_bias) are not supported")
-    return _FAMILIES[model_type]
-
-
-def _reason(raw: Mapping[str, Any]) -> str:
-    """What stands in the way with an unknown model type, where its config says so."""
-    if any(raw.get(key) for key in _EXPERTS):
-        return ": it is a mixture of experts"
-    return ": it needs code of its own, which teal does not run" if raw.get("auto_map") else ""
 
 
 def _multipliers(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -400,9 +255,7 @@ def _layers_without_rope(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]
     return tuple(index for index, has_rope in enumerate(rotated[:layers]) if not has_rope)
 
 
-def _sliding_windows(
-    raw: Mapping[str, Any], family: _Family, layers: int
-) -> tuple[int | None, ...]:
+def _sliding_windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
     window = raw.get("sliding_window")
     if family.windows is None or not window:
         return (None,) * layers

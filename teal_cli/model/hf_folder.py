@@ -15,7 +15,8 @@ from torch import Tensor
 
 from teal_cli.errors import TealError, UnsupportedError
 from teal_cli.model import prequantized
-from teal_cli.model.config import DAMAGED, language_model, read_object
+from teal_cli.model.config import DAMAGED, read_object
+from teal_cli.model.families import language_model
 from teal_cli.model.tensor_files import TensorFiles, check_is_model
 from teal_cli.progress import Reporter
 from teal_cli.store.local import has_file

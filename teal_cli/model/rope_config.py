@@ -109,9 +109,14 @@ def rope_config(raw: Mapping[str, Any]) -> RopeConfig:
             f"rope with partial_rotary_factor={rotated} is not supported in a {family}"
         )
     theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    if rope_type == "default":
-        return RopeConfig(theta=theta, partial_rotary_factor=rotated)
+    common: dict[str, Any] = {"theta": theta, "partial_rotary_factor": rotated}
     stated = raw["max_position_embeddings"]
+    if family in _GROWING and (beta := parameters.get("llama_4_scaling_beta")):
+        common["llama_4_scaling_beta"] = beta
+    if rope_type == "default":
+        original = parameters.get("original_max_position_embeddings", stated)
+        growing = "llama_4_scaling_beta" in common
+        return RopeConfig(**common, original_max_position_embeddings=original if growing else None)
     scaling = {name: parameters[name] for name in _FIELDS[rope_type] if name in parameters}
     original = parameters.get("original_max_position_embeddings")
     if rope_type != "linear":
@@ -126,9 +131,7 @@ def rope_config(raw: Mapping[str, Any]) -> RopeConfig:
         scaling |= _longrope(parameters, scaling)
     if "factor" not in scaling:
         raise KeyError("rope_parameters.factor")
-    if family in _GROWING:
-        scaling["llama_4_scaling_beta"] = parameters.get("llama_4_scaling_beta") or None
-    return RopeConfig(theta=theta, type=rope_type, partial_rotary_factor=rotated, **scaling)
+    return RopeConfig(type=rope_type, **common, **scaling)
 
 
 def _yarn(parameters: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3-bias": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
     "phi3": {"model_type": "phi3", "pad_token_id": 0},
     "phi3-window": {"model_type": "phi3", "pad_token_id": 0, "sliding_window": 16},
-    "phi3-partial": {
+    "phi3-partial": {"model_type": "phi3", "pad_token_id": 0, "partial_rotary_factor": 0.5},
+    "phi3-longrope": {
         "model_type": "phi3",
         "pad_token_id": 0,
         "partial_rotary_factor": 0.75,

@@ -38,7 +38,7 @@ def test_fingerprints_outlive_new_fields_of_the_config() -> None:
         ("yarn-rope", "truncate"),
         ("divisors-rope", "divisors"),
         ("phi3-partial", "partial_rotary_factor"),
-        ("phi3-partial", "most_positions"),
+        ("phi3-longrope", "most_positions"),
         ("ministral3", "llama_4_scaling_beta"),
         ("granite", "embedding_multiplier"),
         ("granite", "attention_multiplier"),
