@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from benchmark.commands import runner
 from model.edits import edit_config, edit_weights
 from model.families import FAMILIES
 from model.sources import IDS, converted, logits, source_of
 
 import teal_cli
 from teal_cli.errors import TealError, UnsupportedError
+from teal_cli.inference.detokenizer import printable
 from teal_cli.inference.session import Session
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.config import ModelConfig
@@ -54,10 +58,10 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-def wrapper(family: str, *, tied: bool) -> Any:
+def wrapper(family: str, *, tied: bool, **more: Any) -> Any:
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-    text = {"model_type": family, **_TEXT}
+    text: dict[str, Any] = {"model_type": family, **_TEXT, **more}
     if family == "ministral3":
         text["rope_parameters"] = dict(FAMILIES["ministral3"]["rope_parameters"])
     torch.manual_seed(0)
@@ -110,6 +114,30 @@ def test_equals_transformers(
     session.prefill(IDS[:20])
     rows = torch.stack([session.step(int(token)) for token in IDS[20:]])
     torch.testing.assert_close(rows, expected[20:], atol=2e-5, rtol=1e-4)
+
+
+def test_a_chat(
+    tmp_path: Path,
+    teal_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from transformers import AutoTokenizer
+
+    model = wrapper("ministral3", tied=False, vocab_size=400)
+    folder = save(model, tmp_path / "model", "as saved")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turn = [{"role": "user", "content": "Hi"}]
+    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt")
+    ids = ids["input_ids"]
+    said = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    chat = runner("chat", monkeypatch, capsys)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    fixed = ("-s", "0", "-t", "0", "--dtype", "float32", "-n", "12", "-p", "Hi")
+    code, out, errors = chat(folder, *fixed)
+    expected = printable(tokenizer.decode(said, skip_special_tokens=True)).strip()
+    assert (code, out.strip()) == (0, expected), errors
+    assert expected
 
 
 def test_a_head_beside_a_config_that_names_none(tmp_path: Path, teal_home: Path) -> None:
