@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from teal_cli.errors import TealError, UnsupportedError, UsageError
-from teal_cli.model.sites import PROJECTIONS
+from teal_cli.model.sites import FUSED, PROJECTIONS
 from teal_cli.sparsity.calibrate import SKIPPED_POSITIONS
 from teal_cli.sparsity.profile import Profile
 
@@ -31,7 +33,8 @@ def sparsify(
     model that is sparse already gets the new thresholds instead.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3, with or without a head.
+        model: of a family that teal supports, with or without a head. Where q, k and v are one
+            projection, or gate and up, each part of its outputs gets its own threshold.
         profile: a profile, its file, or the name of a model that `teal calibrate` has seen.
         sparsity: model-wide target in [0, 1).
         method: how to share it out, by default the profile's best.
@@ -40,7 +43,7 @@ def sparsify(
             padding, a plain call from the cache's length.
 
     Raises:
-        UnsupportedError: the model has no separate q, k, v, o, gate, up and down projections.
+        UnsupportedError: the model has no q, k, v, o, gate, up and down projections.
         TealError: the profile is for a model of another shape.
         MissingError: there is no such profile.
         UsageError: the sparsity is out of range, or the profile has no such method.
@@ -60,7 +63,7 @@ def put_thresholds(model: nn.Module, thresholds: Tensor, *, sparse_from: int) ->
         sparse_from: as there.
 
     Raises:
-        UnsupportedError: the model has no separate q, k, v, o, gate, up and down projections.
+        UnsupportedError: the model has no q, k, v, o, gate, up and down projections.
     """
     layers = _decoder_layers(model)
     modules = [_projections(layer) for layer in layers]
@@ -70,10 +73,12 @@ def put_thresholds(model: nn.Module, thresholds: Tensor, *, sparse_from: int) ->
         rows = _DenseRows(sparse_from)
         if sparse_from > 0:
             handles.append(layer.register_forward_pre_hook(rows, with_kwargs=True))
-        handles += [
-            module.register_forward_pre_hook(_Threshold(level, rows))
-            for module, level in zip(projections, levels, strict=True)
-        ]
+        for module, widths in projections:
+            own, levels = levels[: len(widths)], levels[len(widths) :]
+            if len(widths) == 1:
+                handles.append(module.register_forward_pre_hook(_Threshold(own[0], rows)))
+            else:
+                handles.append(module.register_forward_hook(_Thresholds(own, widths, rows)))
     setattr(model, _HANDLES, handles)
 
 
@@ -110,11 +115,30 @@ class _Threshold:
         self._rows = rows
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0]
+        return (self.applied(args[0]), *args[1:])
+
+    def applied(self, x: Tensor) -> Tensor:
+        """x with its small channels zeroed."""
         drop = x.abs().float() <= self._level
         if self._rows.mask is not None:
             drop &= ~self._rows.mask.to(x.device)
-        return (torch.where(drop, 0, x), *args[1:])
+        return torch.where(drop, 0, x)
+
+
+class _Thresholds:
+    """Hook of several projections in one module: the outputs of each from its own sparse input."""
+
+    def __init__(self, levels: Sequence[float], widths: Sequence[int], rows: _DenseRows) -> None:
+        self._thresholds = [_Threshold(level, rows) for level in levels]
+        self._ends = list(accumulate(widths))
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        starts = [0, *self._ends]
+        parts = zip(self._thresholds, starts, self._ends, strict=False)
+        # forward() itself, which calls no hooks, works for a quantized module as well.
+        return torch.cat(
+            [module.forward(own.applied(args[0]))[..., a:b] for own, a, b in parts], dim=-1
+        )
 
 
 def _find(name: Path | str) -> Profile:
@@ -129,25 +153,39 @@ def _find(name: Path | str) -> Profile:
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
-    layers = getattr(getattr(model, "model", model), "layers", None)
+    base = getattr(model, "model", model)
+    layers = getattr(getattr(base, "language_model", base), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise UnsupportedError(f"{type(model).__name__} has no decoder layers that teal knows")
     return list(layers)
 
 
-def _projections(layer: nn.Module) -> list[nn.Module]:
-    """A layer's seven projections, in PROJECTIONS order."""
-    return [_projection(layer, name) for name in PROJECTIONS]
+def _projections(layer: nn.Module) -> list[tuple[nn.Module, tuple[int, ...]]]:
+    """A layer's modules in PROJECTIONS order, with the outputs of each projection in them."""
+    o = _linear(layer, "o")
+    found: list[tuple[nn.Module, tuple[int, ...]]] = []
+    for fused, names in FUSED.items():
+        module = _linear(layer, fused, optional=True) if len(names) > 1 else None
+        if module is None:
+            found += [(each, (each.out_features,)) for each in (_linear(layer, n) for n in names)]
+        elif fused == "qkv":
+            kv = (module.out_features - o.in_features) // 2
+            found.append((module, (o.in_features, kv, kv)))
+        else:
+            found.append((module, (module.out_features // 2,) * 2))
+    return found
 
 
-def _projection(layer: nn.Module, name: str) -> nn.Module:
-    path = f"{'self_attn' if name in ('q', 'k', 'v', 'o') else 'mlp'}.{name}_proj"
+def _linear(layer: nn.Module, name: str, *, optional: bool = False) -> Any:
+    path = f"{'self_attn' if name in ('q', 'k', 'v', 'o', 'qkv') else 'mlp'}.{name}_proj"
     try:
         module = layer.get_submodule(path)
     except AttributeError:
+        if optional:
+            return None
         raise UnsupportedError(
-            f"{type(layer).__name__} has no module {path}: teal needs separate "
-            f"{', '.join(PROJECTIONS)} projections, neither fused nor repacked"
+            f"{type(layer).__name__} has no module {path}: teal needs the "
+            f"{', '.join(PROJECTIONS)} projections, not repacked"
         ) from None
     if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
         raise UnsupportedError(f"{path} is a {type(module).__name__}, not a linear layer")
@@ -156,7 +194,10 @@ def _projection(layer: nn.Module, name: str) -> nn.Module:
 
 def _check_shape(profile: Profile, model: nn.Module) -> None:
     layers = _decoder_layers(model)
-    shapes = {tuple((m.in_features, m.out_features) for m in _projections(x)) for x in layers}
+    shapes = {
+        tuple((m.in_features, width) for m, widths in _projections(layer) for width in widths)
+        for layer in layers
+    }
     if len(layers) != profile.shape.num_hidden_layers or shapes != {profile.shape.projections}:
         raise TealError(
             f"the profile of {profile.model} is for a model of another shape than this "

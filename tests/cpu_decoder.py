@@ -41,6 +41,9 @@ class Small:
     qk_norm: bool = False
     windows: tuple[int | None, ...] = (None, None)
     eps: float = 1e-5
+    rotary: tuple[int, ...] | None = None  # channels that are rotated, one a layer; None is all
+    growth: float = 0.0  # of the scores' scale, from one position to the next
+    multipliers: tuple[float, float, float] = (1.0, 1.0, 1.0)  # embedding, residual, logits
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def __post_init__(self) -> None:
@@ -51,7 +54,10 @@ class Small:
         shape = (len(self.windows), self.kv_heads, self.length, self.head_dim)
         self.keys = torch.full(shape, torch.nan, dtype=self.dtype)
         self.values = torch.full(shape, torch.nan, dtype=self.dtype)
-        angles = torch.arange(self.length)[:, None] / 10.0 ** torch.arange(self.head_dim // 2)
+        self.rotary = self.rotary or (self.head_dim,) * len(self.windows)
+        angles = torch.arange(self.length)[:, None] / 10.0 ** torch.arange(max(self.rotary) // 2)
+        growth = 1 + self.growth * torch.arange(self.length)
+        self.query_scales = self.head_dim**-0.5 * growth
         self.cos, self.sin = 1.25 * angles.cos(), 1.25 * angles.sin()
 
     def random(self, *shape: int) -> Tensor:
@@ -97,9 +103,14 @@ class Small:
             values=self.values,
             cos=self.cos,
             sin=self.sin,
+            query_scales=self.query_scales,
             num_attention_heads=self.heads,
             rms_norm_eps=self.eps,
             sliding_windows=self.windows,
+            rotary_dims=self.rotary,
+            embedding_multiplier=self.multipliers[0],
+            residual_multiplier=self.multipliers[1],
+            logits_multiplier=self.multipliers[2],
         )
         return DecodeStep(tensors, **options)
 
@@ -119,14 +130,16 @@ class Oracle:
     def __call__(self, token: int, position: int) -> Tensor:
         """Logits; to be called after the step under test, whose cache it checks and reads."""
         small = self.small
-        hidden = small.embed_tokens[token].double()
+        embedding, residual, logits = small.multipliers
+        hidden = small.embed_tokens[token].double() * embedding
         for index, layer in enumerate(small.layers):
-            hidden = hidden + self._attention(index, layer, hidden, position)
+            hidden = hidden + residual * self._attention(index, layer, hidden, position)
             x = self._norm(hidden, layer.post_attention_layernorm)
             gate, up = self._project(index, (4, 5), x, layer.gate_up, small.inner, small.inner)
             act = gate / (1 + (-gate).exp()) * up
-            hidden = hidden + self._project(index, (6,), act, layer.down, small.hidden)[0]
-        return _wide(small.lm_head) @ self._norm(hidden, small.norm)
+            added = self._project(index, (6,), act, layer.down, small.hidden)[0]
+            hidden = hidden + residual * added
+        return _wide(small.lm_head) @ self._norm(hidden, small.norm) * logits
 
     def _attention(self, index: int, layer: Layer, hidden: Tensor, position: int) -> Tensor:
         small, d = self.small, self.small.head_dim
@@ -139,7 +152,7 @@ class Oracle:
         q, k, v = (part.reshape(-1, d) for part in parts)
         if layer.q_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        q, k = self._rotate(q, position), self._rotate(k, position)
+        q, k = self._rotate(q, index, position), self._rotate(k, index, position)
         self._compare(small.keys[index, :, position], k)
         self._compare(small.values[index, :, position], v)
         window = small.windows[index]
@@ -148,7 +161,8 @@ class Oracle:
         for head in range(small.heads):
             group = head * small.kv_heads // small.heads
             keys = small.keys[index, group, first : position + 1].double()
-            weights = (keys @ q[head] / d**0.5).softmax(0)
+            scale = float(small.query_scales[position])
+            weights = (keys @ q[head] * scale).softmax(0)
             out.append(weights @ small.values[index, group, first : position + 1].double())
         y = self._project(index, (3,), torch.cat(out), layer.o, small.hidden)[0]
         return y if layer.o_bias is None else y + layer.o_bias.double()
@@ -172,12 +186,16 @@ class Oracle:
         assert weight is not None
         return x / (x.square().mean(-1, keepdim=True) + self.small.eps).sqrt() * weight.double()
 
-    def _rotate(self, x: Tensor, position: int) -> Tensor:
-        """transformers' convention: channel i turns with channel i + head_dim / 2."""
-        cos, sin = self.small.cos[position].double(), self.small.sin[position].double()
-        half = self.small.head_dim // 2
+    def _rotate(self, x: Tensor, index: int, position: int) -> Tensor:
+        """transformers' convention: channel i turns with channel i + half of those that turn."""
+        assert self.small.rotary is not None
+        half = self.small.rotary[index] // 2
+        cos = self.small.cos[position, :half].double()
+        sin = self.small.sin[position, :half].double()
+        x, rest = x[:, : 2 * half], x[:, 2 * half :]
         turned = torch.cat((-x[:, half:], x[:, :half]), dim=1)
-        return x * torch.cat((cos, cos)) + turned * torch.cat((sin, sin))
+        rotated = x * torch.cat((cos, cos)) + turned * torch.cat((sin, sin))
+        return torch.cat((rotated, rest), dim=1)
 
     def _compare(self, cached: Tensor, exact: Tensor) -> None:
         error = (cached.double() - exact).abs()

@@ -15,7 +15,7 @@ from threads import one_thread
 
 import teal_cli
 from teal_cli.errors import MissingError, TealError, UnsupportedError, UsageError
-from teal_cli.model.sites import PROJECTIONS, SITE_OF, SITES
+from teal_cli.model.sites import FUSED, PROJECTIONS, SITE_OF, SITES
 from teal_cli.progress import Silent
 from teal_cli.sparsified import put_thresholds
 from teal_cli.sparsity.calibrate import calibrate
@@ -58,8 +58,11 @@ def hooks(model: Any) -> int:
 
 
 def projection(model: Any, layer: int, name: str) -> Any:
+    """The module of a projection, alone or together with others."""
     block = model.model.layers[layer]
-    return getattr(block.self_attn if name in "qkvo" else block.mlp, f"{name}_proj")
+    block = block.self_attn if name in "qkvo" else block.mlp
+    fused = next(matrix for matrix, names in FUSED.items() if name in names)
+    return getattr(block, f"{name}_proj", None) or getattr(block, f"{fused}_proj")
 
 
 def thresholds_between_values(model: Any, sparsity: float) -> torch.Tensor:
@@ -204,12 +207,12 @@ def test_what_does_not_fit_is_one_sentence(profile: Profile) -> None:
     with pytest.raises(TealError, match="another shape"):
         teal_cli.sparsify(hf_model("llama", num_hidden_layers=2), profile, 0.5)
     size = our_config(model).hidden_size
-    fused = AutoConfig.for_model(
-        "phi3", hidden_size=size, intermediate_size=96, num_hidden_layers=1,
+    experts = AutoConfig.for_model(
+        "mixtral", hidden_size=size, intermediate_size=96, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, vocab_size=97, pad_token_id=0,
     )  # fmt: skip
-    with pytest.raises(UnsupportedError, match=r"no module self_attn\.q_proj"):
-        teal_cli.sparsify(AutoModelForCausalLM.from_config(fused), profile, 0.5)
+    with pytest.raises(UnsupportedError, match=r"no module mlp\.gate_proj"):
+        teal_cli.sparsify(AutoModelForCausalLM.from_config(experts), profile, 0.5)
     with pytest.raises(UnsupportedError, match="no decoder layers"):
         teal_cli.sparsify(torch.nn.Linear(3, 3), profile, 0.5)
     model = hf_model("llama")

@@ -16,6 +16,24 @@ MATRICES = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}
 PROJECTIONS = 7
 
 
+@dataclass(frozen=True)
+class RecoveryVectors:
+    """What sparse decoding adds to a model to win back what skipped channels would have given.
+
+    All float32. Dense steps and prompts use the model's own norms, and no biases but its own.
+    """
+
+    # Added to the projections' outputs, beside the model's own biases; H hidden, I intermediate.
+    qkv: Tensor  # [layers, (Hq + 2 * Hkv) * D]
+    o: Tensor  # [layers, H]
+    gate_up: Tensor  # [layers, 2 * I]
+    down: Tensor  # [layers, H]
+    # Weights in the place of the model's own.
+    input_layernorm: Tensor  # [layers, H]
+    post_attention_layernorm: Tensor  # [layers, H]
+    norm: Tensor  # [H]
+
+
 class LayerTensors(Protocol):
     """The tensors of a layer, named and laid out as in the decoder's checkpoint."""
 
@@ -44,11 +62,16 @@ class StepTensors:
     lm_head: Tensor | QuantizedRows  # [V, H]
     keys: Tensor  # [layers, Hkv, length, D]
     values: Tensor  # the same shape
-    cos: Tensor  # [at least length, D / 2] float32
+    cos: Tensor  # [at least length, R / 2] float32, for the R channels that rope rotates
     sin: Tensor  # the same shape
+    query_scales: Tensor  # [at least length] float32, of the scores by the query's position
     num_attention_heads: int  # Hq
     rms_norm_eps: float  # of every norm
     sliding_windows: Sequence[int | None]  # one a layer, None where a layer sees everything
+    rotary_dims: Sequence[int]  # R or 0 for each layer: the first channels of a head, or none
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what attention and MLP add
+    logits_multiplier: float = 1.0
 
     @property
     def vocab_size(self) -> int:
@@ -79,11 +102,6 @@ class StepTensors:
     def head_dim(self) -> int:
         """D."""
         return self.keys.shape[3]
-
-    @property
-    def attention_scale(self) -> float:
-        """What scores are multiplied by."""
-        return float(self.head_dim**-0.5)
 
     def widths(self, name: str) -> tuple[int, ...]:
         """Columns of the projections that stand side by side in a matrix."""

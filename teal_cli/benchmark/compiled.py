@@ -21,7 +21,7 @@ from teal_cli.benchmark.cost import cache_bytes, require_memory, weight_bytes
 from teal_cli.benchmark.timing import Run
 from teal_cli.environment import available_memory
 from teal_cli.errors import TealError, whole
-from teal_cli.model.decoder import Decoder
+from teal_cli.model.decoder import Decoder, scaled
 from teal_cli.model.sites import FUSED
 from teal_cli.model.weights import DecoderWeights, LayerWeights, floats
 from teal_cli.progress import Reporter
@@ -118,7 +118,8 @@ class CompiledDecoding:
     def _logits(self, token: Tensor, position: Tensor) -> Tensor:
         """token [1] and position [1], int64 → logits [1, vocab_size], by one product."""
         hidden = self._copy.forward(token, cache=self._cache, position=position)
-        return F.linear(hidden, floats(self._copy.weights.lm_head, hidden.dtype))
+        logits = F.linear(hidden, floats(self._copy.weights.lm_head, hidden.dtype))
+        return scaled(logits, 1 / self._copy.config.logits_scaling)
 
     def _prefill(self) -> None:
         """Fill the cache with the prompt, and choose the first token of the answer."""

@@ -17,6 +17,7 @@ from teal_cli.environment import available_memory
 from teal_cli.errors import TealError
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
+from teal_cli.model.families import MULTIPLIERS
 from teal_cli.model.hf_layout import parts
 from teal_cli.model.sites import FUSED
 from teal_cli.model.weights import floats
@@ -158,11 +159,11 @@ def _hf_tensors(
 ) -> dict[str, Tensor]:
     """transformers' tensors out of one of ours, copied: `hf_layout.assemble` backwards."""
     kind = name.rpartition(".")[2]
-    fused = FUSED.get(kind.removesuffix("_bias"), ())
+    names, fused = parts(name, fused=config.fused), FUSED.get(kind.removesuffix("_bias"), ())
     widths = [config.projection_shapes[projection][1] for projection in fused]
-    pieces = tensor.split(widths, dim=-1) if widths else (tensor,)
+    pieces = tensor.split(widths, dim=-1) if len(names) > 1 else (tensor,)
     made = {}
-    for part, piece in zip(parts(name), pieces, strict=True):
+    for part, piece in zip(names, pieces, strict=True):
         piece = piece.T if kind in FUSED else piece
         made[part] = piece.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return made
@@ -191,9 +192,17 @@ def hf_config(config: ModelConfig) -> Any:
         parameters |= {"short_factor": divisors, "long_factor": divisors}
     if rope.type in ("yarn", "longrope"):
         parameters["attention_factor"] = rope.attention_factor
+    if rope.partial_rotary_factor != 1:
+        parameters["partial_rotary_factor"] = rope.partial_rotary_factor
+    if rope.llama_4_scaling_beta:
+        parameters["llama_4_scaling_beta"] = rope.llama_4_scaling_beta
     window = next((size for size in config.sliding_windows if size), None)
     settings: dict[str, Any] = {"attention_bias": config.o_bias, "sliding_window": window}
-    if config.model_type in ("qwen2", "qwen3"):
+    if config.model_type == "granite":
+        settings |= {name: getattr(config, name) for name in MULTIPLIERS}
+    if config.model_type == "smollm3":
+        settings["no_rope_layers"] = [int(size > 0) for size in config.rotary_dims]
+    if config.model_type in ("qwen2", "qwen3", "smollm3"):
         settings["use_sliding_window"] = window is not None
         settings["layer_types"] = [
             "sliding_attention" if size else "full_attention" for size in config.sliding_windows
@@ -213,6 +222,7 @@ def hf_config(config: ModelConfig) -> Any:
         rope_parameters=parameters,
         bos_token_id=None,
         eos_token_id=None,
+        pad_token_id=None,
         **settings,
     )
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from teal_cli.errors import UnsupportedError, UsageError, whole
+from teal_cli.errors import UsageError, whole
 from teal_cli.faults import is_out_of_memory
 from teal_cli.inference.launches import stored_launches
 from teal_cli.inference.sampling import Sampler, not_finite
@@ -265,8 +265,6 @@ def _choose_step(
 
 
 def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter: Reporter) -> Step:
-    if departures := decoder.config.departures:
-        raise UnsupportedError(f"they know no {', '.join(departures)}")
     name, language = _FUSED_STEPS[decoder.device.type]
     module = importlib.import_module(name)
     options: dict[str, Any] = {}

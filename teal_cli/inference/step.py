@@ -71,6 +71,9 @@ def step_tensors(decoder: Decoder, cache: KVCache) -> StepTensors:
     """What a fused step of the decoder is bound to."""
     config, weights = decoder.config, decoder.weights
     cos, sin = decoder.rotary.tables(cache.length)
+    scales = torch.full((cache.length,), config.attention_scale, device=decoder.device)
+    if (growth := decoder.rotary.query_growth(0, cache.length)) is not None:
+        scales *= growth
     return StepTensors(
         layers=weights.layers,
         embed_tokens=weights.embed_tokens,
@@ -80,9 +83,14 @@ def step_tensors(decoder: Decoder, cache: KVCache) -> StepTensors:
         values=cache.values,
         cos=cos,
         sin=sin,
+        query_scales=scales,
         num_attention_heads=config.num_attention_heads,
         rms_norm_eps=config.rms_norm_eps,
         sliding_windows=config.sliding_windows,
+        rotary_dims=config.rotary_dims,
+        embedding_multiplier=config.embedding_multiplier,
+        residual_multiplier=config.residual_multiplier,
+        logits_multiplier=1 / config.logits_scaling,
     )
 
 

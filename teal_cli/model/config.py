@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teal_cli.errors import MissingError, TealError, UnsupportedError
+from teal_cli.errors import MissingError, TealError
+from teal_cli.model.families import FAMILIES, MULTIPLIERS, Family, family_of, language_model
 from teal_cli.model.rope_config import LARGEST, RopeConfig, rope_config
 from teal_cli.store.local import read_regular
 
 DAMAGED = "Download the model again."
-# How many experts a layer has, by family.
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Where null says something other than leaving the field out.
 _NULLABLE = ("num_key_value_heads", "sliding_window")
 _MOST_LAYERS = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What a family adds to the Llama decoder, and what transformers assumes of a short config."""
-
-    max_position_embeddings: int
-    qkv_bias: bool = False
-    attention_bias: bool = False  # obeys `attention_bias`: biases on q, k, v and o
-    qk_norm: bool = False
-    head_dim: int | None = None
-    num_key_value_heads: int | None = None
-    sliding_window: int | None = None
-
-
-_FAMILIES = {
-    "llama": _Family(2048, attention_bias=True),
-    "mistral": _Family(131072, num_key_value_heads=8, sliding_window=4096),
-    "qwen2": _Family(32768, qkv_bias=True, num_key_value_heads=32, sliding_window=4096),
-    "qwen3": _Family(
-        32768,
-        attention_bias=True,
-        qk_norm=True,
-        head_dim=128,
-        num_key_value_heads=32,
-        sliding_window=4096,
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +73,13 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise TealError(f"config.json: head_dim must be even, got {self.head_dim}")
+        for name in MULTIPLIERS:
+            if (value := getattr(self, name)) is not None and not 0 < value <= LARGEST:
+                raise TealError(f"config.json: {name} must be above 0, got {value}")
+        if self.rotary_dim % 2 or not self.rotary_dim:
+            raise TealError(
+                f"config.json: rope would rotate {self.rotary_dim} of {self.head_dim} channels"
+            )
         if self.rope.divisors is not None and 2 * len(self.rope.divisors) != self.rotary_dim:
             raise TealError(
                 f"config.json: rope has {len(self.rope.divisors)} frequencies, "
@@ -114,21 +92,22 @@ class ModelConfig:
         return self.rope.context_length(self.max_position_embeddings)
 
     @property
-    def departures(self) -> dict[str, Any]:
-        """The fields in which this model departs from Llama, by name."""
-        given = {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.default is not MISSING and getattr(self, field.name) != field.default
-        }
-        if self.rotary_dim != self.head_dim:
-            given["partial_rotary_factor"] = self.rope.partial_rotary_factor
-        return given
+    def fused(self) -> bool:
+        """Whether a Hugging Face checkpoint has q, k, v in one tensor, gate and up in another."""
+        return FAMILIES[self.model_type].fused
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that are rotated, the first ones."""
+        """Channels of a head that are rotated, the first ones, in layers with rope."""
         return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    @property
+    def rotary_dims(self) -> tuple[int, ...]:
+        """The same of each layer, 0 without rope."""
+        return tuple(
+            0 if index in self.layers_without_rope else self.rotary_dim
+            for index in range(self.num_hidden_layers)
+        )
 
     @property
     def attention_scale(self) -> float:
@@ -195,7 +174,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Build the config from the content of a config.json (either way of writing rope)."""
-        family = _family(raw)
+        raw = language_model(raw)
+        family = family_of(raw)
         given = {k: v for k, v in raw.items() if v is not None or k in _NULLABLE}
         try:
             return cls._parse(given, family)
@@ -205,8 +185,8 @@ class ModelConfig:
             raise TealError(f"config.json: {error}") from None
 
     @classmethod
-    def _parse(cls, raw: Mapping[str, Any], family: _Family) -> ModelConfig:
-        raw = {"max_position_embeddings": family.max_position_embeddings, **raw}
+    def _parse(cls, raw: Mapping[str, Any], family: Family) -> ModelConfig:
+        raw = {**family.assumed, **raw}
         heads = int(raw["num_attention_heads"])
         hidden_size = int(raw["hidden_size"])
         layers = int(raw["num_hidden_layers"])
@@ -218,8 +198,8 @@ class ModelConfig:
             intermediate_size=int(raw["intermediate_size"]),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=_key_value_heads(raw, family, heads),
-            head_dim=int(raw.get("head_dim") or family.head_dim or hidden_size // max(heads, 1)),
+            num_key_value_heads=_key_value_heads(raw, heads),
+            head_dim=int(raw.get("head_dim") or hidden_size // max(heads, 1)),
             max_position_embeddings=int(raw["max_position_embeddings"]),
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope=rope_config(raw),
@@ -228,6 +208,8 @@ class ModelConfig:
             o_bias=bias,
             qk_norm=family.qk_norm,
             sliding_windows=_sliding_windows(raw, family, layers),
+            layers_without_rope=_layers_without_rope(raw, layers) if family.no_rope_layers else (),
+            **(_multipliers(raw) if family.multipliers else {}),
         )
 
 
@@ -252,47 +234,41 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _key_value_heads(raw: Mapping[str, Any], family: _Family, heads: int) -> int:
+def _key_value_heads(raw: Mapping[str, Any], heads: int) -> int:
     """Absent means the family's default; null means one for each attention head."""
-    count = raw.get("num_key_value_heads", family.num_key_value_heads)
+    count = raw.get("num_key_value_heads")
     return heads if count is None else int(count)
 
 
-def _family(raw: Mapping[str, Any]) -> _Family:
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        raise UnsupportedError(
-            f"model type {model_type!r} is not supported{_reason(raw)}",
-            hint=f"Supported: {', '.join(_FAMILIES)} (SmolLM2 is a llama).",
-        )
-    if (act := raw.get("hidden_act", "silu")) != "silu":
-        raise UnsupportedError(f"activation {act!r} is not supported; teal knows 'silu'")
-    if raw.get("mlp_bias"):
-        raise UnsupportedError("biases in the MLP (mlp_bias) are not supported")
-    return _FAMILIES[model_type]
+def _multipliers(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: float(raw[name]) for name in MULTIPLIERS if name in raw}
 
 
-def _reason(raw: Mapping[str, Any]) -> str:
-    """What stands in the way with an unknown model type, where its config says so."""
-    if any(raw.get(key) for key in _EXPERTS):
-        return ": it is a mixture of experts"
-    return ": it needs code of its own, which teal does not run" if raw.get("auto_map") else ""
+def _layers_without_rope(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """Those where `no_rope_layers` has a 0; without it, every fourth or so."""
+    interval = int(raw.get("no_rope_layer_interval", 4))
+    rotated = raw.get("no_rope_layers")
+    if rotated is None:
+        rotated = [(index + 1) % interval for index in range(layers)]
+    if len(rotated) < layers:
+        raise ValueError(f"no_rope_layers names {len(rotated)} layers of {layers}")
+    return tuple(index for index, has_rope in enumerate(rotated[:layers]) if not has_rope)
 
 
-def _sliding_windows(
-    raw: Mapping[str, Any], family: _Family, layers: int
-) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window", family.sliding_window)
-    if family.sliding_window is None or not window:
+def _sliding_windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window")
+    if family.windows is None or not window:
         return (None,) * layers
-    if raw["model_type"] == "mistral":  # transformers ignores layer_types here
+    if family.windows == "all":  # transformers ignores layer_types here
         return (int(window),) * layers
     if not raw.get("use_sliding_window", False):
         return (None,) * layers
     types = raw.get("layer_types")
     if types is None:
-        first = int(raw.get("max_window_layers", 28))
-        types = ["full_attention"] * first + ["sliding_attention"] * max(layers - first, 0)
+        limited: Collection[int] = range(int(raw.get("max_window_layers", 28)), layers)
+        if family.no_rope_layers:
+            limited = _layers_without_rope(raw, layers)
+        types = ["sliding_attention" if i in limited else "full_attention" for i in range(layers)]
     if len(types) < layers:
         raise ValueError(f"layer_types names {len(types)} layers of {layers}")
     return tuple(int(window) if kind == "sliding_attention" else None for kind in types[:layers])

@@ -64,7 +64,8 @@ class FloatWeights:
         source = name
         if name == "lm_head" and self.config.tie_word_embeddings:
             source = "embed_tokens"
-        read = (self._reader.read(part, self.dtype) for part in parts(source))
+        stored = parts(source, fused=self.config.fused)
+        read = (self._reader.read(part, self.dtype) for part in stored)
         return assemble(source, self._shapes[name], read)
 
 
@@ -295,15 +296,21 @@ def _unchanged(source: Source, stamp: str) -> Iterator[None]:
         raise failure
 
 
+_NEWER_ROPE = (
+    *("truncate", "divisors", "partial_rotary_factor"),
+    *("most_positions", "llama_4_scaling_beta"),
+)
+
+
 def _canonical(config: ModelConfig) -> str:
     """The config as text, the same for equal configs and for those of earlier versions."""
     fields = dataclasses.asdict(config)
     # What is newer than the fingerprints of many profiles counts only where it is used.
     for newer in dataclasses.fields(ModelConfig):
-        if newer.default is not dataclasses.MISSING and newer.name not in config.departures:
+        if newer.default is not dataclasses.MISSING and fields[newer.name] == newer.default:
             del fields[newer.name]
     plain = dataclasses.asdict(RopeConfig(theta=config.rope.theta))
-    for name in ("truncate", "divisors", "partial_rotary_factor"):
+    for name in _NEWER_ROPE:
         if fields["rope"][name] == plain[name]:
             del fields["rope"][name]
     return json.dumps(fields, sort_keys=True)

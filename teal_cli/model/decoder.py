@@ -103,7 +103,7 @@ class Decoder:
                 "the tokenizer is another model's"
             )
         hidden = F.embedding(tokens.to(self.device), self.weights.embed_tokens)
-        return _scaled(hidden.to(self.compute_dtype), self.config.embedding_multiplier)
+        return scaled(hidden.to(self.compute_dtype), self.config.embedding_multiplier)
 
     def forward(
         self,
@@ -167,7 +167,7 @@ class Decoder:
         for start in range(0, self.config.vocab_size, _VOCAB_CHUNK):
             rows = self._head_rows(start, start + _VOCAB_CHUNK, hidden.dtype)
             out[:, start : start + _VOCAB_CHUNK] = F.linear(hidden, rows)
-        return _scaled(out, 1 / self.config.logits_scaling)
+        return scaled(out, 1 / self.config.logits_scaling)
 
     def _head_rows(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         head = self.weights.lm_head
@@ -192,6 +192,8 @@ class Decoder:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
         if index not in config.layers_without_rope:
             q, k = self.rotary.rotate(q, run.position), self.rotary.rotate(k, run.position)
+        if (growth := self.rotary.query_growth(run.position, q.shape[0])) is not None:
+            q = q * growth[:, None, None].to(q.dtype)
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         if run.cache is not None:
             k, v = run.cache.write(index, run.position, k, v)
@@ -204,14 +206,14 @@ class Decoder:
             position=run.position if isinstance(run.position, Tensor) else None,
         )
         added = self._project("o", index, out.flatten(1), layer.o_bias, run)
-        return _scaled(added, config.residual_multiplier)
+        return scaled(added, config.residual_multiplier)
 
     def mlp(self, index: int, hidden: Tensor, run: Pass) -> Tensor:
         """What a layer's MLP adds to hidden [T, hidden_size]."""
         x = self._norm(hidden, self.weights.layers[index].post_attention_layernorm)
         gate, up = self._project("gate_up", index, x, None, run).chunk(2, dim=-1)
         added = self._project("down", index, self._activate(gate) * up, None, run)
-        return _scaled(added, self.config.residual_multiplier)
+        return scaled(added, self.config.residual_multiplier)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last axis, its mean taken in float32."""
@@ -261,7 +263,8 @@ def threshold(x: Tensor, level: float | Tensor, dense_rows: int = 0) -> Tensor:
     return torch.where(drop, 0, x)
 
 
-def _scaled(x: Tensor, factor: float) -> Tensor:
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x times the factor; x itself where that is 1."""
     return x if factor == 1 else x * factor
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from teal_cli.errors import TealError, UnsupportedError
 from teal_cli.model.config import ModelConfig
-from teal_cli.model.gguf_config import hf_config
+from teal_cli.model.gguf_config import hf_config, rope_tensors
 from teal_cli.model.gguf_header import DAMAGED
 from teal_cli.model.gguf_tensors import GgufTensors
 from teal_cli.model.gguf_tokenizer import write_tokenizer
@@ -25,6 +25,7 @@ _TOP = {
 }
 _LAYER = {
     "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -34,8 +35,11 @@ _LAYER = {
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
+    "ffn_gate_up": "mlp.gate_up_proj",  # ffn_up in the file of a family that has them fused
     "ffn_down": "mlp.down_proj",
 }
+# Architectures of which llama.cpp rotates neighbouring channels.
+_INTERLEAVED = ("llama", "mistral", "mistral3", "granite", "smollm3")
 
 
 class GgufFile:
@@ -61,10 +65,12 @@ class GgufFile:
             raise TealError(
                 f"{path}: the metadata hold something else than they should: {error}", hint=DAMAGED
             ) from None
+        self._architecture = metadata["general.architecture"]
+        in_config = rope_tensors(self._architecture)
         self._names = {
-            _hf_name(name): name
+            _hf_name(name, fused=self._architecture == "phi3"): name
             for name in tensors
-            if name != "rope_freqs.weight"  # already in the config, as rope's divisors
+            if name not in in_config
         }
         self._check_names()
 
@@ -99,26 +105,26 @@ class GgufFile:
         extra = self._names.keys() - hf_shapes(ModelConfig.from_dict(self.config)).keys()
         if extra:
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            architecture = self._stored.metadata["general.architecture"]
             raise UnsupportedError(
-                f"{self.path} holds what a {architecture} model does not have: "
+                f"{self.path} holds what a {self._architecture} model does not have: "
                 f"{self._names[min(extra)]}{more}"
             )
 
     def _in_hf_order(self, name: str, tensor: Tensor) -> Tensor:
-        """GGUF interleaves the two halves of each rotary pair in llama's q and k; undo that."""
-        interleaved = self._stored.metadata["general.architecture"] in ("llama", "mistral")
+        """GGUF interleaves the two halves of each rotary pair in some q and k; undo that."""
         kind = name.split(".")[-2]
-        if not interleaved or kind not in ("q_proj", "k_proj"):
+        if self._architecture not in _INTERLEAVED or kind not in ("q_proj", "k_proj"):
             return tensor
         heads = self.config["num_attention_heads" if kind == "q_proj" else "num_key_value_heads"]
         return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, *, fused: bool) -> str:
     if name in _TOP:
         return _TOP[name]
     words = name.split(".")
+    if fused and words[2:3] == ["ffn_up"]:
+        words[2] = "ffn_gate_up"
     if len(words) == 4 and words[0] == "blk" and words[2] in _LAYER:
         return f"model.layers.{words[1]}.{_LAYER[words[2]]}.{words[3]}"
     return name

@@ -16,6 +16,7 @@ from torch import Tensor
 from teal_cli.errors import TealError, UnsupportedError
 from teal_cli.model import prequantized
 from teal_cli.model.config import DAMAGED, read_object
+from teal_cli.model.families import language_model
 from teal_cli.model.tensor_files import TensorFiles, check_is_model
 from teal_cli.progress import Reporter
 from teal_cli.store.local import has_file
@@ -68,7 +69,7 @@ class HfFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         check_is_model(folder)
-        self._raw = read_object(folder / "config.json")
+        self._raw = language_model(read_object(folder / "config.json"))
         self._format = prequantized.format_of(self._raw, folder)
         self._files = TensorFiles(folder, self._raw)
         self._modules: dict[str, str] = {}

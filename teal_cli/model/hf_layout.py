@@ -31,23 +31,30 @@ _LAYER = {
     "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "down": ("mlp.down_proj.weight",),
 }
+# In the place of theirs where a family has fused them.
+_FUSED = {"qkv": ("self_attn.qkv_proj.weight",), "gate_up": ("mlp.gate_up_proj.weight",)}
 _TRANSPOSED = ("qkv", "o", "gate_up", "down")
 
 
-def parts(name: str) -> tuple[str, ...]:
-    """Hugging Face's names of the tensors that make up ours of this name."""
+def parts(name: str, *, fused: bool) -> tuple[str, ...]:
+    """Hugging Face's names of the tensors that make up ours of this name.
+
+    Those that read the same input lie side by side there too, where they are `fused`.
+    """
     if name in _TOP:
         return _TOP[name]
     _, index, kind = name.split(".")
-    return tuple(f"model.layers.{index}.{part}" for part in _LAYER[kind])
+    found = _FUSED[kind] if fused and kind in _FUSED else _LAYER[kind]
+    return tuple(f"model.layers.{index}.{part}" for part in found)
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that a Hugging Face checkpoint of this model must hold."""
-    outputs = {f"{name}_proj": shape for name, shape in config.projection_shapes.items()}
+    projections = config.projection_shapes | config.matrix_shapes
+    outputs = {f"{name}_proj": shape for name, shape in projections.items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in tensor_shapes(config).items():
-        for part in parts(name):
+        for part in parts(name, fused=config.fused):
             words = part.split(".")
             if words[-2] not in outputs:
                 shapes[part] = shape

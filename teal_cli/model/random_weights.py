@@ -95,6 +95,17 @@ _LLAMA_3_2 = {
 }
 _QWEN = {"rope_theta": 1000000.0, "rms_norm_eps": 1e-6}
 _QWEN_TIED = {**_QWEN, "tie_word_embeddings": True}
+_SMALL_3 = {"head_dim": 128, "rope_theta": 1e9, "sliding_window": None}
+# Of its longrope, the part up to the original context.
+_PHI_4_MINI = {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}
+_GRANITE = {
+    "rope_theta": 10000000.0,
+    "tie_word_embeddings": True,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+}
+_GRANITE_2B = {**_GRANITE, "attention_multiplier": 0.015625, "logits_scaling": 8.0}
+_GRANITE_8B = {**_GRANITE, "attention_multiplier": 0.0078125, "logits_scaling": 16.0}
 _SMOLLM2 = {"rope_theta": 100000.0, "tie_word_embeddings": True}
 
 # Columns: family, hidden, intermediate, layers, heads, key-value heads, vocabulary, positions.
@@ -112,6 +123,13 @@ SHAPES: dict[str, ModelConfig] = {
         "llama", 3072, 8192, 28, 24, 8, 128256, 131072, head_dim=128, **_LLAMA_3_2
     ),
     "mistral-7b": _shape("mistral", 4096, 14336, 32, 32, 8, 32000, 32768, sliding_window=4096),
+    "mistral-small-24b": _shape("mistral", 5120, 32768, 40, 32, 8, 131072, 131072, **_SMALL_3),
+    "ministral-3-8b": _shape("ministral3", 4096, 14336, 34, 32, 8, 131072, 262144),
+    "phi-3-mini": _shape("phi3", 3072, 8192, 32, 32, 32, 32064, 4096, sliding_window=2047),
+    "phi-4-mini": _shape("phi3", 3072, 8192, 32, 24, 8, 200064, 4096, **_PHI_4_MINI),
+    "granite-3.3-2b": _shape("granite", 2048, 8192, 40, 32, 8, 49159, 131072, **_GRANITE_2B),
+    "granite-3.3-8b": _shape("granite", 4096, 12800, 40, 32, 8, 49159, 131072, **_GRANITE_8B),
+    "smollm3-3b": _shape("smollm3", 2048, 11008, 36, 16, 4, 128256, 65536, rope_theta=5e6),
     "tinyllama-1.1b": _shape("llama", 2048, 5632, 22, 32, 4, 32000, 2048),
     "qwen2.5-0.5b": _shape("qwen2", 896, 4864, 24, 14, 2, 151936, 32768, **_QWEN_TIED),
     "qwen2.5-7b": _shape("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768, **_QWEN),

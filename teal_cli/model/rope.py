@@ -20,6 +20,8 @@ class RotaryEmbedding:
     def __init__(self, config: RopeConfig, rotary_dim: int, device: torch.device) -> None:
         self.inv_freq = inverse_frequencies(config, rotary_dim).to(device)
         self.scaling = attention_scaling(config)
+        self._beta = config.llama_4_scaling_beta
+        self._original = config.original_max_position_embeddings
         self._cos = self._sin = torch.empty(0, rotary_dim // 2, device=device)
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
@@ -31,6 +33,16 @@ class RotaryEmbedding:
             self._cos = angles.cos() * self.scaling
             self._sin = angles.sin() * self.scaling
         return self._cos[:length], self._sin[:length]
+
+    def query_growth(self, position: int | Tensor, rows: int) -> Tensor | None:
+        """Factors [rows] float32 on the queries from `position` on; None where all are 1.
+
+        Llama 4's temperature of long texts, as Ministral 3 has it.
+        """
+        if self._beta is None or self._original is None:
+            return None
+        positions = torch.arange(rows, device=self.inv_freq.device) + position
+        return 1 + self._beta * (1 + (positions / self._original).floor()).log()
 
     def rotate(self, x: Tensor, position: int | Tensor) -> Tensor:
         """Rotate x [T, heads, head_dim], whose first row stands at `position`.

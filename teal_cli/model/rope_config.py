@@ -10,9 +10,8 @@ from typing import Any
 from teal_cli.errors import TealError, UnsupportedError
 
 LARGEST = 2**31 - 1  # far beyond any model, and small enough to count with
-_TYPES = ("default", "linear", "llama3", "yarn")
-# Whose frequencies change with the length of the text.
-_VARYING = ("dynamic", "longrope", "su")
+_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+_VARYING = ("dynamic", "su")
 # What transformers reads of each.
 _FIELDS = {
     "linear": ("factor",),
@@ -20,6 +19,8 @@ _FIELDS = {
     "yarn": ("factor", "attention_factor", "truncate"),
     "longrope": ("factor", "attention_factor"),
 }
+# Who obeys what transformers reads for no other family of ours.
+_PARTIAL, _GROWING = ("phi3",), ("ministral3",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,9 @@ class RopeConfig:
     truncate: bool = True  # yarn: whole channels begin and end the blend
     divisors: tuple[float, ...] | None = None  # longrope: of each frequency
     partial_rotary_factor: float = 1.0  # share of a head's channels that is rotated
+    most_positions: int | None = None  # longrope: beyond them other divisors would hold
+    # Queries grow by 1 + this * log(1 + floor(position / original_max_position_embeddings)).
+    llama_4_scaling_beta: float | None = None
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
@@ -61,6 +65,8 @@ class RopeConfig:
         Some authors state the stretched length there, some the original one.
         """
         original = self.original_max_position_embeddings or stated
+        if self.most_positions is not None:
+            return min(stated, self.most_positions)
         # Llama 3.2's factor of 32 on 8192 is more than the 131072 that it was trained for.
         if self.type == "llama3" and stated > original:
             return stated
@@ -88,21 +94,29 @@ def rope_config(raw: Mapping[str, Any]) -> RopeConfig:
         raise UnsupportedError(
             f"rope of its own for each kind of layer ({', '.join(nested)}) is not supported"
         )
+    family = raw.get("model_type")
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    # Equal for short and long texts it is a divisor a frequency: GGUF stores Llama 3.1 so.
-    steady = parameters.get("short_factor") == parameters.get("long_factor", ())
-    if rope_type not in _TYPES and not (rope_type == "longrope" and steady):
+    if family == "phi3" and rope_type in ("su", "yarn"):  # its names of earlier days
+        rope_type = "longrope"
+    if rope_type not in _TYPES:
         why = ", whose frequencies change with the text's length," if rope_type in _VARYING else ""
         raise UnsupportedError(
             f"rope scaling {rope_type!r}{why} is not supported; teal knows {', '.join(_TYPES)}"
         )
     rotated = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    if rotated != 1:
-        raise UnsupportedError(f"rope with partial_rotary_factor={rotated} is not supported")
+    if rotated != 1 and family not in _PARTIAL:
+        raise UnsupportedError(
+            f"rope with partial_rotary_factor={rotated} is not supported in a {family}"
+        )
     theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    if rope_type == "default":
-        return RopeConfig(theta=theta)
+    common: dict[str, Any] = {"theta": theta, "partial_rotary_factor": rotated}
     stated = raw["max_position_embeddings"]
+    if family in _GROWING and (beta := parameters.get("llama_4_scaling_beta")):
+        common["llama_4_scaling_beta"] = beta
+    if rope_type == "default":
+        original = parameters.get("original_max_position_embeddings", stated)
+        growing = "llama_4_scaling_beta" in common
+        return RopeConfig(**common, original_max_position_embeddings=original if growing else None)
     scaling = {name: parameters[name] for name in _FIELDS[rope_type] if name in parameters}
     original = parameters.get("original_max_position_embeddings")
     if rope_type != "linear":
@@ -117,7 +131,7 @@ def rope_config(raw: Mapping[str, Any]) -> RopeConfig:
         scaling |= _longrope(parameters, scaling)
     if "factor" not in scaling:
         raise KeyError("rope_parameters.factor")
-    return RopeConfig(theta=theta, type=rope_type, **scaling)
+    return RopeConfig(type=rope_type, **common, **scaling)
 
 
 def _yarn(parameters: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,10 +145,14 @@ def _yarn(parameters: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str
 
 
 def _longrope(parameters: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
-    factor = scaling.get("factor", 1.0)
-    found = {"factor": factor, "divisors": tuple(parameters["short_factor"])}
+    factor, original = scaling.get("factor", 1.0), scaling["original_max_position_embeddings"]
+    divisors = tuple(parameters["short_factor"])
+    found = {"factor": factor, "divisors": divisors}
+    # Beyond the original context every position of a text turns by other divisors, those that are
+    # cached too. Equal ones are of any text: GGUF stores Llama 3.1's rope so.
+    if divisors != tuple(parameters["long_factor"]):
+        found["most_positions"] = original
     if "attention_factor" not in scaling and factor > 1:
-        original = scaling["original_max_position_embeddings"]
         found["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(original))
     return found
 

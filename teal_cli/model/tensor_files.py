@@ -20,6 +20,8 @@ from teal_cli.store.local import has_file
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What torch.compile, DDP and FSDP put into the names of the module that they wrap.
 _WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+# Where a model of several parts has its language model, as transformers 4 and 5 wrote it.
+_LANGUAGE_MODEL = re.compile(r"^(?:model\.)?language_model\.")
 _HEADLESS = ("embed_tokens.", "layers.", "norm.")
 _ROWS = 4096  # compared at a time
 
@@ -76,7 +78,7 @@ class TensorFiles:
 
 def _name(stored: str) -> str:
     """transformers' name: it adds or takes away one `model.`, and we what a wrapper added."""
-    name = _WRAPPERS.sub("", stored)
+    name = _LANGUAGE_MODEL.sub("", _WRAPPERS.sub("", stored))
     if name.startswith(("model.model.", "model.lm_head.")):
         return name.removeprefix("model.")
     return f"model.{name}" if name.startswith(_HEADLESS) else name

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from differential.vocabularies import byte_level, gguf_tokenizer, write_tokenizer
 from model.families import hf_model
+from model.sources import ARCHITECTURES
 from model.sources import write_gguf as write_gguf_file
 
 # One of each family whose decoder or reading differs; FAMILIES in tests/model has the variants.
-EVERY = ("llama", "llama3-rope", "mistral", "qwen2", "qwen3")
-IN_GGUF = ("llama", "mistral", "qwen2", "qwen3")
+_NEWER = ("phi3-partial", "granite", "smollm3", "ministral3")
+EVERY = ("llama", "llama3-rope", "mistral", "qwen2", "qwen3", *_NEWER)
+# A SmolLM3 has rope of its own there.
+IN_GGUF = tuple(name for name in EVERY if name not in ("llama3-rope", "smollm3"))
 LLAMA = ("llama",)
 
 
@@ -146,7 +149,7 @@ def as_gguf(
         raw = json.loads((made.folder / "tokenizer.json").read_text())
         config = json.loads((made.folder / "tokenizer_config.json").read_text())
         kind = made.model.config.model_type
-        architecture = "llama" if kind == "mistral" else kind
+        architecture = ARCHITECTURES.get(kind, kind)
         keys = {"tokenizer.ggml.add_bos_token": raw["post_processor"] is not None}
         if template and "chat_template" in config:
             keys["tokenizer.chat_template"] = config["chat_template"]

@@ -24,6 +24,10 @@ VARIANTS = [
     pytest.param({"bias": True}, id="biases"),
     pytest.param({"qk_norm": True, "head_dim": 16}, id="qk-norm"),
     pytest.param({"windows": (3, None, 1)}, id="windows"),
+    pytest.param({"rotary": (6, 6)}, id="partial-rope"),
+    pytest.param({"rotary": (0, 10), "qk_norm": True}, id="a-layer-without-rope"),
+    pytest.param({"multipliers": (6.0, 0.22, 0.25), "bias": True}, id="multipliers"),
+    pytest.param({"growth": 0.3}, id="growing-queries"),
     pytest.param({"hidden": 64, "inner": 128, "head_dim": 32, "vocab": 96}, id="whole-vectors"),
     pytest.param({"hidden": 20, "inner": 7, "vocab": 3}, id="narrower-than-a-vector"),
 ]
@@ -86,7 +90,10 @@ EXACT = [
 @pytest.mark.parametrize("thresholds", THRESHOLDS)
 @pytest.mark.parametrize(("groups", "lm_head"), EXACT)
 def test_quantized(groups: dict[str, int], lm_head: bool, thresholds: list[float] | None) -> None:
-    small = Small(dtype=torch.float16, hidden=48, inner=72, head_dim=12, bias=True)
+    small = Small(
+        dtype=torch.float16, hidden=48, inner=72, head_dim=12, bias=True,
+        rotary=(6, 0), multipliers=(3.0, 0.4, 0.3),
+    )  # fmt: skip
     small.quantize(groups, lm_head=lm_head)
     check(small, thresholds, 2)
 

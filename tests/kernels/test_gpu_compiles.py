@@ -27,6 +27,8 @@ _CONFIG = {
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-6,
 }
+# Pairs in runs of 16 channels.
+_PARTIAL = {**_CONFIG, "model_type": "phi3", "head_dim": 128, "partial_rotary_factor": 0.75}
 _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -76,19 +78,24 @@ class _Compiler:
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "kind"),
+    ("capability", "dtype", "kind", "config"),
     [
-        (75, torch.float16, None),
-        (80, torch.bfloat16, None),
-        (90, torch.float16, None),
-        (80, torch.bfloat16, Quantization(128, head=True)),
-        (90, torch.float16, Quantization(0, head=True)),
-        (90, torch.float16, Quantization(64)),
+        (75, torch.float16, None, _CONFIG),
+        (80, torch.bfloat16, None, _CONFIG),
+        (90, torch.float16, None, _CONFIG),
+        (80, torch.bfloat16, Quantization(128, head=True), _CONFIG),
+        (90, torch.float16, Quantization(0, head=True), _CONFIG),
+        (90, torch.float16, Quantization(64), _CONFIG),
+        (80, torch.float16, None, _PARTIAL),
     ],
-    ids=["sm75", "sm80", "sm90", "sm80-int4-128", "sm90-int8", "sm90-int4"],
+    ids=["sm75", "sm80", "sm90", "sm80-int4-128", "sm90-int8", "sm90-int4", "sm80-partial-rope"],
 )
 def test_all_kernels_compile(
-    capability: int, dtype: torch.dtype, kind: Quantization | None, monkeypatch: pytest.MonkeyPatch
+    capability: int,
+    dtype: torch.dtype,
+    kind: Quantization | None,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from teal_kernels.gpu import DecodeStep, chain, launch
     from teal_kernels.gpu.sample import Choice
@@ -97,8 +104,8 @@ def test_all_kernels_compile(
     compiler = _Compiler(capability)
     monkeypatch.setattr(chain, "launch", compiler)
     monkeypatch.setattr(launch.DeviceClass, "of", lambda _: device)
-    config = ModelConfig.from_dict(_CONFIG)
-    decoder = random_decoder(config, device="cpu", dtype=dtype, seed=0, kind=kind)
+    made = ModelConfig.from_dict(config)
+    decoder = random_decoder(made, device="cpu", dtype=dtype, seed=0, kind=kind)
     tensors = step_tensors(decoder, decoder.new_cache(256))
     step = DecodeStep(tensors, dependent_launch=capability >= 90, deterministic=capability == 80)
     regimes: tuple[float, ...] = (launch.SPARSE,)

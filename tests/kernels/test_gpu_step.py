@@ -46,6 +46,26 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "attention_bias": True, "head_dim": 32},
     "mistral": {"model_type": "mistral", "sliding_window": 7, "head_dim": 16},
+    "phi3": {"model_type": "phi3", "head_dim": 20, "partial_rotary_factor": 0.6},
+    "granite": {
+        "model_type": "granite",
+        "attention_bias": True,
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 4.0,
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "ministral3": {
+        "model_type": "ministral3",
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 16.0,
+            "original_max_position_embeddings": 4,
+            "llama_4_scaling_beta": 0.4,
+        },
+    },
 }
 
 
@@ -75,7 +95,7 @@ def _close(y: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("family", "thresholds"),
-    [("llama", None), *((name, "spread") for name in ("llama", "qwen2-odd", "qwen3", "mistral"))],
+    [("llama", None), *((name, "spread") for name in _FAMILIES if name != "qwen2")],
 )
 def test_step_equals_the_decoder(family: str, thresholds: str | None, device: str) -> None:
     decoder = _decoder(family, device)
@@ -187,7 +207,7 @@ def test_quantized_step_equals_the_decoder(
     config = ModelConfig.from_dict(
         {
             **_BASE,
-            **_FAMILIES["qwen2"],
+            **_FAMILIES["granite"],
             "intermediate_size": 104,
             "num_hidden_layers": 1,
             # With heads of 24, matrices begin within four words of a row.

@@ -49,6 +49,27 @@ _LONGROPE = {
     "attention_factor": 1.25,
     "original_max_position_embeddings": 64,
 }
+_SHORT_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.0, 1.1, 1.3, 2.0, 2.5],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 8.0, 20.0],
+}
+_GROWING_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.4,
+}
+_MULTIPLIERS = {
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 2.0,
+}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
@@ -71,6 +92,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"model_type": "qwen3", "head_dim": 24},
     "qwen3-bias": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
+    "phi3": {"model_type": "phi3", "pad_token_id": 0},
+    "phi3-window": {"model_type": "phi3", "pad_token_id": 0, "sliding_window": 16},
+    "phi3-partial": {"model_type": "phi3", "pad_token_id": 0, "partial_rotary_factor": 0.5},
+    "phi3-longrope": {
+        "model_type": "phi3",
+        "pad_token_id": 0,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 128,
+        "rope_parameters": _SHORT_LONGROPE,
+        "tie_word_embeddings": True,
+    },
+    "granite": {"model_type": "granite", **_MULTIPLIERS},
+    "granite-bias": {"model_type": "granite", **_MULTIPLIERS, "attention_bias": True},
+    "smollm3": {"model_type": "smollm3", "pad_token_id": 0, "no_rope_layers": [1, 0, 1]},
+    "smollm3-window": {
+        "model_type": "smollm3",
+        "pad_token_id": 0,
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "tie_word_embeddings": False,
+    },
+    "ministral3": {"model_type": "ministral3", "head_dim": 16, "rope_parameters": _GROWING_YARN},
 }
 
 
@@ -100,7 +144,10 @@ def our_decoder(model: Any, dtype: torch.dtype = torch.float32) -> Decoder:
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     config = our_config(model)
     shapes = tensor_shapes(config)
-    weights = build_weights(
-        config, lambda name: assemble(name, shapes[name], (state[part] for part in parts(name)))
-    )
+
+    def tensor(name: str) -> torch.Tensor:
+        stored = (state[part] for part in parts(name, fused=config.fused))
+        return assemble(name, shapes[name], stored)
+
+    weights = build_weights(config, tensor)
     return Decoder(config, weights)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from teal_cli.model.checkpoint import Checkpoint
@@ -31,7 +33,12 @@ _GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
 }
+# What llama.cpp's converter calls a family, and where it interleaves the rows of q and k.
+ARCHITECTURES = {"mistral": "llama", "ministral3": "mistral3"}
+_INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")
 
 
 def source_of(path: Path, name: str = "test-model") -> Source:
@@ -88,7 +95,7 @@ def write_gguf(
     """Write a transformers model as llama.cpp's converter would.
 
     Matrices take `quantization`; norms and biases stay float32. Llama's q and k rows are
-    interleaved, as llama.cpp's convert_hf_to_gguf.py does; a Mistral is a llama there. Tensors
+    interleaved, as llama.cpp's converter does; a Mistral is a llama there. Tensors
     whose names hold `drop` are left out, and `tensors` added: arrays, or bytes and their format.
     A value of `metadata` that is None takes the key out.
     `writing` are options of GGUFWriter: with split_max_tensors the file comes in parts, and the
@@ -97,7 +104,7 @@ def write_gguf(
     import gguf
 
     config = model.config
-    architecture = "llama" if config.model_type == "mistral" else config.model_type
+    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture, **writing)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -110,6 +117,13 @@ def write_gguf(
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_rope_dimension_count(config.head_dim)
+    own = _OF_FAMILIES.get(config.model_type, lambda config: {})(config)
+    for key, value in own.items():
+        writer.add_key_value(f"{architecture}.{key}", value, _value_type(value))
+    for kind in ("short", "long"):
+        if divisors := config.rope_parameters.get(f"{kind}_factor"):
+            values = np.array(divisors, np.float32)
+            tensors = {**(tensors or {}), f"rope_factors_{kind}.weight": values}
     _add_tokenizer(writer, tokenizer or {}, config.vocab_size)
     for key, value in (metadata or {}).items():
         if value is None:
@@ -125,9 +139,9 @@ def write_gguf(
             continue
         if drop is not None and drop in name:
             continue
-        if architecture == "llama" and ".q_proj." in name:
+        if architecture in _INTERLEAVED and ".q_proj." in name:
             tensor = _interleaved(tensor, config.num_attention_heads)
-        if architecture == "llama" and ".k_proj." in name:
+        if architecture in _INTERLEAVED and ".k_proj." in name:
             tensor = _interleaved(tensor, config.num_key_value_heads)
         values = tensor.float().contiguous().numpy()
         if values.ndim == 2 and quantization != "F32":
@@ -142,6 +156,44 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path if path.is_file() else next(iter(sorted(path.parent.glob(f"{path.stem}-00001-*"))))
+
+
+def _granite_keys(config: Any) -> dict[str, Any]:
+    return {
+        "attention.scale": config.attention_multiplier,
+        "embedding_scale": config.embedding_multiplier,
+        "residual_scale": config.residual_multiplier,
+        "logit_scale": config.logits_scaling,
+    }
+
+
+def _phi3_keys(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    head_dim = config.hidden_size // config.num_attention_heads
+    original = config.original_max_position_embeddings
+    keys = {
+        "rope.dimension_count": int(rope.get("partial_rotary_factor", 1.0) * head_dim),
+        "rope.scaling.original_context_length": original,
+        "attention.sliding_window": config.sliding_window or 0,
+    }
+    scale = config.max_position_embeddings / original
+    if "long_factor" in rope:
+        keys["rope.scaling.attn_factor"] = (1 + math.log(scale) / math.log(original)) ** 0.5
+    return keys
+
+
+def _ministral3_keys(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": rope["factor"],
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        "rope.scaling.yarn_log_multiplier": rope["mscale_all_dim"],
+        "attention.temperature_scale": rope["llama_4_scaling_beta"],
+    }
+
+
+_OF_FAMILIES = {"granite": _granite_keys, "phi3": _phi3_keys, "ministral3": _ministral3_keys}
 
 
 def _interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:

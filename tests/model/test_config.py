@@ -24,6 +24,9 @@ MINIMAL = {
 }
 
 
+TYPES = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "granite", "smollm3")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensor_shapes_equal_those_of_transformers(family: str) -> None:
     from teal_cli.model.hf_layout import hf_shapes
@@ -35,15 +38,18 @@ def test_tensor_shapes_equal_those_of_transformers(family: str) -> None:
     assert hf_shapes(our_config(model)) == expected
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if "rope" in name] + ["qwen3"])
+@pytest.mark.parametrize(
+    "family",
+    [name for name in FAMILIES if "rope" in name] + ["qwen3", "phi3-longrope", "ministral3"],
+)
 def test_rotary_frequencies_equal_those_of_transformers(family: str) -> None:
     model, config = hf_model(family), our_config(hf_model(family))
     rotary = model.model.rotary_emb
-    torch.testing.assert_close(inverse_frequencies(config.rope, config.head_dim), rotary.inv_freq)
+    torch.testing.assert_close(inverse_frequencies(config.rope, config.rotary_dim), rotary.inv_freq)
     assert attention_scaling(config.rope) == pytest.approx(rotary.attention_scaling)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", TYPES)
 def test_defaults_equal_those_of_transformers(model_type: str) -> None:
     from transformers import AutoConfig
 
@@ -56,6 +62,9 @@ def test_defaults_equal_those_of_transformers(model_type: str) -> None:
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     window = getattr(theirs, "sliding_window", None)
     assert ours.sliding_windows == (window,) * 32
+    assert ours.attention_scale == getattr(theirs, "attention_multiplier", ours.head_dim**-0.5)
+    rotated = getattr(theirs, "no_rope_layers", [1] * 32)
+    assert [size > 0 for size in ours.rotary_dims] == list(map(bool, rotated))
     assert ours == ModelConfig.from_dict(theirs.to_dict())
 
 
@@ -105,8 +114,20 @@ def test_sliding_windows() -> None:
         ({"hidden_act": "gelu"}, UnsupportedError, "gelu"),
         ({"mlp_bias": True}, UnsupportedError, "mlp_bias"),
         ({"model_type": "mixtral", "num_local_experts": 8}, UnsupportedError, "mixture of experts"),
+        ({"model_type": "granitemoe", "num_local_experts": 8}, UnsupportedError, "of experts"),
+        ({"model_type": "phimoe", "num_local_experts": 16}, UnsupportedError, "of experts"),
+        ({"model_type": "phi4mm", "auto_map": {"AutoConfig": "c.C"}}, UnsupportedError, "its own"),
+        ({"model_type": "phi4_multimodal"}, UnsupportedError, "'phi4_multimodal' is not"),
+        ({"model_type": "granite", "logits_scaling": 0}, TealError, "logits_scaling"),
+        ({"model_type": "granite", "residual_multiplier": -1}, TealError, "residual_multiplier"),
+        ({"model_type": "granite", "embedding_multiplier": "x"}, TealError, "config.json"),
+        ({"model_type": "granite", "mlp_bias": True}, UnsupportedError, "mlp_bias"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, TealError, "names 2 layers of 32"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, TealError, "config.json"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.1}, TealError, "0 of 8 channels"),
         ({"model_type": "odd", "auto_map": {"AutoConfig": "c.C"}}, UnsupportedError, "its own"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, UnsupportedError, "longrope"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, UnsupportedError, "dynamic"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, TealError, "short_factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, TealError, "factor"),
         ({"rope_scaling": "linear"}, TealError, "rope"),
         ({"partial_rotary_factor": 0.5}, UnsupportedError, "partial_rotary_factor"),

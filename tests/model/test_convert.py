@@ -31,11 +31,24 @@ from teal_cli.progress import Silent
 def test_fingerprints_outlive_new_fields_of_the_config() -> None:
     """A profile belongs to a fingerprint; one made before a field was added must still fit."""
     plain = ModelConfig.from_dict(hf_model("llama3-rope").config.to_dict())
-    text = convert_module._canonical(plain)
-    assert json.loads(text)["rope"].keys().isdisjoint({"truncate", "divisors"})
-    for family, field in (("yarn-rope", "truncate"), ("divisors-rope", "divisors")):
+    text = json.loads(convert_module._canonical(plain))
+    assert text.keys().isdisjoint({"hidden_act", "residual_multiplier", "layers_without_rope"})
+    assert text["rope"].keys().isdisjoint({"truncate", "divisors", "partial_rotary_factor"})
+    for family, field in (
+        ("yarn-rope", "truncate"),
+        ("divisors-rope", "divisors"),
+        ("phi3-partial", "partial_rotary_factor"),
+        ("phi3-longrope", "most_positions"),
+        ("ministral3", "llama_4_scaling_beta"),
+        ("granite", "embedding_multiplier"),
+        ("granite", "attention_multiplier"),
+        ("granite", "residual_multiplier"),
+        ("granite", "logits_scaling"),
+        ("smollm3", "layers_without_rope"),
+    ):
         other = ModelConfig.from_dict(hf_model(family).config.to_dict())
-        assert field in json.loads(convert_module._canonical(other))["rope"]
+        found = json.loads(convert_module._canonical(other))
+        assert field in found | found["rope"]
 
 
 @pytest.fixture

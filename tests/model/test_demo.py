@@ -72,7 +72,8 @@ def theirs(decoder: Decoder) -> Any:
             pieces = [tensor[:, start:stop].T for start, stop in blocks]
         else:
             pieces = [tensor]
-        state |= {part: piece.float() for part, piece in zip(parts(name), pieces, strict=True)}
+        named = zip(parts(name, fused=False), pieces, strict=True)
+        state |= {part: piece.float() for part, piece in named}
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     state["lm_head.weight"] = state["model.embed_tokens.weight"]

@@ -57,7 +57,8 @@ def model_of(tensors: StepTensors) -> Model:
     head = tensors.lm_head
     quantized = isinstance(head, QuantizedRows)
     rows = head.rows if isinstance(head, QuantizedRows) else head
-    cos, sin = (table.float().contiguous().numpy() for table in (tensors.cos, tensors.sin))
+    tables = (tensors.cos, tensors.sin, tensors.query_scales)
+    cos, sin, query_scales = (table.float().contiguous().numpy() for table in tables)
     table = [[getattr(layer, name) for name in VECTORS] for layer in tensors.layers]
     matrices = {
         name: matrix_of([getattr(layer, name) for layer in tensors.layers], tensors.widths(name))
@@ -73,10 +74,13 @@ def model_of(tensors: StepTensors) -> Model:
         vocab=tensors.vocab_size,
         length=tensors.length,
         eps=np.float32(tensors.rms_norm_eps),
-        scale=np.float32(tensors.attention_scale),
+        embedding_multiplier=np.float32(tensors.embedding_multiplier),
+        residual_multiplier=np.float32(tensors.residual_multiplier),
+        logits_multiplier=np.float32(tensors.logits_multiplier),
         vectors=np.stack([_addresses(row) for row in table]),
         **matrices,
         windows=np.array([window or 0 for window in tensors.sliding_windows], dtype=np.int64),
+        pairs=np.array([size // 2 for size in tensors.rotary_dims], dtype=np.int64),
         embed_tokens=tensors.embed_tokens.data_ptr(),
         norm=tensors.norm.data_ptr(),
         lm_head=rows.data_ptr(),
@@ -86,6 +90,7 @@ def model_of(tensors: StepTensors) -> Model:
         values=tensors.values.data_ptr(),
         cos=cos,
         sin=sin,
+        query_scales=query_scales,
     )
 
 

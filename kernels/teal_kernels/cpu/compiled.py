@@ -103,7 +103,10 @@ def _norm(dtype, weight, x, eps, out):
 
 @compiled
 def _rotate(head, cos, sin):
-    """Rotary embedding of one head [head_dim] in place: halves paired as Hugging Face has them."""
+    """Rotary embedding of a head [head_dim] in place: halves paired as Hugging Face has them.
+
+    cos and sin [pairs]: the channels beyond twice as many stay.
+    """
     half = len(cos)
     for i in range(half):
         a, b = head[i], head[half + i]
@@ -129,7 +132,7 @@ def _attend(model, scratch, keys, values, first, position, out):
     """
     row_bytes = address_of(model.dtype, 0, model.head_dim)
     keys, values = keys + first * row_bytes, values + first * row_bytes
-    count, scores, scale = position + 1 - first, scratch.scores, model.scale
+    count, scores, scale = position + 1 - first, scratch.scores, model.query_scales[position]
     top = np.float32(-np.inf)
     for i in range(count):
         row = keys + i * row_bytes
@@ -148,7 +151,7 @@ def _attend(model, scratch, keys, values, first, position, out):
 
 
 @compiled
-def _write_cache(model, scratch, vectors, qkv, group, at, position):
+def _write_cache(model, scratch, vectors, qkv, group, at, position, cos, sin):
     """Norm and rotate the key of one key-value head; cache it and its value at byte `at`."""
     size = model.head_dim
     start = (model.heads + group) * size
@@ -156,7 +159,7 @@ def _write_cache(model, scratch, vectors, qkv, group, at, position):
     _sum_parts(qkv, start + model.kv_heads * size, scratch.value)
     if vectors[K_NORM] != 0:
         _norm(model.dtype, vectors[K_NORM], scratch.key, model.eps, scratch.key)
-    _rotate(scratch.key, model.cos[position], model.sin[position])
+    _rotate(scratch.key, cos, sin)
     for i in range(size):
         store(model.dtype, model.keys + at, position * size + i, scratch.key[i])
         store(model.dtype, model.values + at, position * size + i, scratch.value[i])
@@ -171,28 +174,30 @@ def _attention(model, scratch, vectors, layer, position, qkv, low, high):
     size, window = model.head_dim, model.windows[layer]
     first = 0 if window == 0 else max(0, position + 1 - window)
     head_bytes = address_of(model.dtype, 0, model.length * size)
+    pairs = model.pairs[layer]
+    cos, sin = model.cos[position, :pairs], model.sin[position, :pairs]
     written = -1
     for head in range(low, high):
         group = head // (model.heads // model.kv_heads)
         at = (layer * model.kv_heads + group) * head_bytes
         if group != written:
-            _write_cache(model, scratch, vectors, qkv, group, at, position)
+            _write_cache(model, scratch, vectors, qkv, group, at, position, cos, sin)
             written = group
         _sum_parts(qkv, head * size, scratch.query)
         if vectors[Q_NORM] != 0:
             _norm(model.dtype, vectors[Q_NORM], scratch.query, model.eps, scratch.query)
-        _rotate(scratch.query, model.cos[position], model.sin[position])
+        _rotate(scratch.query, cos, sin)
         out = scratch.inputs[head * size : (head + 1) * size]
         _attend(model, scratch, model.keys + at, model.values + at, first, position, out)
 
 
 @compiled
-def _add_parts(team, shared, scratch):
+def _add_parts(team, model, shared, scratch):
     """hidden += the sum of all threads' parts of o or down, once they are there."""
     _wait(team)
     for thread in range(team.threads):
         for i in range(len(scratch.hidden)):
-            scratch.hidden[i] += shared.narrow[thread, i]
+            scratch.hidden[i] += model.residual_multiplier * shared.narrow[thread, i]
 
 
 @compiled
@@ -214,7 +219,7 @@ def _attention_block(team, model, shared, scratch, layer, position, thresholds, 
     project_rows(model.o, layer, scratch.inputs, low * model.head_dim, high * model.head_dim,
                  thresholds[3:4], shared.narrow[me], scratch, kept[3:4], alone)  # fmt: skip
     add_bias(dtype, vectors[O_BIAS] if me == 0 else 0, shared.narrow[me])
-    _add_parts(team, shared, scratch)
+    _add_parts(team, model, shared, scratch)
 
 
 @compiled
@@ -244,7 +249,7 @@ def _mlp_block(team, model, shared, scratch, layer, thresholds, kept):
     _activate(gate_up, low, high, inner)
     project_rows(model.down, layer, inner, low, high, thresholds[6:7], shared.narrow[me], scratch,
                  kept[6:7], alone)  # fmt: skip
-    _add_parts(team, shared, scratch)
+    _add_parts(team, model, shared, scratch)
 
 
 @compiled
@@ -256,7 +261,8 @@ def _logits(team, model, normed, logits):
         row = model.lm_head + i * row_bytes
         for line in range(2 * row_bytes, 3 * row_bytes, 64):  # two rows ahead is 5 % faster
             prefetch(row + line)
-        logits[i] = dot(model.lm_head_dtype, row, normed.ctypes.data, model.hidden)
+        logit = dot(model.lm_head_dtype, row, normed.ctypes.data, model.hidden)
+        logits[i] = logit * model.logits_multiplier
     if model.lm_head_scales != 0:
         for i in range(start, stop):
             logits[i] *= load(np.float32, model.lm_head_scales, i)
@@ -280,7 +286,7 @@ def decode(team, model, shared, scratch, token, position, thresholds, kept):
     thresholds, kept = borrow(thresholds), borrow(kept)
     row = model.embed_tokens + address_of(model.dtype, 0, token * model.hidden)
     for i in range(model.hidden):
-        scratch.hidden[i] = load(model.dtype, row, i)
+        scratch.hidden[i] = load(model.dtype, row, i) * model.embedding_multiplier
     for layer in range(len(model.vectors)):
         levels, counts = thresholds[layer], kept[layer]
         _attention_block(team, model, shared, scratch, layer, position, levels, counts)

@@ -49,13 +49,16 @@ class Model(NamedTuple):
     vocab: int
     length: int  # positions in the cache
     eps: Any  # float32
-    scale: Any  # float32, of attention's scores
+    embedding_multiplier: Any  # float32
+    residual_multiplier: Any  # float32
+    logits_multiplier: Any  # float32
     vectors: Any  # int64 [layers, 6], addresses in the order of VECTORS
     qkv: Matrix
     o: Matrix
     gate_up: Matrix
     down: Matrix
     windows: Any  # int64 [layers], sliding windows; 0 is none
+    pairs: Any  # int64 [layers], pairs of a head's channels that rope rotates
     embed_tokens: int  # [vocab, hidden]
     norm: int
     lm_head: int  # [vocab, hidden]
@@ -63,8 +66,9 @@ class Model(NamedTuple):
     lm_head_scales: int  # float32 [vocab] for INT8, else 0
     keys: int  # [layers, kv_heads, length, head_dim]
     values: int
-    cos: Any  # float32 [positions, head_dim / 2]
+    cos: Any  # float32 [positions, pairs]
     sin: Any
+    query_scales: Any  # float32 [positions], of attention's scores
 
 
 class Shared(NamedTuple):

@@ -21,26 +21,49 @@ def _heads(
     mask_d,
     mask,
     eps,
-    HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     BIAS: tl.constexpr,
     QK_NORM: tl.constexpr,
-    offs_d,
+    offs_1,
+    offs_2,
 ):
-    """Both halves [rows, HALF] of the heads that start at `columns` [rows], normed and rotated."""
-    offs = columns[:, None] + offs_d[None, :]
-    first = _read(qkv_ptr + offs, mask)
-    second = _read(qkv_ptr + offs + HALF, mask)
+    """Both channels of all pairs [rows, HEAD_DIM / 2] of the heads that start at `columns` [rows].
+
+    They are normed and rotated.
+    """
+    columns_1 = columns[:, None] + offs_1[None, :]
+    columns_2 = columns[:, None] + offs_2[None, :]
+    first = _read(qkv_ptr + columns_1, mask)
+    second = _read(qkv_ptr + columns_2, mask)
     if BIAS:
-        first += tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        second += tl.load(bias_ptr + offs + HALF, mask=mask, other=0.0).to(tl.float32)
+        first += tl.load(bias_ptr + columns_1, mask=mask, other=0.0).to(tl.float32)
+        second += tl.load(bias_ptr + columns_2, mask=mask, other=0.0).to(tl.float32)
     if QK_NORM:
         square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
-        scale = 1.0 / tl.sqrt(square / (2 * HALF) + eps)
-        gain = tl.load(norm_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        scale = 1.0 / tl.sqrt(square / HEAD_DIM + eps)
+        gain = tl.load(norm_ptr + offs_1, mask=mask_d, other=0.0).to(tl.float32)
         first = first * scale[:, None] * gain[None, :]
-        gain = tl.load(norm_ptr + HALF + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        gain = tl.load(norm_ptr + offs_2, mask=mask_d, other=0.0).to(tl.float32)
         second = second * scale[:, None] * gain[None, :]
     return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _pairs(offs_d, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr):
+    """The two channels of a head that make up each of its pairs.
+
+    The first ROTARY channels are rotated, halves paired; the rest, which stay, are paired so too.
+    """
+    if ROTARY == 0 or ROTARY == HEAD_DIM:
+        return offs_d, HEAD_DIM // 2 + offs_d
+    else:  # noqa: RET505 - what follows a return is compiled otherwise
+        rotated = offs_d < ROTARY // 2
+        first = tl.where(rotated, offs_d, ROTARY // 2 + offs_d)
+        second = tl.where(rotated, ROTARY // 2, HEAD_DIM // 2) + offs_d
+        if ROTARY % 32 == 0 and HEAD_DIM % 32 == 0:
+            first = tl.max_contiguous(tl.multiple_of(first, 16), 16)
+            second = tl.max_contiguous(tl.multiple_of(second, 16), 16)
+        return first, second
 
 
 @triton.jit
@@ -52,19 +75,19 @@ def _cache_tile(
     last,
     mask_d,
     mask_v,
-    offs_d,
+    offs_1,
+    offs_2,
     offs_v,
-    HALF: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Both halves of the keys, and the values, of the positions from `first` to before `last`."""
+    """Both channels of the keys' pairs, and the values, from position `first` to before `last`."""
     offs_t = tile + tl.arange(0, BLOCK_T)
     inside = ((offs_t >= first) & (offs_t < last))[:, None]
     rows = offs_t[:, None].to(tl.int64) * HEAD_DIM
     mask = inside & mask_d[None, :]
-    k1 = tl.load(keys_ptr + rows + offs_d[None, :], mask=mask, other=0.0)
-    k2 = tl.load(keys_ptr + rows + HALF + offs_d[None, :], mask=mask, other=0.0)
+    k1 = tl.load(keys_ptr + rows + offs_1[None, :], mask=mask, other=0.0)
+    k2 = tl.load(keys_ptr + rows + offs_2[None, :], mask=mask, other=0.0)
     mask = inside & mask_v[None, :]
     return k1, k2, tl.load(values_ptr + rows + offs_v[None, :], mask=mask, other=0.0)
 
@@ -83,12 +106,14 @@ def attention_kernel(
     keys_ptr,
     values_ptr,
     position_ptr,
-    scale,
+    scales_ptr,
     eps,
     stride_head,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    STRIDE_COS: tl.constexpr,
     BIAS: tl.constexpr,
     QK_NORM: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -116,6 +141,7 @@ def attention_kernel(
         offs_d = tl.arange(0, BLOCK_HALF)
         offs_v = tl.arange(0, 2 * BLOCK_HALF)
         mask_g = offs_g < GROUP
+        offs_1, offs_2 = _pairs(offs_d, HEAD_DIM, ROTARY)
         mask_d = offs_d < HALF
         mask_v = offs_v < HEAD_DIM
         keys_ptr += kv_head.to(tl.int64) * stride_head
@@ -124,24 +150,26 @@ def attention_kernel(
         end = tl.minimum(chunk_start + CHUNK, position + 1)
         # The cache's first tile, and with it the rotation, is on its way before the wait.
         next_k1, next_k2, next_v = _cache_tile(
-            keys_ptr, values_ptr, begin, first, position, mask_d, mask_v, offs_d, offs_v,
-            HALF, HEAD_DIM, BLOCK_T,
+            keys_ptr, values_ptr, begin, first, position, mask_d, mask_v, offs_1, offs_2, offs_v,
+            HEAD_DIM, BLOCK_T,
         )  # fmt: skip
-        cos = tl.load(cos_ptr + position * HALF + offs_d, mask=mask_d, other=0.0)[None, :]
-        sin = tl.load(sin_ptr + position * HALF + offs_d, mask=mask_d, other=0.0)[None, :]
+        angles, mask_r = position * STRIDE_COS + offs_d, offs_d < ROTARY // 2
+        cos = tl.load(cos_ptr + angles, mask=mask_r, other=1.0)[None, :]
+        sin = tl.load(sin_ptr + angles, mask=mask_r, other=0.0)[None, :]
+        scale = tl.load(scales_ptr + position)
         _wait(PDL)
 
         columns = (kv_head * GROUP + offs_g) * HEAD_DIM
         q1, q2 = _heads(
             qkv_ptr, bias_ptr, q_norm_ptr, cos, sin, columns, mask_d,
-            mask_g[:, None] & mask_d[None, :], eps, HALF, BIAS, QK_NORM, offs_d,
+            mask_g[:, None] & mask_d[None, :], eps, HEAD_DIM, BIAS, QK_NORM, offs_1, offs_2,
         )  # fmt: skip
         q1 = (q1 * scale).to(DOT)
         q2 = (q2 * scale).to(DOT)
         k_columns = (HEADS + kv_head) * HEAD_DIM + tl.zeros((1,), tl.int32)
         k1, k2 = _heads(
             qkv_ptr, bias_ptr, k_norm_ptr, cos, sin, k_columns, mask_d,
-            mask_d[None, :], eps, HALF, BIAS, QK_NORM, offs_d,
+            mask_d[None, :], eps, HEAD_DIM, BIAS, QK_NORM, offs_1, offs_2,
         )  # fmt: skip
         v_columns = (HEADS + KV_HEADS + kv_head) * HEAD_DIM + offs_v
         v = _read(qkv_ptr + v_columns, mask_v)
@@ -154,8 +182,8 @@ def attention_kernel(
         v = v.to(dtype)[None, :]
         if position < chunk_start + CHUNK:
             here = position.to(tl.int64) * HEAD_DIM
-            tl.store(keys_ptr + here + offs_d[None, :], k1, mask=mask_d[None, :])
-            tl.store(keys_ptr + here + HALF + offs_d[None, :], k2, mask=mask_d[None, :])
+            tl.store(keys_ptr + here + offs_1[None, :], k1, mask=mask_d[None, :])
+            tl.store(keys_ptr + here + offs_2[None, :], k2, mask=mask_d[None, :])
             tl.store(values_ptr + here + offs_v[None, :], v, mask=mask_v[None, :])
 
         maximum = tl.full((BLOCK_G,), float("-inf"), tl.float32)
@@ -169,7 +197,7 @@ def attention_kernel(
             if CHUNK > BLOCK_T:
                 next_k1, next_k2, next_v = _cache_tile(
                     keys_ptr, values_ptr, tile + BLOCK_T, first, tl.minimum(position, end),
-                    mask_d, mask_v, offs_d, offs_v, HALF, HEAD_DIM, BLOCK_T,
+                    mask_d, mask_v, offs_1, offs_2, offs_v, HEAD_DIM, BLOCK_T,
                 )  # fmt: skip
             # The token's own key and value come from registers, not from the cache.
             tile_k1 = tl.where(new, k1, tile_k1).to(DOT)

@@ -103,6 +103,7 @@ class Chain:
             scales_ptr=self.scales,
             H=hidden,
             stride=embed.stride(0),
+            MULTIPLIER=self.tensors.embedding_multiplier,
             scales=self.scales.numel(),
             BLOCK=block,
             BLOCK_S=triton.next_power_of_2(self.scales.numel()),
@@ -152,6 +153,7 @@ class Chain:
             H=t.hidden_size // pack,
             V=t.vocab_size,
             stride_wv=rows.stride(0),
+            MULTIPLIER=t.logits_multiplier,
             BLOCK_H=launch.block_k // pack,
             BLOCK_V=launch.block_n,
         )
@@ -176,12 +178,14 @@ class Chain:
             keys_ptr=t.keys[index],
             values_ptr=t.values[index],
             position_ptr=self.position,
-            scale=t.attention_scale,
+            scales_ptr=t.query_scales,
             eps=t.rms_norm_eps,
             stride_head=t.keys.stride(1),
             HEADS=t.num_attention_heads,
             KV_HEADS=t.num_key_value_heads,
             HEAD_DIM=t.head_dim,
+            ROTARY=t.rotary_dims[index],
+            STRIDE_COS=t.cos.stride(0),
             BIAS=layer.qkv_bias is not None,
             QK_NORM=layer.q_norm is not None,
             WINDOW=t.sliding_windows[index] or 0,
@@ -232,6 +236,7 @@ class Chain:
             HEADS=t.num_attention_heads,
             HEAD_DIM=t.head_dim,
             BIAS=layer.o_bias is not None,
+            MULTIPLIER=t.residual_multiplier,
             WINDOW=t.sliding_windows[index] or 0,
             CHUNK=self.chunk,
             SPLITS=triton.next_power_of_2(triton.cdiv(self.reach, self.chunk)),
@@ -247,6 +252,7 @@ class Chain:
             gate_up_ptr=self.gate_up,
             INNER=self.tensors.intermediate_size,
             N=self._columns("down", index)[0],
+            MULTIPLIER=self.tensors.residual_multiplier,
         )
 
     def _project(self, kernel: Any, name: str, index: int, **arguments: Any) -> None:

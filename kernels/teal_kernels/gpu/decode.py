@@ -66,11 +66,12 @@ def embed_kernel(
     H,
     stride,
     scales,
+    MULTIPLIER: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h [H] float32 = the token's row of embed [V, H]; the norms' scales are cleared."""
+    """h [H] float32 = the token's row of embed [V, H], scaled; the norms' scales are cleared."""
     _wait(PDL)
     if tl.program_id(0) == 0:
         offs_s = tl.arange(0, BLOCK_S)
@@ -78,7 +79,7 @@ def embed_kernel(
     token = tl.load(token_ptr).to(tl.int64)
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(embed_ptr + token * stride + offs, mask=offs < H, other=0.0).to(tl.float32)
-    tl.store(h_ptr + offs, _fixed(h_ptr, row), mask=offs < H)
+    tl.store(h_ptr + offs, _fixed(h_ptr, row * MULTIPLIER), mask=offs < H)
 
 
 @triton.jit(do_not_specialize_on_alignment=_ROWS_OF_TABLES)
@@ -129,7 +130,7 @@ def norm_project_kernel(
         _accumulate(
             y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
             Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr + block, first,
-            row, offs_k < H, start, end, WORDS,
+            row, offs_k < H, start, end, WORDS, 1.0,
         )  # fmt: skip
 
 
@@ -145,6 +146,7 @@ def activate_project_kernel(
     kept_ptr,
     INNER,
     N,
+    MULTIPLIER: tl.constexpr,
     STRIDE_K: tl.constexpr,
     GROUP: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -155,7 +157,7 @@ def activate_project_kernel(
     MORE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y += sparse projection of silu(gate) * up; gate_up [2 * INNER] float32."""
+    """y += the multiple of a sparse projection of silu(gate) * up; gate_up [2 * INNER] float32."""
     start = tl.program_id(0) * BLOCK_N
     row = tl.program_id(1) * BLOCK_K
     offs_k = row + tl.arange(0, BLOCK_K)
@@ -167,7 +169,7 @@ def activate_project_kernel(
         _accumulate(
             y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
             Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr, start == 0,
-            row, offs_k < INNER, start, N, _words(GROUP, BLOCK_N, 0, 0),
+            row, offs_k < INNER, start, N, _words(GROUP, BLOCK_N, 0, 0), MULTIPLIER,
         )  # fmt: skip
 
 
@@ -191,6 +193,7 @@ def combine_project_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BIAS: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -205,7 +208,7 @@ def combine_project_kernel(
     MORE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y += sparse projection of the attention's output, put together from its splits.
+    """y += the multiple of a sparse projection of the attention's output, made of its splits.
 
     parts [splits, HEADS * HEAD_DIM], maxima and sums [splits, HEADS], all float32; only the splits
     that hold visible positions are read.
@@ -236,7 +239,7 @@ def combine_project_kernel(
             offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
             mask_n = offs_n < N * PACK
             bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-            _add(y_ptr + offs_n, bias, mask_n)
+            _add(y_ptr + offs_n, bias * MULTIPLIER, mask_n)
     if row < K:  # always; see the module's docstring
         maxima = tl.load(maxima_ptr + heads, mask=mask_sh, other=float("-inf"))
         sums = tl.load(sums_ptr + heads, mask=mask_sh, other=0.0)
@@ -249,7 +252,7 @@ def combine_project_kernel(
         _accumulate(
             y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
             Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr, start == 0,
-            row, mask_k, start, N, _words(GROUP, BLOCK_N, 0, 0),
+            row, mask_k, start, N, _words(GROUP, BLOCK_N, 0, 0), MULTIPLIER,
         )  # fmt: skip
 
 
@@ -272,11 +275,12 @@ def logits_kernel(
     H,
     V,
     stride_wv,
+    MULTIPLIER: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """logits [V] float32 = lm_head [V, H] times rms_norm(h).
+    """logits [V] float32 = the multiple of lm_head [V, H] times rms_norm(h).
 
     With scales [V] the lm_head is int8 in words of 4, and H and BLOCK_H count words.
     """
@@ -307,4 +311,4 @@ def logits_kernel(
         logits = _sum_int8(x0, x1, x2, x3, w.to(tl.uint32, bitcast=True))
         scales = tl.load(scales_ptr + offs_v, mask=mask_v, other=0.0)
         logits *= scales / tl.sqrt(square + eps)
-    tl.store(logits_ptr + offs_v, logits, mask=mask_v)
+    tl.store(logits_ptr + offs_v, logits * MULTIPLIER, mask=mask_v)

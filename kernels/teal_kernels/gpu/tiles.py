@@ -176,8 +176,9 @@ def _accumulate(
     start,
     end,
     WORDS: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
 ):
-    """Add one tile's product to y; channels with abs(x) <= threshold are never loaded.
+    """Add a multiple of a tile's product to y; rows with abs(x) <= threshold are never loaded.
 
     NaN is not dropped, so that it reaches the logits and is noticed there.
 
@@ -218,6 +219,6 @@ def _accumulate(
     mask_n = offs_n < end * PACK
     if matrix.GROUP >= 0:
         y *= tl.load(matrix.scales_ptr + offs_n, mask=mask_n, other=0.0)
-    _add(y_ptr + offs_n, y, mask_n)
+    _add(y_ptr + offs_n, y * MULTIPLIER, mask_n)
     if count:
         tl.atomic_add(kept_ptr, kept, sem="relaxed")

@@ -169,6 +169,7 @@ def _in_a_folder(folder: Path) -> None:
 
 TEMPLATES = (
     _templates("a template", Prompt(), families=EVERY),
+    Situation("what random weights answer", Answer(max_new_tokens=16), families=EVERY),
     _templates("a template with a system message", Prompt(system="Be brief.")),
     _templates(
         "a template that begins with <s>",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from differential.answers import Answer
 from differential.comparisons import EqualOrRefused, Logits, Refused
-from differential.situations import EVERY, Made, Situation, as_gguf, on_folder, only_for_teal
+from differential.situations import EVERY, Made, Situation, as_gguf, on_folder
 from model.edits import REMOVED, edit_config
 from model.families import hf_model
 
@@ -97,21 +97,18 @@ STRETCHED = (
         },
     ),
     Situation(
-        "longrope",
-        Refused(UnsupportedError, ("longrope",)),
-        (
-            only_for_teal(
-                edit_config(
-                    rope_parameters={
-                        "rope_type": "longrope",
-                        "rope_theta": 10000.0,
-                        "short_factor": [1.0] * 8,
-                        "long_factor": [2.0] * 8,
-                        "original_max_position_embeddings": 64,
-                    }
-                )
-            ),
-        ),
+        "longrope, within the original context",
+        Logits(prompt=100),
+        model={
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.5] * 8,
+                "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 128,
+            },
+            "max_position_embeddings": 256,
+        },
     ),
     _short("no max_position_embeddings", max_position_embeddings=REMOVED),
     _short("no rope", rope_parameters=REMOVED),

@@ -193,6 +193,19 @@ TIES = (
         families=IN_GGUF,
     ),
     Situation(
+        "GGUF: every fourth layer without rope",
+        Logits(),
+        (as_gguf(),),
+        families=("smollm3",),
+        model={"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]},
+    ),
+    Situation(
+        "GGUF: longrope, within the original context",
+        Logits(prompt=60),
+        (as_gguf(),),
+        families=("phi3-longrope",),
+    ),
+    Situation(
         "GGUF: numbers of the other byte order",
         EqualOrRefused(Logits(), ("endian", "byte order")),
         (as_gguf(endianess=GGUFEndian.BIG),),
