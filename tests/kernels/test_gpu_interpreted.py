@@ -11,3 +11,7 @@ def test_dequantizing_in_the_interpreter() -> None:
 
 def test_the_step_in_the_interpreter() -> None:
     assert not run_interpreted("kernels/test_gpu_step.py")
+
+
+def test_the_step_for_several_tokens_in_the_interpreter() -> None:
+    assert not run_interpreted("kernels/test_gpu_verify.py")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from step_families import BASE, FAMILIES
 from teal_kernels import reference
 from torch import Tensor
 
@@ -22,55 +23,9 @@ from teal_cli.model.random_weights import random_decoder
 
 pytestmark = pytest.mark.gpu
 
-_BASE = {
-    "vocab_size": 50,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 160,
-    "rms_norm_eps": 1e-5,
-}
-# Widths off every block, one head group of three, biases, q/k norm, a window.
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama"},
-    "qwen2-odd": {
-        "model_type": "qwen2",
-        "hidden_size": 60,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-        "head_dim": 20,
-        "intermediate_size": 97,
-    },
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3", "attention_bias": True, "head_dim": 32},
-    "mistral": {"model_type": "mistral", "sliding_window": 7, "head_dim": 16},
-    "phi3": {"model_type": "phi3", "head_dim": 20, "partial_rotary_factor": 0.6},
-    "granite": {
-        "model_type": "granite",
-        "attention_bias": True,
-        "embedding_multiplier": 6.0,
-        "attention_multiplier": 0.1,
-        "residual_multiplier": 0.22,
-        "logits_scaling": 4.0,
-    },
-    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
-    "ministral3": {
-        "model_type": "ministral3",
-        "head_dim": 16,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "factor": 16.0,
-            "original_max_position_embeddings": 4,
-            "llama_4_scaling_beta": 0.4,
-        },
-    },
-}
-
 
 def _decoder(family: str, device: str, **changes: Any) -> Decoder:
-    config = ModelConfig.from_dict({**_BASE, **_FAMILIES[family], **changes})
+    config = ModelConfig.from_dict({**BASE, **FAMILIES[family], **changes})
     return random_decoder(config, device=device, dtype=torch.float32, seed=1)
 
 
@@ -95,7 +50,7 @@ def _close(y: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("family", "thresholds"),
-    [("llama", None), *((name, "spread") for name in _FAMILIES if name != "qwen2")],
+    [("llama", None), *((name, "spread") for name in FAMILIES if name != "qwen2")],
 )
 def test_step_equals_the_decoder(family: str, thresholds: str | None, device: str) -> None:
     decoder = _decoder(family, device)
@@ -206,8 +161,8 @@ def test_quantized_step_equals_the_decoder(
 
     config = ModelConfig.from_dict(
         {
-            **_BASE,
-            **_FAMILIES["granite"],
+            **BASE,
+            **FAMILIES["granite"],
             "intermediate_size": 104,
             "num_hidden_layers": 1,
             # With heads of 24, matrices begin within four words of a row.
@@ -401,7 +356,7 @@ def test_what_is_not_a_number_reaches_the_logits(
     from teal_kernels.gpu import Launch
 
     config = ModelConfig.from_dict(
-        {**_BASE, **_FAMILIES["qwen2"], "num_hidden_layers": 1, "intermediate_size": 64}
+        {**BASE, **FAMILIES["qwen2"], "num_hidden_layers": 1, "intermediate_size": 64}
     )
     stored = {"int8": Quantization(0), "int4": Quantization(64)}.get(kind)
     decoder = random_decoder(config, device=device, dtype=torch.float32, seed=1, kind=stored)

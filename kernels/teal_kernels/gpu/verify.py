@@ -99,6 +99,7 @@ class VerifyStep:
             embed_ptr=t.embed_tokens,
             H=t.hidden_size,
             stride=t.embed_tokens.stride(0),
+            MULTIPLIER=t.embedding_multiplier,
             BLOCK=block,
         )
         added: Tensor | None = None  # what h has yet to gain
@@ -154,6 +155,7 @@ class VerifyStep:
             size=ROWS * hidden,
             eps=self.tensors.rms_norm_eps,
             H=hidden,
+            MULTIPLIER=self.tensors.residual_multiplier,
             PARTS=0 if added is None else len(added),
             BLOCK_H=triton.next_power_of_2(hidden),
         )
@@ -204,17 +206,19 @@ class VerifyStep:
             k_norm_ptr=layer.k_norm,
             cos_ptr=t.cos,
             sin_ptr=t.sin,
+            scales_ptr=t.query_scales,
             keys_ptr=t.keys[index],
             values_ptr=t.values[index],
             position_ptr=self.position,
             count_ptr=self.count,
             size=sums[0].numel(),
-            scale=t.attention_scale,
             eps=t.rms_norm_eps,
             stride_head=t.keys.stride(1),
             HEADS=t.num_attention_heads,
             KV_HEADS=t.num_key_value_heads,
             HEAD_DIM=t.head_dim,
+            ROTARY=t.rotary_dims[index],
+            STRIDE_COS=t.cos.stride(0),
             PARTS=len(sums),
             BLOCK_HALF=triton.next_power_of_2(t.head_dim // 2),
         )
@@ -278,6 +282,8 @@ class VerifyStep:
         t, head = self.tensors, self.tensors.lm_head
         if isinstance(head, Tensor):
             _multiply(self.normed, head.t(), self.logits)
+            if t.logits_multiplier != 1:
+                self.logits.mul_(t.logits_multiplier)
             return
         self._launch(
             kernels.logits_rows_kernel,
@@ -290,6 +296,7 @@ class VerifyStep:
             rows=ROWS,
             H=t.hidden_size,
             V=t.vocab_size,
+            MULTIPLIER=t.logits_multiplier,
             BLOCK_H=128,
             BLOCK_V=64,
             DOT=self._dot,

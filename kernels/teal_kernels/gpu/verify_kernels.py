@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from teal_kernels.gpu.attention import _pairs
 from teal_kernels.gpu.handover import _wait
 from teal_kernels.gpu.products import COMPILED
 
@@ -39,15 +40,22 @@ def _total(parts_ptr, offs, mask, size, PARTS: tl.constexpr):
 
 @triton.jit
 def embed_rows_kernel(
-    h_ptr, tokens_ptr, embed_ptr, H, stride, BLOCK: tl.constexpr, PDL: tl.constexpr
+    h_ptr,
+    tokens_ptr,
+    embed_ptr,
+    H,
+    stride,
+    MULTIPLIER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """h [rows, H] float32 = the tokens' rows of embed [V, H]."""
+    """h [rows, H] float32 = the tokens' rows of embed [V, H], scaled."""
     _wait(PDL)
     row = tl.program_id(0)
     token = tl.load(tokens_ptr + row).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(embed_ptr + token * stride + offs, mask=offs < H, other=0.0)
-    tl.store(h_ptr + row * H + offs, values.to(tl.float32), mask=offs < H)
+    tl.store(h_ptr + row * H + offs, values.to(tl.float32) * MULTIPLIER, mask=offs < H)
 
 
 @triton.jit
@@ -60,11 +68,12 @@ def norm_rows_kernel(
     size,
     eps,
     H,
+    MULTIPLIER: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h [rows, H] += what o or down has left, and its bias; x [rows, H] = rms_norm(h)."""
+    """h [rows, H] += the multiple of what o or down has left; x [rows, H] = rms_norm(h)."""
     offs_h = tl.arange(0, BLOCK_H)
     mask = offs_h < H
     gain = tl.load(norm_ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
@@ -72,9 +81,10 @@ def norm_rows_kernel(
     offs = tl.program_id(0) * H + offs_h
     h = tl.load(h_ptr + offs, mask=mask, other=0.0)
     if PARTS > 0:
-        h += _total(parts_ptr, offs, mask, size, PARTS)
+        added = _total(parts_ptr, offs, mask, size, PARTS)
         if bias_ptr is not None:
-            h += tl.load(bias_ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
+            added += tl.load(bias_ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
+        h += added * MULTIPLIER
         tl.store(h_ptr + offs, h, mask=mask)
     x = h * gain / tl.sqrt(tl.sum(h * h, axis=0) / H + eps)
     tl.store(x_ptr + offs, x.to(x_ptr.dtype.element_ty), mask=mask)
@@ -89,17 +99,19 @@ def place_rows_kernel(
     k_norm_ptr,
     cos_ptr,
     sin_ptr,
+    scales_ptr,
     keys_ptr,
     values_ptr,
     position_ptr,
     count_ptr,
     size,
-    scale,
     eps,
     stride_head,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    STRIDE_COS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     PDL: tl.constexpr,
@@ -108,27 +120,27 @@ def place_rows_kernel(
 
     q [rows, HEADS * HEAD_DIM] is scaled for the scores already.
     """
-    HALF: tl.constexpr = HEAD_DIM // 2
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     row, head = tl.program_id(0), tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_HALF)
-    mask = offs_d < HALF
+    mask = offs_d < HEAD_DIM // 2
+    offs_1, offs_2 = _pairs(offs_d, HEAD_DIM, ROTARY)
     position = tl.load(position_ptr) + row
-    mask_c = offs_d < tl.where(row < tl.load(count_ptr), HALF, 0)  # only the tokens are cached
-    if head >= HEADS + KV_HEADS:  # values are not rotated
-        cos = tl.full((BLOCK_HALF,), 1.0, tl.float32)
-        sin = tl.zeros((BLOCK_HALF,), tl.float32)
-    else:
-        cos = tl.load(cos_ptr + position * HALF + offs_d, mask=mask_c, other=0.0)
-        sin = tl.load(sin_ptr + position * HALF + offs_d, mask=mask_c, other=0.0)
+    token = row < tl.load(count_ptr)
+    mask_c = offs_d < tl.where(token, HEAD_DIM // 2, 0)  # only tokens are cached
+    rotated = (head < HEADS + KV_HEADS) & token
+    mask_r = offs_d < tl.where(rotated, ROTARY // 2, 0)
+    angles = position * STRIDE_COS + offs_d
+    cos = tl.load(cos_ptr + angles, mask=mask_r, other=1.0)
+    sin = tl.load(sin_ptr + angles, mask=mask_r, other=0.0)
     _wait(PDL)
-    columns = head * HEAD_DIM + offs_d
-    offs = row * (HEADS + 2 * KV_HEADS) * HEAD_DIM + columns
-    first = _total(parts_ptr, offs, mask, size, PARTS)
-    second = _total(parts_ptr, offs + HALF, mask, size, PARTS)
+    columns = row * (HEADS + 2 * KV_HEADS) * HEAD_DIM + head * HEAD_DIM
+    first = _total(parts_ptr, columns + offs_1, mask, size, PARTS)
+    second = _total(parts_ptr, columns + offs_2, mask, size, PARTS)
     if bias_ptr is not None:
-        first += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-        second += tl.load(bias_ptr + columns + HALF, mask=mask, other=0.0).to(tl.float32)
+        bias = bias_ptr + head * HEAD_DIM
+        first += tl.load(bias + offs_1, mask=mask, other=0.0).to(tl.float32)
+        second += tl.load(bias + offs_2, mask=mask, other=0.0).to(tl.float32)
     if q_norm_ptr is not None:  # noqa: SIM102 - known when it is compiled, unlike the other
         if head < HEADS + KV_HEADS:
             norm_ptr = q_norm_ptr
@@ -136,21 +148,22 @@ def place_rows_kernel(
                 norm_ptr = k_norm_ptr
             square = tl.sum(first * first, axis=0) + tl.sum(second * second, axis=0)
             root = 1.0 / tl.sqrt(square / HEAD_DIM + eps)
-            first *= root * tl.load(norm_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
-            second *= root * tl.load(norm_ptr + HALF + offs_d, mask=mask, other=0.0).to(tl.float32)
+            first *= root * tl.load(norm_ptr + offs_1, mask=mask, other=0.0).to(tl.float32)
+            second *= root * tl.load(norm_ptr + offs_2, mask=mask, other=0.0).to(tl.float32)
     y1 = first * cos - second * sin
     y2 = second * cos + first * sin
     if head < HEADS:
-        queries = q_ptr + row * HEADS * HEAD_DIM + columns
-        tl.store(queries, (y1 * scale).to(DTYPE), mask=mask)
-        tl.store(queries + HALF, (y2 * scale).to(DTYPE), mask=mask)
+        scale = tl.load(scales_ptr + tl.where(token, position, 0))
+        queries = q_ptr + (row * HEADS + head) * HEAD_DIM
+        tl.store(queries + offs_1, (y1 * scale).to(DTYPE), mask=mask)
+        tl.store(queries + offs_2, (y2 * scale).to(DTYPE), mask=mask)
     else:
         cache = keys_ptr + (head - HEADS).to(tl.int64) * stride_head
         if head >= HEADS + KV_HEADS:
             cache = values_ptr + (head - HEADS - KV_HEADS).to(tl.int64) * stride_head
-        cache += position.to(tl.int64) * HEAD_DIM + offs_d
-        tl.store(cache, y1.to(DTYPE), mask=mask_c)
-        tl.store(cache + HALF, y2.to(DTYPE), mask=mask_c)
+        cache += position.to(tl.int64) * HEAD_DIM
+        tl.store(cache + offs_1, y1.to(DTYPE), mask=mask_c)
+        tl.store(cache + offs_2, y2.to(DTYPE), mask=mask_c)
 
 
 @triton.jit
@@ -400,6 +413,7 @@ def logits_rows_kernel(
     rows,
     H,
     V,
+    MULTIPLIER: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_V: tl.constexpr,
     DOT: tl.constexpr,
@@ -432,6 +446,7 @@ def logits_rows_kernel(
             total,
             input_precision="ieee",
         )
-    total *= tl.load(scales_ptr + offs_v, mask=mask_v, other=0.0)[:, None]
+    scales = tl.load(scales_ptr + offs_v, mask=mask_v, other=0.0) * MULTIPLIER
+    total *= scales[:, None]
     out = logits_ptr + offs_m[None, :].to(tl.int64) * V + offs_v[:, None]
     tl.store(out, total, mask=mask_v[:, None] & mask_m[None, :])
