@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import takewhile
 from typing import Protocol
 
 from teal_cli.inference.pace import LENGTHS
@@ -66,16 +67,20 @@ class ModelDrafter:
     same token wherever their distributions are near each other.
     """
 
-    def __init__(self, name: str, session: Session, *, shares_cache: bool = False) -> None:
+    def __init__(
+        self, name: str, session: Session, vocab_size: int, *, shares_cache: bool = False
+    ) -> None:
         """Bind to a session.
 
         Args:
             name: what statistics call it.
             session: decodes the guesses, sparse or not.
+            vocab_size: of the model that it guesses for: vocabularies are padded differently.
             shares_cache: its keys and values are the model's own, which writes them anew.
         """
         self.name = name
         self.session = session
+        self._vocab_size = min(vocab_size, session.decoder.config.vocab_size)
         self._shares_cache = shares_cache
 
     def propose(
@@ -87,7 +92,10 @@ class ModelDrafter:
         if most < 1:
             return []
         own.rewind(common_prefix(own.tokens, tokens))
-        if unread := tokens[own.position :]:
+        unread = tokens[own.position :]
+        if max([*unread, token]) >= self._vocab_size:
+            return []
+        if unread:
             if self._shares_cache:
                 own.tokens += unread
             elif len(unread) > LENGTHS[-1]:
@@ -96,4 +104,4 @@ class ModelDrafter:
                 for said in unread:
                     own.step(said)
         with closing(own.decode(token, sampler, most, seed)) as guesses:
-            return list(guesses)
+            return list(takewhile(lambda guess: guess < self._vocab_size, guesses))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal_cli.inference.drafters import Drafter
+from teal_cli.inference.drafters import Drafter, ModelDrafter
 from teal_cli.inference.pace import LENGTHS, Costs, Pace
 from teal_cli.inference.sampling import Sampler, Sampling, at_position, penalised
 from teal_cli.inference.session import Session
@@ -34,13 +34,13 @@ _ROUNDING = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 class DraftCounts:
     """What guessing did in an answer."""
 
-    rounds: int = 0
-    guessed: int = 0
+    rounds: int = 0  # passes over guesses
+    guessed: int = 0  # guesses that were looked at: none behind a wrong one
     accepted: int = 0
 
     @property
     def acceptance(self) -> float | None:
-        """Share of the guesses that were right; None where there were none."""
+        """The chance of a guess that was looked at; None where there was none."""
         return self.accepted / self.guessed if self.guessed else None
 
     @property
@@ -90,6 +90,12 @@ class Drafting:
         """Who guesses, as --draft has it."""
         return ",".join(drafter.name for drafter in self.drafters)
 
+    @property
+    def session(self) -> Session | None:
+        """Of the model that guesses, whose sparsity may be changed; None where none does."""
+        models = [drafter for drafter in self.drafters if isinstance(drafter, ModelDrafter)]
+        return models[0].session if models else None
+
     def warm_up(self, session: Session) -> None:
         """Compile what checks and guesses, and learn what they take; before the first prompt."""
         sampler = Sampler(Sampling())
@@ -138,7 +144,7 @@ class Drafting:
             rows = session.verify([token, *guesses])
             if not guesses and exact == session.position:
                 exact += 1
-            self.counts += DraftCounts(bool(guesses), len(guesses))
+            self.counts.rounds += bool(guesses)
             spent, right = 0.0, 0
             for row, guess in zip(rows, [*guesses, None], strict=True):
                 session.accept(token)
@@ -147,10 +153,11 @@ class Drafting:
                     exact = session.position
                 token = self._choice(row, guess, sampler, seed, session)
                 spent += time.perf_counter() - started
+                self.counts.guessed += guess is not None
                 if token != guess:
                     break
                 right += 1
-                self.counts += DraftCounts(accepted=1)
+                self.counts.accepted += 1
                 yield token
                 started = time.perf_counter()
             if pace is None:

@@ -80,9 +80,15 @@ def generate(
         A `Token` for each token of the answer, then one `Finish`.
 
     Raises:
-        UsageError: the prompt leaves no room in the context.
+        UsageError: the prompt leaves no room in the context, or a sparse session drafts.
         TealError: the logits are not finite.
     """
+    drafting = session.drafting
+    if drafting is not None and session.setting.thresholds is not None:
+        raise UsageError(
+            "a model that checks guesses has to be dense: the rows that several tokens need"
+            " together are nearly all"
+        )
     if len(prompt_tokens) >= session.max_length:
         raise UsageError(
             f"{len(prompt_tokens)} tokens of text leave no room for an answer in a context of "
@@ -93,7 +99,6 @@ def generate(
     reused = common_prefix(session.tokens, list(prompt_tokens[:-1]))
     session.rewind(reused)
     session.clear_counts()
-    drafting = session.drafting
     if drafting is not None:
         drafting.counts = DraftCounts()
     try:

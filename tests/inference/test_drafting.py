@@ -42,13 +42,14 @@ def itself(session: Session) -> ModelDrafter:
     own = Session(
         decoder, max_length=session.max_length, cache=session.cache, setting=sparse(decoder)
     )
-    return ModelDrafter("self", own, shares_cache=True)
+    return ModelDrafter("self", own, decoder.config.vocab_size, shares_cache=True)
 
 
 def another(session: Session) -> ModelDrafter:
     """The same model as if it were another: with a cache of its own, and a shorter context."""
     decoder = session.decoder
-    return ModelDrafter("other", Session(decoder, max_length=80, setting=sparse(decoder)))
+    own = Session(decoder, max_length=80, setting=sparse(decoder))
+    return ModelDrafter("other", own, decoder.config.vocab_size)
 
 
 DRAFTERS: dict[str, Draft] = {
@@ -177,7 +178,7 @@ def test_draws_follow_the_dense_models_distribution(drafter: str, decoder: Decod
 
     session, own = (Table(decoder, max_length=16, backend="reference") for _ in range(2))
     session.table, own.table = table, table + torch.randn(5, 5, generator=generator)
-    guesser = ModelDrafter("model", own) if drafter == "model" else Wrong()
+    guesser = ModelDrafter("model", own, 5) if drafter == "model" else Wrong()
     drafting = Drafting([guesser], length=2)
     counts: Counter[tuple[int, int]] = Counter()
     for seed in range(draws):
