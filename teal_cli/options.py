@@ -142,6 +142,17 @@ MethodOption = Annotated[
         " [default: the profile's best]",
     ),
 ]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="LIST",
+        help="Let the dense model check tokens that something cheaper guesses, which gives its own"
+        " answer, faster: 'lookup' guesses what the text said before, 'self' is the model itself,"
+        " sparse, or name a smaller one; self:int8 is quantized. lookup,self tries both."
+        " --sparsity is the guesses' then.",
+    ),
+]
 DeterministicOption = Annotated[
     bool,
     typer.Option(

@@ -52,7 +52,7 @@ def ensure_checkpoint(
     """
     from teal_cli.model.convert import COMPANIONS, convert, renew_companions
 
-    checkpoint = _converted(ref, dtype, quantize) if ref.kind == "hub" else None
+    checkpoint = stored_checkpoint(ref, dtype, quantize) if ref.kind == "hub" else None
     if checkpoint is not None and checkpoint.companions < COMPANIONS:
         with contextlib.suppress(MissingError):  # its files are no longer here
             source = hub.fetch(ref, offline=True, reporter=reporter)
@@ -175,7 +175,7 @@ def stored_profile(
     """
     from teal_cli.sparsity import presets, stored
 
-    checkpoint = _converted(ref, dtype, quantize)
+    checkpoint = stored_checkpoint(ref, dtype, quantize)
     if checkpoint is not None:
         found = stored.profile_of(checkpoint)
     else:
@@ -315,7 +315,7 @@ def _modified(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def _converted(ref: ModelRef, dtype: str | None, quantize: str | None) -> Checkpoint | None:
+def stored_checkpoint(ref: ModelRef, dtype: str | None, quantize: str | None) -> Checkpoint | None:
     """The checkpoint that is there; where no dtype is asked for, the one in the source's own."""
     if dtype is not None:
         candidates = [paths.checkpoint_dir(ref.slug, dtype, quantize)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,8 @@ from teal_cli.sparsity.setting import Setting
 
 # What puts a target sparsity on the session that will decode under it.
 SettingFor = Callable[[Session, float], Setting]
+# What lets something guess for a session.
+Attach = Callable[[Session], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Settings:
     baselines: tuple[str, ...] = ()  # of "transformers" and "compile"
     seed: int = 0
     deterministic: bool = False
+    draft: str | None = None  # what guesses, at each sparsity, in the place of sparse decoding
+    acceptance: float | None = None  # that is assumed of guesses
 
     @property
     def length(self) -> int:
@@ -96,8 +100,9 @@ def measure(
     setting_for: SettingFor,
     read_memory: Callable[[], Bandwidth],
     reporter: Reporter,
+    guessers: Mapping[str, Attach] | None = None,
 ) -> tuple[Bandwidth, tuple[Row, ...], tuple[str, ...]]:
-    """Measure dense and sparse decoding, the baselines and the memory, in turns.
+    """Measure dense decoding, sparse or with guesses, the baselines and the memory, in turns.
 
     Args:
         decoder: the model.
@@ -106,6 +111,7 @@ def measure(
         setting_for: the setting of a sparsity.
         read_memory: measures the memory's bandwidth; once a repeat, the fastest counts.
         reporter: follows the runs.
+        guessers: what guesses tokens, by label; then nothing is decoded sparse.
 
     Returns:
         The bandwidth, the rows, and a sentence for every baseline that could not be had.
@@ -129,12 +135,23 @@ def measure(
     decodings: dict[str, Decoding] = {
         DENSE: SessionDecoding(session, setting.DENSE, prompt, settings.tokens)
     }
-    for sparsity in settings.sparsities:
+    for label, attach in (guessers or {}).items():
+        attach(session)
+        variants.append(replace(dense, label=label, kind="draft"))
+        decodings[label] = SessionDecoding(
+            session, setting.DENSE, prompt, settings.tokens, session.drafting
+        )
+    for sparsity in () if guessers else settings.sparsities:
         label = f"sparse {sparsity:.4g}"
         asked = setting_for(session, sparsity)
         variants.append(replace(dense, label=label, kind="sparse", target_sparsity=sparsity))
         decodings[label] = SessionDecoding(session, asked, prompt, settings.tokens)
     notes = []
+    if settings.acceptance is not None:
+        notes.append(
+            f"The acceptance of guesses is assumed: each is right with probability"
+            f" {settings.acceptance:g}, whatever the model says."
+        )
     for baseline in settings.baselines:
         try:
             variant, decoding = _baseline(baseline, decoder, prompt, settings.tokens, reporter)

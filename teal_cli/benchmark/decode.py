@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from teal_cli.benchmark.timing import Run
+from teal_cli.inference.drafting import Drafting
 from teal_cli.inference.generate import Finish, Stats, generate
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
@@ -17,9 +18,15 @@ class SessionDecoding:
     """Greedy decoding of `tokens` tokens after a prompt; sessions may be shared."""
 
     def __init__(
-        self, session: Session, setting: Setting, prompt: Sequence[int], tokens: int
+        self,
+        session: Session,
+        setting: Setting,
+        prompt: Sequence[int],
+        tokens: int,
+        drafting: Drafting | None = None,
     ) -> None:
         self._session = session
+        self._drafting = drafting
         self._setting = setting
         self._prompt = prompt
         self._tokens = tokens
@@ -35,12 +42,14 @@ class SessionDecoding:
             time_to_first_token_s=stats.time_to_first_token_s,
             time_per_token_s=stats.decode_s / (stats.new_tokens - 1),
             realised_sparsity=stats.realised_sparsity,
+            draft=stats.draft,
         )
 
     def _answer(self, tokens: int) -> Stats:
         session = self._session
         session.reset()
         session.use(self._setting)
+        session.drafting = self._drafting
         steps = generate(session, self._prompt, Sampler(Sampling()), max_new_tokens=tokens)
         *_, finish = steps
         assert isinstance(finish, Finish)

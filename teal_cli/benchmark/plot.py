@@ -8,7 +8,7 @@ from teal_cli.benchmark.report import heading
 from teal_cli.benchmark.result import BenchResult, Row
 
 # Okabe and Ito's palette, which colour-blind readers tell apart, and which prints well in grey.
-_COLOURS = {"dense": "#56B4E9", "sparse": "#0072B2", "baseline": "#BBBBBB"}
+_COLOURS = {"dense": "#56B4E9", "sparse": "#0072B2", "draft": "#009E73", "baseline": "#BBBBBB"}
 
 
 def draw(result: BenchResult, suffix: str) -> bytes:
@@ -20,7 +20,7 @@ def draw(result: BenchResult, suffix: str) -> bytes:
     """
     from matplotlib.figure import Figure
 
-    order = {"baseline": 0, "dense": 1, "sparse": 2}
+    order = {"baseline": 0, "dense": 1, "sparse": 2, "draft": 3}
     rows = sorted(result.rows, key=lambda row: order[row.kind])
     width = max(4.2, 1.6 + 0.85 * len(rows))
     figure = Figure(figsize=(width, 3.4), layout="constrained")
@@ -53,7 +53,7 @@ def draw(result: BenchResult, suffix: str) -> bytes:
                 ha="center",
                 fontsize=9,
                 fontweight="bold",
-                color="white" if row.kind == "sparse" else "black",
+                color="white" if row.kind in ("sparse", "draft") else "black",
                 zorder=5,
             )
     axes.set_xticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
@@ -73,6 +73,8 @@ def draw(result: BenchResult, suffix: str) -> bytes:
 def _label(row: Row) -> str:
     if row.realised_sparsity is not None:
         return f"sparse\n{row.realised_sparsity:.0%}"
+    if row.kind == "draft":
+        return f"{row.label}\nguesses"
     return f"teal dense\n{row.dtype}" if row.kind == "dense" else f"{row.label}\n{row.dtype}"
 
 

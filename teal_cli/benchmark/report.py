@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from teal_cli.benchmark.kernels import KernelResult, KernelRow
-from teal_cli.benchmark.result import BenchResult, CardRow, Row
+from teal_cli.benchmark.result import REFERENCES, BenchResult, CardRow, Row
 from teal_cli.benchmark.timing import Spread
 from teal_cli.benchmark.tune import Tuned, TuneResult
 from teal_cli.report.result import versions
@@ -58,6 +58,8 @@ class BenchReport:
                 "realised_sparsity": row.realised_sparsity,
                 "bytes_per_token": row.bytes_per_token,
                 "bandwidth_share": row.bandwidth_share,
+                "acceptance": row.acceptance,
+                "tokens_per_round": row.tokens_per_round,
             }
             spreads = {
                 "tokens_per_s": row.tokens_per_s,
@@ -172,6 +174,7 @@ def result_table(rows: Sequence[Row], *, title: Sequence[str] = ()) -> Table:
         ("first token", lambda row: f"{row.time_to_first_token_ms.median:.0f} ms"),
         ("read/token", lambda row: _size(row.bytes_per_token)),
         ("of ceiling", lambda row: f"{row.bandwidth_share:.0%}"),
+        *_guesses(rows),
     ]
     columns += [
         (f"× {label}", partial(_speedup, label, lambda value: _spread(value, 2)))
@@ -189,6 +192,7 @@ def short_table(rows: Sequence[Row], *, title: Sequence[str] = ()) -> Table:
         ("prompt tokens/s", lambda row: f"{row.prompt_tokens_per_s.median:.1f}"),
         ("first token", lambda row: f"{row.time_to_first_token_ms.median:.0f} ms"),
         ("ceiling", lambda row: f"{row.bandwidth_share:.0%}"),
+        *_guesses(rows),
     ]
     columns += [
         (f"× {label}", partial(_speedup, label, lambda value: f"{value.median:.2f}"))
@@ -223,9 +227,22 @@ def tune_table(rows: Sequence[Tuned], *, title: Sequence[str] = ()) -> Table:
     return Table.of(rows, columns, title=title, figures=True)
 
 
+def _guesses(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """What guesses brought, where there are any."""
+    if not any(row.kind == "draft" for row in rows):
+        return []
+    return [
+        ("right", lambda row: "" if row.acceptance is None else f"{row.acceptance:.0%}"),
+        (
+            "a round",
+            lambda row: "" if row.tokens_per_round is None else f"{row.tokens_per_round:.2f}",
+        ),
+    ]
+
+
 def _references(rows: Sequence[Row]) -> list[str]:
     """What speed-ups are over."""
-    return [row.label for row in rows if row.kind != "sparse"]
+    return [row.label for row in rows if row.kind in REFERENCES]
 
 
 def _footer(result: BenchResult | KernelResult | TuneResult) -> str:

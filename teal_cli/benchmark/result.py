@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from statistics import fmean
 from typing import Any, Literal
 
 from teal_cli.benchmark.bandwidth import Bandwidth, ceiling
 from teal_cli.benchmark.cost import TokenBytes, token_bytes
 from teal_cli.benchmark.timing import Run, Spread, speedup, spread
+from teal_cli.inference.drafting import DraftCounts
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.quantization import Quantization
 
 SCHEMA = 1
 DENSE = "dense"
 
-Kind = Literal["dense", "sparse", "baseline"]
+# What the others' speed-ups are over.
+REFERENCES = ("dense", "baseline")
+
+Kind = Literal["dense", "sparse", "draft", "baseline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +62,10 @@ class Row:
     prompt_tokens_per_s: Spread  # tokens of the prompt over the time to the first token
     time_to_first_token_ms: Spread
     bytes_per_token: int
-    bandwidth_share: float  # of the ceiling, at most 1
+    bandwidth_share: float  # of the ceiling, at most 1 where a pass gives one token
     speedup: dict[str, Spread]  # over each reference, from the pairs of one repeat
+    acceptance: float | None = None  # share of the guesses that were taken; None without any
+    tokens_per_round: float | None = None  # that a pass over guesses gave
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +121,7 @@ def rows(
         prompt_tokens: tokens of the prompt.
         position: mean position of the decoded tokens, for the cache's bytes.
     """
-    references = [variant.label for variant in variants if variant.kind != "sparse"]
+    references = [v.label for v in variants if v.kind in REFERENCES]
     realised = {
         variant.label: fmean(run.realised_sparsity or 0.0 for run in runs[variant.label])
         for variant in variants
@@ -132,8 +140,9 @@ def rows(
     bandwidth = ceiling(
         reads,
         {
-            label: size / min(run.time_per_token_s for run in runs[label])
-            for label, size in sizes.items()
+            v.label: sizes[v.label] / min(run.time_per_token_s for run in runs[v.label])
+            for v in variants
+            if v.kind != "draft"
         },
     )
     found = []
@@ -142,6 +151,8 @@ def rows(
         times = spread([run.time_per_token_s for run in mine])
         first = spread([run.time_to_first_token_s for run in mine])
         size = sizes[variant.label]
+        counts = [run.draft for run in mine if run.draft is not None]
+        draft = reduce(add, counts, DraftCounts())
         found.append(
             Row(
                 label=variant.label,
@@ -161,6 +172,8 @@ def rows(
                     for label in references
                     if label != variant.label
                 },
+                acceptance=draft.acceptance,
+                tokens_per_round=draft.tokens_per_round,
             )
         )
     return bandwidth, tuple(found)

@@ -27,6 +27,7 @@ def decoding(tested: Subject, settings: Settings, reporter: Reporter) -> BenchRe
         tested.setting_for,
         lambda: bandwidth.measure_bandwidth(decoder.device),
         reporter,
+        tested.guessers,
     )
     card = result.cost_card(
         decoder.config,
@@ -34,7 +35,7 @@ def decoding(tested: Subject, settings: Settings, reporter: Reporter) -> BenchRe
         itemsize=decoder.dtype.itemsize,
         quantization=decoder.weights.quantization,
         position=settings.mean_position,
-        sparsities=settings.sparsities,
+        sparsities=() if tested.guessers else settings.sparsities,
     )
     return BenchResult(
         model=_model(decoder, tested.description),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from teal_cli.benchmark.bench import SettingFor, Settings, require_memory_for
+from teal_cli.benchmark.bench import Attach, SettingFor, Settings, require_memory_for
 from teal_cli.benchmark.self_calibration import met_setting, self_calibrated
 from teal_cli.errors import UsageError
 from teal_cli.model.checkpoint import Checkpoint
@@ -37,23 +38,24 @@ class Subject:
     description: dict[str, Any]
     prompt: list[int]
     setting_for: SettingFor
+    guessers: Mapping[str, Attach] | None = None  # by label
 
 
 def model_subject(
     checkpoint: Checkpoint,
-    profile: Profile,
+    profile: Profile | None,
     method: str | None,
     settings: Settings,
     device: torch.device,
 ) -> Subject:
-    """A model with its own weights, a prompt of text, and thresholds from its profile.
+    """A model with its own weights, a prompt of text, and thresholds from its profile, if any.
 
     Raises:
         UsageError: the context is too short, or the profile has no such method.
         TealError: the profile does not reach one of the sparsities.
     """
     settings.check(checkpoint.config)
-    made = {value: profile.setting(value, method) for value in settings.sparsities}
+    made = {value: profile.setting(value, method) for value in settings.sparsities if profile}
     tokens = checkpoint.tokenizer()(_TEXT)["input_ids"]
     tokens *= -(-settings.prompt_tokens // len(tokens))
     decoder = checkpoint.load(device)
@@ -63,9 +65,10 @@ def model_subject(
         "revision": checkpoint.revision,
         "fingerprint": checkpoint.fingerprint,
         **weights_type(decoder),
-        "method": method or profile.default_method,
-        "calibrated_on": profile.provenance.get("dataset"),
     }
+    if profile is not None:
+        description["method"] = method or profile.default_method
+        description["calibrated_on"] = profile.provenance.get("dataset")
     return Subject(
         decoder,
         description,

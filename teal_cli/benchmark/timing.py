@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy
 
+from teal_cli.inference.drafting import DraftCounts
 from teal_cli.progress import Reporter
 
 
@@ -18,6 +19,7 @@ class Run:
     time_to_first_token_s: float
     time_per_token_s: float  # of the tokens after the first
     realised_sparsity: float | None = None  # None when dense
+    draft: DraftCounts | None = None  # None where nothing guesses tokens
 
 
 class Decoding(Protocol):

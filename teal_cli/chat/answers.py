@@ -14,7 +14,8 @@ from teal_cli import console
 from teal_cli.chat.state import Chat
 from teal_cli.chat.waiting import Waiting
 from teal_cli.inference.conversation import Dropped
-from teal_cli.inference.generate import Finish
+from teal_cli.inference.drafting import DraftCounts
+from teal_cli.inference.generate import Finish, Stats
 from teal_cli.inference.sampling import Sampler
 from teal_cli.inference.text_stream import Text
 from teal_cli.sparsity.setting import DENSE
@@ -176,6 +177,7 @@ def _excerpt(words: list[str]) -> str:
 def document(chat: Chat, answer: Answer) -> dict[str, Any]:
     """An answer for a program: what was said, how it ended, what made it and how fast."""
     stats = answer.finish.stats
+    sparsity = 0.0 if chat.session.drafting is not None else chat.sparsity
     return {
         "kind": "answer",
         "schema": 1,
@@ -183,9 +185,10 @@ def document(chat: Chat, answer: Answer) -> dict[str, Any]:
         "weights": chat.weights,
         "device": str(chat.session.decoder.device),
         "backend": chat.session.backend,
-        "sparsity": chat.sparsity,
-        "method": (chat.method or chat.profile().default_method) if chat.sparsity else None,
+        "sparsity": sparsity,
+        "method": (chat.method or chat.profile().default_method) if sparsity else None,
         "realised_sparsity": stats.realised_sparsity,
+        "draft": _draft(chat, stats),
         "sampling": asdict(chat.conversation.sampler.sampling),
         "answer": answer.text,
         "thinking": answer.thinking or None,
@@ -195,6 +198,19 @@ def document(chat: Chat, answer: Answer) -> dict[str, Any]:
         "time_to_first_token_s": stats.time_to_first_token_s,
         "decode_s": stats.decode_s,
         "tokens_per_s": stats.tokens_per_s,
+    }
+
+
+def _draft(chat: Chat, stats: Stats) -> dict[str, Any] | None:
+    """Who guessed, and how well."""
+    if chat.session.drafting is None or stats.draft is None:
+        return None
+    return {
+        "name": chat.session.drafting.name,
+        "sparsity": chat.sparsity,
+        **asdict(stats.draft),
+        "acceptance": stats.draft.acceptance,
+        "tokens_per_round": stats.draft.tokens_per_round,
     }
 
 
@@ -254,7 +270,9 @@ def _statistics(chat: Chat, finish: Finish) -> str:
     if stats.tokens_per_s is not None:
         parts.append(f"{stats.tokens_per_s:.1f} tokens/s")
     parts.append(f"first token {stats.time_to_first_token_s:.2f} s")
-    if not chat.sparsity:
+    if stats.draft is not None:
+        parts += ["dense", guesses(stats.draft)]
+    elif not chat.sparsity:
         parts.append("dense")
     elif stats.realised_sparsity is None:
         parts.append(f"sparsity {chat.sparsity:.0%}")
@@ -263,6 +281,14 @@ def _statistics(chat: Chat, finish: Finish) -> str:
     if finish.reason in _ENDINGS:
         parts.append(_ENDINGS[finish.reason])
     return " · ".join(parts)
+
+
+def guesses(counts: DraftCounts) -> str:
+    """What guessing brought, as in "82% of 40 guesses right, 3.3 tokens a round"."""
+    if counts.acceptance is None or counts.tokens_per_round is None:
+        return "no guesses"
+    rate = f"{counts.tokens_per_round:.1f} tokens a round"
+    return f"{counts.acceptance:.0%} of {counts.guessed} guesses right, {rate}"
 
 
 def _dropped(turns: int) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from teal_cli.chat.answers import guesses
 from teal_cli.chat.state import KEYS, Chat
 from teal_cli.errors import UsageError
 from teal_cli.inference.transcript import Transcript
@@ -85,11 +86,12 @@ def _set(chat: Chat, argument: str) -> Outcome:
 
 
 def _show(chat: Chat, _: str) -> Outcome:
-    session, conversation = chat.session, chat.conversation
+    session, conversation, drafting = chat.session, chat.conversation, chat.session.drafting
     rows = [
         ("model", chat.model),
         ("runs on", f"{session.decoder.device}, {chat.weights}, {session.backend}"),
         ("sparsity", sparsity_of(chat).removeprefix("sparsity ")),
+        ("guesses", drafting.name if drafting is not None else "none"),
         ("settings", _settings(chat)),
         ("context", f"{_context(chat)}, then {conversation.overflow}"),
         ("system", conversation.system or "the template's own, if it has one"),
@@ -108,6 +110,8 @@ def _stats(chat: Chat, _: str) -> Outcome:
         rows.append(("speed", f"{totals.timed_tokens / totals.decode_s:.1f} tokens/s on average"))
     read = totals.prompt_tokens - totals.reused_tokens
     rows.append(("read", f"{read} tokens, {totals.reused_tokens} more found in the cache"))
+    if totals.draft is not None:
+        rows.append(("guesses", guesses(totals.draft)))
     realised = chat.last.stats.realised_sparsity if chat.last else None
     if realised is not None:
         rows.append(("realised", f"{realised:.1%} sparsity in the last answer"))
@@ -156,6 +160,8 @@ def _compare(chat: Chat, argument: str) -> Outcome:
     choices = {"": not chat.compare, "on": True, "off": False}
     if argument.lower() not in choices:
         raise UsageError(f"/compare takes on or off, not {argument!r}")
+    if chat.session.drafting is not None:
+        raise UsageError("with --draft every answer is the dense model's: there is one to make")
     chat.compare = choices[argument.lower()]
     if not chat.compare:
         return Outcome("answers are made once")
@@ -211,7 +217,8 @@ def sparsity_of(chat: Chat) -> str:
     """The sparsity that answers have, and what shared it out."""
     if not chat.sparsity:
         return "sparsity 0 (dense)"
-    return f"sparsity {chat.sparsity:g}, by {chat.session.setting.method}"
+    whose = "" if chat.session.drafting is None else " of the guesses"
+    return f"sparsity {chat.sparsity:g}{whose}, by {chat.setting_in_force.method}"
 
 
 def _turns(chat: Chat) -> int:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from teal_cli.errors import UsageError
 from teal_cli.inference.sampling import Sampler
-from teal_cli.sparsity.setting import DENSE, check_target
+from teal_cli.sparsity.setting import DENSE, Setting, check_target
 from teal_cli.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from teal_cli.inference.conversation import Conversation
+    from teal_cli.inference.drafting import DraftCounts
     from teal_cli.inference.generate import Finish, Stats
     from teal_cli.inference.session import Session
     from teal_cli.sparsity.profile import Profile
@@ -32,6 +33,7 @@ class Totals:
     decode_s: float = 0.0
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    draft: DraftCounts | None = None  # where something guesses tokens
 
     def add(self, stats: Stats) -> None:
         """Count one more answer."""
@@ -41,6 +43,8 @@ class Totals:
         self.decode_s += stats.decode_s
         self.prompt_tokens += stats.prompt_tokens
         self.reused_tokens += stats.reused_tokens
+        if stats.draft is not None:
+            self.draft = stats.draft if self.draft is None else self.draft + stats.draft
 
 
 @dataclass(slots=True)
@@ -66,19 +70,34 @@ class Chat:
     totals: Totals = field(default_factory=Totals)
 
     @property
+    def setting_in_force(self) -> Setting:
+        """How sparse tokens are decoded, or where a model guesses them, its guesses."""
+        return self._sparse.setting
+
+    @property
     def sparsity(self) -> float:
-        """The target in force."""
-        return self.session.setting.target_sparsity
+        """The target of that setting."""
+        return self.setting_in_force.target_sparsity
 
     def set_sparsity(self, sparsity: float) -> None:
-        """Change the loaded model, from the next token on.
+        """Change the loaded model, or the one that guesses for it, from the next token on.
 
         Raises:
-            UsageError: the sparsity is not in [0, 1).
+            UsageError: the sparsity is not in [0, 1), or only text guesses.
             TealError: the profile does not reach it.
         """
         check_target(sparsity)  # before a profile is made for it
-        self.session.use(self.profile().setting(sparsity, self.method) if sparsity else DENSE)
+        if sparsity and self.session.drafting is not None and self.session.drafting.session is None:
+            raise UsageError(
+                "the model that checks guesses is dense, and text that is looked up has no sparsity"
+            )
+        self._sparse.use(self.profile().setting(sparsity, self.method) if sparsity else DENSE)
+
+    @property
+    def _sparse(self) -> Session:
+        """Whose sparsity it is: with --draft, that of the session that guesses."""
+        drafting = self.session.drafting
+        return (drafting.session if drafting is not None else None) or self.session
 
     def setting(self, key: str) -> str:
         """The value of one of KEYS, as text."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from teal_cli.errors import UsageError
 from teal_cli.options import (
     DeterministicOption,
     DeviceOption,
+    DraftOption,
     DtypeOption,
     JsonOption,
     MethodOption,
@@ -67,7 +68,17 @@ BenchSparsitiesOption = Annotated[
         "-s",
         metavar="LIST",
         help="Sparsities to compare, separated by commas, as 0.4 or 40%."
-        " [default: 0.25,0.4,0.5, with --kernels 0.65 too]",
+        " [default: 0.25,0.4,0.5, with --kernels 0.65 too, with --draft 0.5]",
+    ),
+]
+AcceptanceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--acceptance",
+        min=0.0,
+        max=1.0,
+        help="With --draft: count guesses as right with this probability, to measure speed where"
+        " weights are random.",
     ),
 ]
 KernelsOption = Annotated[
@@ -99,6 +110,8 @@ def bench(
     prompt_tokens: PromptTokensOption = 32,
     repeats: RepeatsOption = 5,
     baseline: BaselineOption = None,
+    draft: DraftOption = None,
+    acceptance: AcceptanceOption = None,
     kernels: KernelsOption = False,
     tune: TuneOption = False,
     method: MethodOption = None,
@@ -119,16 +132,17 @@ def bench(
     The same prompt is answered by every row in turns, and the memory's bandwidth is measured
     beside them: it sets the ceiling. Speed-ups are medians over pairs of runs.
     """
-    if sparsity is None:
-        sparsity = "0.25,0.4,0.5,0.65" if kernels or tune else "0.25,0.4,0.5"
-    sparsities = parse_sparsities(sparsity)
-    if (kernels or tune) and (baseline or plot):
-        raise UsageError("--kernels and --tune take neither --baseline nor --plot")
+    usual = "0.25,0.4,0.5,0.65" if kernels or tune else "0.25,0.4,0.5" if draft is None else "0.5"
+    sparsities = parse_sparsities(sparsity or usual)
+    if (kernels or tune) and (baseline or plot or draft):
+        raise UsageError("--kernels and --tune take neither --baseline nor --plot nor --draft")
+    if acceptance is not None and draft is None:
+        raise UsageError("--acceptance is of guesses: it needs --draft")
     reporter = console.reporter()
 
     import torch
 
-    from teal_cli import pipeline
+    from teal_cli import drafts, pipeline
     from teal_cli.benchmark import bench, run, subject
     from teal_cli.benchmark.plot import draw
     from teal_cli.benchmark.report import BenchReport, KernelReport
@@ -144,8 +158,17 @@ def bench(
     target_device = pick_device(device)
     baselines = tuple(dict.fromkeys(name.value for name in baseline or ()))
     settings = bench.Settings(
-        sparsities, tokens, prompt_tokens, repeats, baselines, seed, deterministic
+        sparsities,
+        tokens,
+        prompt_tokens,
+        repeats,
+        baselines,
+        seed,
+        deterministic,
+        draft,
+        acceptance,
     )
+    wanted = None if draft is None else drafts.Wanted.parse(draft)
     if tune:
         require_tunable(target_device)
     kind, floats = quantization(quantize), getattr(torch, dtype or "float16")
@@ -159,16 +182,18 @@ def bench(
         return
     if random_weights:
         tested = subject.random_subject(model, floats, settings, target_device, reporter, kind)
+        if wanted is not None:
+            tested = drafts.on_random(wanted, tested, settings, reporter)
     else:
+        ref = models.resolve(model, revision)
+        where: Any = {"device": device, "offline": offline, "reporter": reporter}
         checkpoint = pipeline.ensure_checkpoint(
-            models.resolve(model, revision),
+            ref,
             dtype=dtype,
             quantize=quantize,
-            thresholds=None if kernels or tune else "best",
-            device=device,
+            thresholds=None if kernels or tune or wanted else "best",
             token=token,
-            offline=offline,
-            reporter=reporter,
+            **where,
         )
         if kernels or tune:
             decoder = checkpoint.load(target_device)
@@ -177,10 +202,18 @@ def bench(
             matrices = one_by_one(decoder, description, settings, reporter)
             deliver(KernelReport(matrices), output, json=json)
             return
-        profile = pipeline.ensure_profile(
-            checkpoint, device=device, offline=offline, reporter=reporter
-        )
+        profile, guesser = None, None
+        if wanted is None:
+            profile = pipeline.ensure_profile(checkpoint, **where)
+        else:
+            highest = max(sparsities) if wanted.model else None
+            guesser = drafts.prepare(
+                wanted, ref, checkpoint, highest, context=settings.length, on=target_device,
+                quick=False, token=token, **where,
+            )  # fmt: skip
         tested = subject.model_subject(checkpoint, profile, method, settings, target_device)
+        if guesser is not None:
+            tested = drafts.on_model(guesser, tested, settings, method, reporter)
     found = run.decoding(tested, settings, reporter)
     deliver(BenchReport(found), output, json=json)
     deliver_figure(draw, found, plot)

@@ -15,6 +15,7 @@ from teal_cli.errors import UsageError
 from teal_cli.options import (
     DeterministicOption,
     DeviceOption,
+    DraftOption,
     DtypeOption,
     JsonOption,
     MethodOption,
@@ -195,6 +196,7 @@ def chat(
     context: ContextOption = None,
     overflow: OverflowOption = "truncate",
     compare: CompareOption = False,
+    draft: DraftOption = None,
     plain: PlainOption = False,
     history: HistoryOption = False,
     method: MethodOption = None,
@@ -220,11 +222,13 @@ def chat(
         raise UsageError("--json takes one answer, --compare makes two: leave one out")
     if compare and sparsity == 0:
         raise UsageError("--compare needs a sparsity above 0")
+    if compare and draft is not None:
+        raise UsageError("--draft gives the dense model's answer: there is nothing to --compare")
     if stop and not all(stop):
         raise UsageError("--stop needs a text")
     reporter = console.reporter()
 
-    from teal_cli import pipeline
+    from teal_cli import drafts, pipeline
     from teal_cli.chat.answers import answer, document
     from teal_cli.chat.loop import talk
     from teal_cli.chat.state import Chat
@@ -244,16 +248,16 @@ def chat(
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     Sampling(**given)  # refuse a bad value before anything is downloaded
     target_device = pick_device(device)
+    wanted = None if draft is None else drafts.Wanted.parse(draft)
+    ref = models.resolve(model, revision)
+    where: Any = {"device": device, "token": token, "offline": offline, "reporter": reporter}
     quick = method in (None, "uniform")  # an answer first; another method takes a calibration
     checkpoint = pipeline.ensure_checkpoint(
-        models.resolve(model, revision),
+        ref,
         dtype=dtype,
         quantize=quantize,
-        thresholds=None if sparsity == 0 else "quick" if quick else "best",
-        device=device,
-        token=token,
-        offline=offline,
-        reporter=reporter,
+        thresholds=None if sparsity == 0 or wanted else "quick" if quick else "best",
+        **where,
     )
     limit = checkpoint.config.context_length
     if context is not None and context > limit:  # told before a profile is made
@@ -276,20 +280,28 @@ def chat(
 
     converse = _conversation(checkpoint, sampling, template, think)
     target = defaults.sparsity if sparsity is None else sparsity
-    if target > 0:
+    room = context or min(limit, _DEFAULT_CONTEXT)
+    guesser = None
+    if wanted is not None:
+        guesser = drafts.prepare(
+            wanted, ref, checkpoint, sparsity, context=room, on=target_device, quick=quick, **where
+        )
+    elif target > 0:
         profile()  # made before the weights take up memory
     session = Session(
         checkpoint.load(target_device),
-        max_length=context or min(limit, _DEFAULT_CONTEXT),
+        max_length=room,
         deterministic=deterministic,
         reporter=reporter,
     )
+    if guesser is not None:
+        guesser.attach(session, guesser.setting(method), reporter=reporter)
     chat = Chat(
         model=checkpoint.name,
         weights=checkpoint.folder.name,
         session=session,
         conversation=converse(session, stop_texts=stop, system=system, overflow=overflow),
-        profile=profile,
+        profile=guesser.profile if guesser else profile,
         method=method,
         max_tokens=max_tokens,
         think_tokens=think_tokens,
@@ -297,7 +309,8 @@ def chat(
         plain=plain or not console.is_rich(sys.stdout),
         silent=json,
     )
-    chat.set_sparsity(target)
+    if guesser is None:
+        chat.set_sparsity(target)
     if text is None:
         talk(chat, paths.state_dir() / "chat-history.jsonl" if history else None)
         return

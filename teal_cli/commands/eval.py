@@ -14,6 +14,7 @@ from teal_cli.options import (
     ColumnOption,
     DatasetOption,
     DeviceOption,
+    DraftOption,
     DtypeOption,
     JsonOption,
     ModelArgument,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from teal_cli.model.checkpoint import Checkpoint
     from teal_cli.sparsity.profile import Profile
 
+_SPARSITIES = "0.25,0.4,0.5"
 MethodsOption = Annotated[
     str | None,
     typer.Option(
@@ -111,7 +113,7 @@ PlotOption = Annotated[
 
 def evaluate(
     model: ModelArgument = None,
-    sparsity: SparsitiesOption = "0.25,0.4,0.5",
+    sparsity: SparsitiesOption = _SPARSITIES,
     method: MethodsOption = None,
     protocol: ProtocolOption = "standard",
     dataset: DatasetOption = None,
@@ -121,6 +123,7 @@ def evaluate(
     tasks: TasksOption = None,
     limit: LimitOption = None,
     num_fewshot: FewshotOption = None,
+    draft: DraftOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizationsOption = None,
     device: DeviceOption = "auto",
@@ -141,6 +144,7 @@ def evaluate(
 
     With --tasks, lm-eval's tasks instead. A text that a task scores is sparse where --protocol
     says, its context included; of an answer that is generated, every token after the prompt.
+    With --draft the tasks are the dense model's alone, and guesses make its answers faster.
     """
     sparsities = parse_sparsities(sparsity)
     methods = None if method is None else _entries(method, "--method")
@@ -150,14 +154,14 @@ def evaluate(
         specs,
         kinds,
         text_only={"dataset": dataset, "column": column, "plot": plot},
-        task_only={"limit": limit, "num-fewshot": num_fewshot},
+        task_only={"limit": limit, "num-fewshot": num_fewshot, "draft": draft},
     )
     reporter = console.reporter()
 
-    from teal_cli import pipeline
+    from teal_cli import drafts, pipeline
     from teal_cli.commands.results import deliver, deliver_figure
     from teal_cli.evaluation.plot import draw
-    from teal_cli.evaluation.run import Run
+    from teal_cli.evaluation.run import Form, Run
     from teal_cli.evaluation.tasks import require_lm_eval
     from teal_cli.inference.device import pick_device
     from teal_cli.report import files
@@ -169,9 +173,20 @@ def evaluate(
         require_lm_eval()
     target_device = pick_device(device)
     where: dict[str, Any] = {"device": device, "offline": offline, "reporter": reporter}
-    checkpoint = partial(
-        pipeline.ensure_checkpoint, models.resolve(model, revision), dtype=dtype, token=token
-    )
+    ref = models.resolve(model, revision)
+    checkpoint = partial(pipeline.ensure_checkpoint, ref, dtype=dtype, token=token)
+    if specs and draft is not None:
+        wanted, dense = drafts.Wanted.parse(draft), checkpoint(quantize=kinds[0], **where)
+        room = context or dense.config.context_length
+        guesser = drafts.prepare(
+            wanted, ref, dense, _one(sparsities) if sparsity != _SPARSITIES else None,
+            context=room, on=target_device, quick=False, token=token, **where,
+        )  # fmt: skip
+        attach = partial(guesser.attach, setting=guesser.setting(), reporter=reporter)
+        run = Run(dense, (Form(dense, None, ()),), target_device, offline, reporter)
+        told = wanted.name, attach
+        deliver(run.on_tasks(specs, protocol, context, limit, num_fewshot, told), output, json=json)
+        return
     forms = []
     for kind in kinds:
         made = checkpoint(quantize=kind, thresholds="best", **where)
@@ -205,6 +220,12 @@ def _check(
             raise UsageError(f"--{name} is about tasks: it needs --tasks")
     if specs and len(kinds) > 1:
         raise UsageError("--tasks runs one model: name one quantization")
+
+
+def _one(sparsities: tuple[float, ...]) -> float:
+    if len(sparsities) > 1:
+        raise UsageError("--draft guesses at one sparsity: name one")
+    return sparsities[0]
 
 
 def _form(

@@ -8,7 +8,7 @@ from a session, as in `teal chat`: the prompt is dense, every token that is deco
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,13 @@ from torch import Tensor
 from teal_cli.errors import TealError
 from teal_cli.evaluation.perplexity import LOGITS_CHUNK, check_finite
 from teal_cli.evaluation.protocols import ProtocolName, sparse_from
+from teal_cli.inference.drafting import DraftCounts
 from teal_cli.inference.generate import Finish, Token, generate
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
-from teal_cli.sparsity.setting import Setting
+from teal_cli.sparsity.setting import DENSE, Setting
 from teal_cli.sparsity.skips import SkipCount
 
 _SAMPLING_SEED = 1234  # lm-eval's default seed
@@ -43,6 +44,7 @@ class Subject:
     eos_token_ids: tuple[int, ...]
     protocol: ProtocolName
     context: int  # tokens that the model sees at most
+    guess: Callable[[Session], None] | None = None  # lets something guess a dense answer's tokens
 
 
 class TealLM(TemplateLM):
@@ -57,6 +59,7 @@ class TealLM(TemplateLM):
         self._setting = setting
         self._reporter = reporter
         self._count = SkipCount(subject.decoder, setting.thresholds)
+        self.guesses = DraftCounts()
         self._decoded: list[tuple[int, float]] = []  # sparse steps of an answer, share skipped
 
     @property
@@ -170,6 +173,8 @@ class TealLM(TemplateLM):
             setting=self._setting,
             reporter=self._reporter,
         )
+        if self._subject.guess is not None and self._setting is DENSE:
+            self._subject.guess(session)
         answers = []
         with self._reporter.task(f"{self._setting.label}: answers", len(asked), "answers") as task:
             for prompt, limit, stops, sampling in asked:
@@ -220,6 +225,8 @@ class TealLM(TemplateLM):
             if isinstance(step, Token):
                 tokens.append(step.id)
                 text = self.tokenizer.decode(tokens)
+            elif isinstance(step, Finish) and step.stats.draft is not None:
+                self.guesses += step.stats.draft
             elif isinstance(step, Finish) and step.stats.realised_sparsity is not None:
                 # The last token is decoded only to find that the answer stops after it.
                 decoded = len(tokens) - (step.reason != "stop")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from teal_cli.evaluation import comparison, perplexity, protocols
 from teal_cli.evaluation.comparison import QualityReport
 from teal_cli.evaluation.protocols import ProtocolName
 from teal_cli.evaluation.tasks_report import TasksReport
+from teal_cli.inference.session import Session
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
@@ -27,7 +28,7 @@ class Form:
     """One form of the model, quantized or not, and the settings that are measured on it."""
 
     checkpoint: Checkpoint
-    profile: Profile
+    profile: Profile | None  # where nothing is sparse
     settings: tuple[Setting, ...]
 
     def inputs(self) -> dict[str, Any]:
@@ -37,7 +38,7 @@ class Form:
             "quantization": checkpoint.quantization and checkpoint.quantization.name,
             "fingerprint": checkpoint.fingerprint,
             "rounding": checkpoint.rounding,
-            "profile": dict(profile.provenance),
+            "profile": dict(profile.provenance) if profile else {},
         }
 
 
@@ -119,6 +120,7 @@ class Run:
         context: int | None,
         limit: int | None,
         num_fewshot: int | None,
+        draft: tuple[str, Callable[[Session], None]] | None = None,
     ) -> TasksReport:
         """Tasks of lm-eval; a task's own dense run is what its sparse ones are compared with.
 
@@ -128,6 +130,7 @@ class Run:
             context: tokens that a document may have.
             limit: documents of each task.
             num_fewshot: worked examples before each document.
+            draft: who guesses the tokens of answers, and what lets it.
 
         Raises:
             TealError: there is no such task, or its data cannot be had.
@@ -141,12 +144,13 @@ class Run:
             self.checkpoint.eos_token_ids,
             protocol,
             room,
+            draft and draft[1],
         )
         return tasks.run(
             subject,
             specs,
             self.settings,
-            self._inputs() | {"protocol": protocol, "context": room},
+            self._inputs() | {"protocol": protocol, "context": room, "draft": draft and draft[0]},
             limit=limit,
             num_fewshot=num_fewshot,
             offline=self.offline,
@@ -155,7 +159,7 @@ class Run:
 
     def _learnt_from(self) -> set[str]:
         """Fingerprints of the texts that profiles and rounding have seen."""
-        seen = [form.profile.provenance for form in self.forms]
+        seen = [form.profile.provenance for form in self.forms if form.profile]
         seen += [form.checkpoint.rounding for form in self.forms]
         return {
             str(entry["dataset_fingerprint"]) for entry in seen if "dataset_fingerprint" in entry
@@ -172,6 +176,7 @@ class Run:
 
     def _inputs(self) -> dict[str, Any]:
         """What a report needs to say for the run to be repeated."""
+        profile = self.forms[0].profile
         return {
             "model": {
                 "name": self.checkpoint.name,
@@ -181,7 +186,7 @@ class Run:
             },
             "profile": {
                 "methods": list(dict.fromkeys(setting.method for setting in self.settings)),
-                "provenance": dict(self.forms[0].profile.provenance),
+                "provenance": dict(profile.provenance) if profile else {},
             },
             "quantized": [
                 form.inputs() for form in self.forms if form.checkpoint.quantization is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import logging
@@ -87,6 +88,8 @@ def run(
                 lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAP
             )
             realised = lm.realised_sparsity()
+            if subject.guess is not None and setting is DENSE:
+                inputs = inputs | {"guesses": dataclasses.asdict(lm.guesses)}
             target = None if setting is DENSE else setting.target_sparsity
             dense = {row.task: row for row in rows if row.method == DENSE.method}
             for name in results["results"]:

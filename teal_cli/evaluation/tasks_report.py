@@ -93,6 +93,10 @@ class TasksReport:
                 columns.append((score.metric, partial(_value, number)))
                 columns.append(("to dense", partial(_to_dense, number)))
             yield Table.of(rows, columns, title=[self._title(name)])
+        if (guesses := self.inputs.get("guesses")) and guesses["rounds"]:
+            right = f"{guesses['accepted'] / guesses['guessed']:.0%} of {guesses['guessed']}"
+            rate = f"{1 + guesses['accepted'] / guesses['rounds']:.1f} tokens a round"
+            yield f"Answers were guessed by {self.inputs['draft']}: {right} right, {rate}."
 
     def written(self) -> Iterator[Table | str]:
         """The same, and where it was measured."""

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from teal_cli.errors import UsageError
+from teal_cli.inference.drafting import DraftCounts
 from teal_cli.inference.sampling import Sampler
-from teal_cli.inference.session import Interrupted, Session
+from teal_cli.inference.session import Interrupted, Session, common_prefix
 from teal_cli.progress import Reporter
 
 FinishReason = Literal["stop", "length", "context", "interrupted"]
@@ -33,6 +35,7 @@ class Stats:
     time_to_first_token_s: float  # or to the end, when none came
     decode_s: float  # from the first token to the last
     realised_sparsity: float | None  # None when dense, or when a single token was made
+    draft: DraftCounts | None = None  # None where nothing guesses tokens
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -60,7 +63,8 @@ def generate(
 ) -> Iterator[Token | Finish]:
     """Answer a prompt, token by token.
 
-    The part of the prompt that the session has seen already is not computed again.
+    The part of the prompt that the session has seen already is not computed again. Where the
+    session drafts, its guesses are decided on one by one, and none is left of an answer that ends.
 
     Args:
         session: what decodes; afterwards it holds the prompt and the answer.
@@ -76,9 +80,15 @@ def generate(
         A `Token` for each token of the answer, then one `Finish`.
 
     Raises:
-        UsageError: the prompt leaves no room in the context.
+        UsageError: the prompt leaves no room in the context, or a sparse session drafts.
         TealError: the logits are not finite.
     """
+    drafting = session.drafting
+    if drafting is not None and session.setting.thresholds is not None:
+        raise UsageError(
+            "a model that checks guesses has to be dense: the rows that several tokens need"
+            " together are nearly all"
+        )
     if len(prompt_tokens) >= session.max_length:
         raise UsageError(
             f"{len(prompt_tokens)} tokens of text leave no room for an answer in a context of "
@@ -86,9 +96,11 @@ def generate(
             hint="Shorten the text, or choose a longer context.",
         )
     started = time.perf_counter()
-    reused = _common_prefix(session.tokens, prompt_tokens[:-1])
+    reused = common_prefix(session.tokens, list(prompt_tokens[:-1]))
     session.rewind(reused)
     session.clear_counts()
+    if drafting is not None:
+        drafting.counts = DraftCounts()
     try:
         logits = session.prefill(prompt_tokens[reused:], interrupted, reporter)
     except Interrupted:
@@ -98,7 +110,8 @@ def generate(
     token = sampler.sample(logits, session.tokens)
     first = last = time.perf_counter()
     count = 0
-    with closing(session.decode(token, sampler, max_new_tokens - 1)) as following:
+    decode = session.decode if drafting is None else partial(drafting.decode, session)
+    with closing(decode(token, sampler, max_new_tokens - 1)) as following:
         while True:
             if token in stop_token_ids:
                 reason: FinishReason = "stop"
@@ -123,14 +136,6 @@ def generate(
         time_to_first_token_s=first - started,
         decode_s=last - first,
         realised_sparsity=session.realised_sparsity(),
+        draft=None if drafting is None else drafting.counts,
     )
     yield Finish(reason, stats)
-
-
-def _common_prefix(seen: Sequence[int], wanted: Sequence[int]) -> int:
-    length = 0
-    for a, b in zip(seen, wanted, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length

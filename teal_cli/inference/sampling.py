@@ -63,7 +63,13 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens; holds the random state of one answer or conversation."""
+    """Draws tokens; holds the random state of one answer or conversation.
+
+    A draw is the token that comes first where each waits for a time that its noise, exponential,
+    and its probability set. The noise is a function of one number and of the token, so that two
+    distributions that are alike give the same token for the same number (Daliri, Musco and
+    Suresh, arXiv 2408.07978, section 3): a small model then guesses what a large one draws.
+    """
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -74,12 +80,13 @@ class Sampler:
             # torch takes 64 bits; Python's remainder folds every other integer into them.
             self._generator.manual_seed(sampling.seed % 2**64)
 
-    def sample(self, logits: Tensor, tokens: Sequence[int] = ()) -> int:
+    def sample(self, logits: Tensor, tokens: Sequence[int] = (), noise: int | None = None) -> int:
         """The next token id.
 
         Args:
             logits: [vocab_size], of any float dtype on any device.
             tokens: the sequence so far, for a repetition penalty.
+            noise: the draw's number, as `at_position` makes them; None is a new one.
 
         Raises:
             TealError: the logits have a NaN, or infinity, or nothing that is finite.
@@ -90,14 +97,45 @@ class Sampler:
             raise not_finite()
         if self.sampling.greedy:
             return int(likeliest)
-        probabilities, chosen_from = candidates(logits, self.sampling)
         # Drawn on the CPU, so that a seed means the same on every device.
-        choice = torch.multinomial(probabilities.cpu(), 1, generator=self._generator)
-        return int(chosen_from[int(choice)])
+        probabilities, chosen_from = (t.cpu() for t in candidates(logits, self.sampling))
+        waits = _exponential(self.draw_seed() if noise is None else noise, chosen_from)
+        return int(chosen_from[int((waits / probabilities).argmin())])
 
     def draw_seed(self) -> int:
         """A seed in [0, 2^63) for noise that is made elsewhere; another each time."""
         return int(torch.randint(2**63 - 1, (), generator=self._generator))
+
+
+def at_position(seed: int, position: int) -> int:
+    """The number of the draw at a position, in [0, 2^64), by splitmix64."""
+    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+def _exponential(number: int, tokens: Tensor) -> Tensor:
+    """Noise [C] float64, exponential with mean 1, for each of the tokens [C] int64 of a draw.
+
+    The stream of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) from `number`, by token.
+    """
+    start = torch.tensor(_signed(number % 2**64))  # sums and products wrap around at 64 bits
+    z = start + (tokens + 1) * _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    uniform = (_shifted(z ^ _shifted(z, 31), 11).double() + 0.5) * 2.0**-53
+    return -uniform.log()
+
+
+def _signed(number: int) -> int:
+    """A number of 64 bits as int64 holds it."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Shifted to the right, with zeros from the left."""
+    return (z >> bits) & (2 ** (64 - bits) - 1)
 
 
 def not_finite() -> TealError:

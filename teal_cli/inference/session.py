@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from teal_cli.errors import UsageError, whole
 from teal_cli.faults import is_out_of_memory
 from teal_cli.inference.launches import stored_launches
-from teal_cli.inference.sampling import Sampler, not_finite
+from teal_cli.inference.sampling import Sampler, at_position, not_finite
 from teal_cli.inference.step import ChoosingStep, DecoderStep, Step, step_tensors
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
@@ -20,6 +20,9 @@ from teal_cli.progress import Reporter, Silent, Task
 from teal_cli.sparsity.profile import ModelShape
 from teal_cli.sparsity.setting import DENSE, Setting
 from teal_cli.sparsity.skips import Skips
+
+if TYPE_CHECKING:
+    from teal_cli.inference.drafting import Drafting
 
 Backend = Literal["auto", "reference"]
 
@@ -38,8 +41,11 @@ class Interrupted(Exception):
 class Session:
     """One sequence: its tokens so far, their keys and values, and the setting in force.
 
-    Prefill is dense and exact; the thresholds apply to tokens that are decoded one by one.
+    Prefill is dense and exact; the thresholds apply to tokens that are decoded one by one. With
+    `drafting`, which a dense session can have, `generate` lets it guess tokens.
     """
+
+    drafting: Drafting | None = None
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class Session:
         setting: Setting = DENSE,
         backend: Backend = "auto",
         deterministic: bool = False,
+        cache: KVCache | None = None,
         reporter: Reporter | None = None,
     ) -> None:
         """Allocate the cache and choose how tokens are decoded.
@@ -60,13 +67,15 @@ class Session:
             backend: "auto" takes the fastest for the decoder's device; "reference" the decoder.
             deterministic: the same sums in every run on CUDA, to the last bit; a CPU's always
                 are, for a given number of threads.
+            cache: the one of another session, which is then shared: both write into it.
             reporter: told when the fast kernels cannot be used.
 
         Raises:
             UsageError: `max_length` is beyond the model's context.
         """
         self.decoder = decoder
-        self.cache = decoder.new_cache(max_length)
+        self.cache = cache or decoder.new_cache(max_length)
+        self.deterministic = deterministic or decoder.device.type == "cpu"
         self.tokens: list[int] = []
         self._steps = 0
         self._step = _choose_step(decoder, self.cache, backend, deterministic, reporter or Silent())
@@ -88,6 +97,11 @@ class Session:
         if isinstance(self._step, DecoderStep):
             return "torch"
         return _FUSED_STEPS[self.decoder.device.type][1]
+
+    @property
+    def decodes_ahead(self) -> bool:
+        """Whether the device chooses tokens itself, ahead of the host."""
+        return isinstance(self._step, ChoosingStep)
 
     def use(self, setting: Setting) -> None:
         """Decode under another setting from the next token on.
@@ -136,6 +150,24 @@ class Session:
                 hidden = self._prefill_chunk(chunk, interrupted, task)
         return self.decoder.logits(self.decoder.final_norm(hidden[-1:]))[0]
 
+    @torch.inference_mode()
+    def verify(self, tokens: Sequence[int]) -> Tensor:
+        """Logits [T, vocab_size] float32 after each of T tokens that may follow, computed dense.
+
+        Their keys and values are cached at the positions that follow, and nothing is appended:
+        `accept` appends those that are right, and what is written next replaces the others.
+        """
+        if len(tokens) == 1:
+            self._steps += 1
+            return self._step(tokens[0], self.position)[None]
+        ids = torch.tensor(tokens)
+        hidden = self.decoder.forward(ids, cache=self.cache, position=self.position)
+        return self.decoder.logits(hidden)
+
+    def accept(self, token: int) -> None:
+        """Append a token that `verify` has computed."""
+        self.tokens.append(token)
+
     def _prefill_chunk(self, chunk: Tensor, interrupted: Callable[[], bool], task: Task) -> Tensor:
         """Append tokens [T]; return what the last layer gives, [T, hidden_size]."""
         hidden = self.decoder.embed(chunk)
@@ -163,7 +195,9 @@ class Session:
         self._steps += 1
         return logits
 
-    def decode(self, token: int, sampler: Sampler, most: int) -> Generator[int, None, None]:
+    def decode(
+        self, token: int, sampler: Sampler, most: int, seed: int | None = None
+    ) -> Generator[int, None, None]:
         """Append `token`, then each token chosen after it; yield every choice as it falls.
 
         A step that can choose runs a token ahead of the one that is yielded, so the iterator is
@@ -171,8 +205,10 @@ class Session:
 
         Args:
             token: in the sequence's next position.
-            sampler: how to choose; on the device, with noise from a seed that it draws.
+            sampler: how to choose.
             most: choices to make; fewer where the context ends.
+            seed: with the position it makes each choice's noise; None is one that the sampler
+                draws.
 
         Yields:
             The token that follows those appended so far; it is not appended itself yet.
@@ -181,15 +217,17 @@ class Session:
             TealError: the logits are not finite.
         """
         end = min(self.position + most, self.max_length)
+        seed = sampler.draw_seed() if seed is None else seed
         if isinstance(self._step, ChoosingStep):
-            yield from self._decode_ahead(self._step, token, sampler, end)
+            yield from self._decode_ahead(self._step, token, sampler, end, seed)
             return
         while self.position < end:
-            token = sampler.sample(self.step(token), self.tokens)
+            logits = self.step(token)
+            token = sampler.sample(logits, self.tokens, at_position(seed, self.position))
             yield token
 
     def _decode_ahead(
-        self, step: ChoosingStep, token: int, sampler: Sampler, end: int
+        self, step: ChoosingStep, token: int, sampler: Sampler, end: int, seed: int
     ) -> Generator[int, None, None]:
         """The steps to position `end`, each begun before the choice of the last one is read."""
         if self.position >= end:
@@ -203,7 +241,7 @@ class Session:
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
-            seed=sampler.draw_seed(),
+            seed=seed,
             tokens=self.tokens,
         )
         try:
@@ -245,6 +283,18 @@ class Session:
         """Share of the projections' weights that the same steps skipped."""
         skips = self.skips()
         return None if skips is None else skips.realised_sparsity
+
+
+def common_prefix(seen: Sequence[int], wanted: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    shorter = min(len(seen), len(wanted))
+    # They mostly part near the end, if at all, and slices compare a hundred times as fast.
+    length = max(shorter - 16, 0)
+    if seen[:length] != wanted[:length]:
+        length = 0
+    while length < shorter and seen[length] == wanted[length]:
+        length += 1
+    return length
 
 
 def _choose_step(

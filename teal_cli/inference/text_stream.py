@@ -275,4 +275,5 @@ def _together(first: Stats, second: Stats) -> Stats:
         time_to_first_token_s=first.time_to_first_token_s,
         decode_s=first.decode_s + second.time_to_first_token_s + second.decode_s,
         realised_sparsity=sum(s * n for s, n in known) / weight if weight else None,
+        draft=first.draft and second.draft and first.draft + second.draft,
     )

@@ -1,0 +1,107 @@
+"""Where guesses come from: the text so far, or a model that is cheaper than the one it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import takewhile
+from typing import Protocol
+
+from teal_cli.inference.pace import LENGTHS
+from teal_cli.inference.sampling import Sampler
+from teal_cli.inference.session import Session, common_prefix
+
+# Tokens that must be the same for the text to count as repeating: two are so too often by chance.
+_NGRAM = 3
+
+
+class Drafter(Protocol):
+    """Guesses what a model will say."""
+
+    name: str
+
+    def propose(
+        self, tokens: Sequence[int], token: int, most: int, sampler: Sampler, seed: int
+    ) -> list[int]:
+        """Guesses for what follows `token`, perhaps none.
+
+        Args:
+            tokens: the sequence before it.
+            token: the last one that was chosen.
+            most: guesses to make.
+            sampler: how the model's tokens are chosen.
+            seed: with the position it makes the noise of their choices.
+        """
+
+
+class Lookup:
+    """Guesses that the text goes on as it did after the same words before."""
+
+    name = "lookup"
+
+    def __init__(self) -> None:
+        self._text: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}  # where each n-gram was followed last
+
+    def propose(
+        self, tokens: Sequence[int], token: int, most: int, sampler: Sampler, seed: int
+    ) -> list[int]:
+        """What followed the last few tokens where they stood last; see `Drafter`."""
+        text = [*tokens, token]
+        if text[: len(self._text)] != self._text:
+            self._text, self._after = [], {}
+        for i in range(max(len(self._text), _NGRAM), len(text)):
+            self._after[tuple(text[i - _NGRAM : i])] = i
+        self._text = text
+        start = self._after.get(tuple(text[-_NGRAM:]))
+        if start is None:
+            return []
+        period = len(text) - start  # what repeats right behind itself goes on doing so
+        return [text[start + i % period] for i in range(most)]
+
+
+class ModelDrafter:
+    """Guesses what a cheaper model says, in a session of its own.
+
+    It draws with the noise of the model's own choice at each position, so that the two draw the
+    same token wherever their distributions are near each other.
+    """
+
+    def __init__(
+        self, name: str, session: Session, vocab_size: int, *, shares_cache: bool = False
+    ) -> None:
+        """Bind to a session.
+
+        Args:
+            name: what statistics call it.
+            session: decodes the guesses, sparse or not.
+            vocab_size: of the model that it guesses for: vocabularies are padded differently.
+            shares_cache: its keys and values are the model's own, which writes them anew.
+        """
+        self.name = name
+        self.session = session
+        self._vocab_size = min(vocab_size, session.decoder.config.vocab_size)
+        self._shares_cache = shares_cache
+
+    def propose(
+        self, tokens: Sequence[int], token: int, most: int, sampler: Sampler, seed: int
+    ) -> list[int]:
+        """What the cheaper model says; none beyond its context; see `Drafter`."""
+        own = self.session
+        most = min(most, own.max_length - len(tokens))
+        if most < 1:
+            return []
+        own.rewind(common_prefix(own.tokens, tokens))
+        unread = tokens[own.position :]
+        if max([*unread, token]) >= self._vocab_size:
+            return []
+        if unread:
+            if self._shares_cache:
+                own.tokens += unread
+            elif len(unread) > LENGTHS[-1]:
+                own.prefill(unread)
+            else:  # what was said since the last round
+                for said in unread:
+                    own.step(said)
+        with closing(own.decode(token, sampler, most, seed)) as guesses:
+            return list(takewhile(lambda guess: guess < self._vocab_size, guesses))

@@ -1,0 +1,100 @@
+"""How many tokens to guess at a time, from what guesses were worth and what they took."""
+
+from __future__ import annotations
+
+# Guesses in a round: few lengths, so that each is soon known, and on CUDA few graphs are captured.
+LENGTHS = (1, 2, 4, 8)
+# What is never lost by more: this share of the time, and so many tokens' time at the beginning.
+_SHARE = 0.02
+_TOKENS = 2.0
+# Gains of earlier rounds that later ones may lose again, in tokens' time.
+_BANK = 16.0
+_WEIGHT = 0.2  # of a new figure in a running mean
+_KEPT = 0.9  # of earlier rounds' guesses, each round
+# Text that repeats word by word is guessed like this. What does not pay then is not tried at all.
+_BEST = 0.95
+# Each further token that is checked, as a share of a token's time, before it is known.
+_FURTHER = 0.02
+
+
+class Costs:
+    """Seconds that the model takes, and what guessing has lost so far; of all drafters."""
+
+    def __init__(self) -> None:
+        self.token_s = 0.0  # of a token that is decoded alone; 0 is unknown
+        self._checks: dict[int, float] = {}
+        self._spent_s = 0.0
+        self._lost_s: float | None = None
+
+    def decoded(self, seconds: float) -> None:
+        """A token was decoded alone."""
+        self.token_s = _mean(self.token_s, seconds)
+        self._spent_s += seconds
+
+    def checked(self, count: int, seconds: float) -> None:
+        """So many tokens were checked in one pass."""
+        self._checks[count] = _mean(self._checks.get(count, 0.0), seconds)
+
+    def round_ended(self, tokens: int, seconds: float) -> None:
+        """A round of guesses gave so many tokens, in so much time in all."""
+        self._spent_s += seconds
+        lost = self._lost + seconds - tokens * self.token_s
+        self._lost_s = max(lost, -_BANK * self.token_s)
+
+    @property
+    def may_lose(self) -> bool:
+        """Whether a round may be tried that perhaps does not pay."""
+        return self.token_s > 0 and self._lost <= _SHARE * self._spent_s
+
+    def check_s(self, count: int) -> float:
+        """What a pass over so many tokens takes, as far as that is known."""
+        if count in self._checks:
+            return self._checks[count]
+        known = min(self._checks, key=lambda other: abs(other - count), default=1)
+        return self._checks.get(known, self.token_s) + self.token_s * _FURTHER * (count - known)
+
+    @property
+    def _lost(self) -> float:
+        return -_TOKENS * self.token_s if self._lost_s is None else self._lost_s
+
+
+class Pace:
+    """How many tokens one drafter is asked for."""
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._guess_s = 0.0  # of one token
+        self._right, self._wrong = 3.0, 1.0
+
+    @property
+    def acceptance(self) -> float:
+        """The chance that a guess is right after those before it were, from the last rounds."""
+        return self._right / (self._right + self._wrong)
+
+    def guessed(self, count: int, seconds: float) -> None:
+        """So many tokens were guessed."""
+        self._guess_s = _mean(self._guess_s, seconds / count)
+
+    def judged(self, guesses: int, right: int) -> None:
+        """So many of a round's guesses were right, up to the first that was wrong."""
+        self._right = _KEPT * self._right + right
+        self._wrong = _KEPT * self._wrong + (right < guesses)
+
+    def length(self, most: int) -> int:
+        """Guesses to ask for in the next round, at most `most`; 0 where they cannot pay now."""
+        if not self._costs.may_lose:
+            return 0
+        lengths = [length for length in LENGTHS if length <= most]
+        if not any(self._gain(length, _BEST) > 1 for length in lengths):
+            return 0
+        return max(lengths, key=lambda length: self._gain(length, self.acceptance))
+
+    def _gain(self, length: int, acceptance: float) -> float:
+        """How much faster tokens come than one by one (Leviathan et al., theorem 3.8)."""
+        tokens = sum(acceptance**i for i in range(length + 1))
+        seconds = self._costs.check_s(length + 1) + length * self._guess_s
+        return tokens * self._costs.token_s / seconds
+
+
+def _mean(before: float, seconds: float) -> float:
+    return before + _WEIGHT * (seconds - before) if before else seconds
