@@ -16,6 +16,24 @@ MATRICES = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}
 PROJECTIONS = 7
 
 
+@dataclass(frozen=True)
+class RecoveryVectors:
+    """What sparse decoding adds to a model to win back what skipped channels would have given.
+
+    All float32. Dense steps and prompts use the model's own norms, and no biases but its own.
+    """
+
+    # Added to the projections' outputs, beside the model's own biases; H hidden, I intermediate.
+    qkv: Tensor  # [layers, (Hq + 2 * Hkv) * D]
+    o: Tensor  # [layers, H]
+    gate_up: Tensor  # [layers, 2 * I]
+    down: Tensor  # [layers, H]
+    # Weights in the place of the model's own.
+    input_layernorm: Tensor  # [layers, H]
+    post_attention_layernorm: Tensor  # [layers, H]
+    norm: Tensor  # [H]
+
+
 class LayerTensors(Protocol):
     """The tensors of a layer, named and laid out as in the decoder's checkpoint."""
 
