@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from teal_cli.model.quantization import Quantization
 from teal_cli.model.random_weights import SHAPES, random_decoder
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.profile import Profile
+from teal_cli.sparsity.setting import Setting
 from teal_cli.store import models
 from teal_cli.suggestions import did_you_mean, quoted
 
@@ -42,18 +44,16 @@ class Subject:
 def model_subject(
     checkpoint: Checkpoint,
     profile: Profile,
-    method: str | None,
+    made: Mapping[float, Setting],
     settings: Settings,
     device: torch.device,
 ) -> Subject:
-    """A model with its own weights, a prompt of text, and thresholds from its profile.
+    """A model with its own weights, a prompt of text, and what its profile has for each sparsity.
 
     Raises:
-        UsageError: the context is too short, or the profile has no such method.
-        TealError: the profile does not reach one of the sparsities.
+        UsageError: the context is too short.
     """
     settings.check(checkpoint.config)
-    made = {value: profile.setting(value, method) for value in settings.sparsities}
     tokens = checkpoint.tokenizer()(_TEXT)["input_ids"]
     tokens *= -(-settings.prompt_tokens // len(tokens))
     decoder = checkpoint.load(device)
@@ -63,7 +63,8 @@ def model_subject(
         "revision": checkpoint.revision,
         "fingerprint": checkpoint.fingerprint,
         **weights_type(decoder),
-        "method": method or profile.default_method,
+        "method": next(iter(made.values())).method,
+        "recovered": any(setting.vectors is not None for setting in made.values()),
         "calibrated_on": profile.provenance.get("dataset"),
     }
     return Subject(

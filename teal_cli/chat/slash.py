@@ -211,7 +211,7 @@ def sparsity_of(chat: Chat) -> str:
     """The sparsity that answers have, and what shared it out."""
     if not chat.sparsity:
         return "sparsity 0 (dense)"
-    return f"sparsity {chat.sparsity:g}, by {chat.session.setting.method}"
+    return f"sparsity {chat.sparsity:g}, by {chat.session.setting.shown_method}"
 
 
 def _turns(chat: Chat) -> int:

@@ -48,7 +48,8 @@ class Chat:
     """A conversation with a loaded model, at a sparsity that can be changed.
 
     `weights` names the form that they are stored in. `profile` loads the model's thresholds where
-    they are first needed, and `method` is how they share sparsity out (None is the profile's best).
+    they are first needed, `method` is how they share sparsity out (None is the profile's best), and
+    `recover` whether its vectors are used.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Chat:
     profile: Callable[[], Profile]
     method: str | None
     max_tokens: int
+    recover: bool = True
     think_tokens: int = 2048
     compare: bool = False
     plain: bool = True
@@ -78,7 +80,11 @@ class Chat:
             TealError: the profile does not reach it.
         """
         check_target(sparsity)  # before a profile is made for it
-        self.session.use(self.profile().setting(sparsity, self.method) if sparsity else DENSE)
+        if sparsity == 0:
+            self.session.use(DENSE)
+            return
+        setting = self.profile().setting(sparsity, self.method, recover=self.recover)
+        self.session.use(setting)
 
     def setting(self, key: str) -> str:
         """The value of one of KEYS, as text."""

@@ -19,6 +19,7 @@ from teal_cli.options import (
     ModelArgument,
     OfflineOption,
     QuantizeOption,
+    RecoverOption,
     RevisionOption,
     SeedOption,
     TokenOption,
@@ -102,6 +103,7 @@ def bench(
     kernels: KernelsOption = False,
     tune: TuneOption = False,
     method: MethodOption = None,
+    recover: RecoverOption = True,
     deterministic: DeterministicOption = False,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
@@ -180,7 +182,8 @@ def bench(
         profile = pipeline.ensure_profile(
             checkpoint, device=device, offline=offline, reporter=reporter
         )
-        tested = subject.model_subject(checkpoint, profile, method, settings, target_device)
+        made = {value: profile.setting(value, method, recover=recover) for value in sparsities}
+        tested = subject.model_subject(checkpoint, profile, made, settings, target_device)
     found = run.decoding(tested, settings, reporter)
     deliver(BenchReport(found), output, json=json)
     deliver_figure(draw, found, plot)

@@ -156,6 +156,9 @@ class Run:
     def _learnt_from(self) -> set[str]:
         """Fingerprints of the texts that profiles and rounding have seen."""
         seen = [form.profile.provenance for form in self.forms]
+        seen += [
+            found.provenance for form in self.forms for found in form.profile.recovery.values()
+        ]
         seen += [form.checkpoint.rounding for form in self.forms]
         return {
             str(entry["dataset_fingerprint"]) for entry in seen if "dataset_fingerprint" in entry
