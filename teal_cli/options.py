@@ -55,7 +55,7 @@ def parse_sparsities(text: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(parse_sparsity(entry) for entry in text.split(",")))
 
 
-def _check_sparsities(text: str | None) -> str | None:
+def check_sparsities(text: str | None) -> str | None:
     if text is not None:
         parse_sparsities(text)
     return text
@@ -131,7 +131,14 @@ SparsitiesOption = Annotated[
         "-s",
         metavar="LIST",
         help="Sparsities to compare, separated by commas, as 0.4 or 40%.",
-        callback=_check_sparsities,
+        callback=check_sparsities,
+    ),
+]
+RecoverOption = Annotated[
+    bool,
+    typer.Option(
+        "--recover/--no-recover",
+        help="Use the vectors of `teal calibrate --recover`, where the profile has them.",
     ),
 ]
 MethodOption = Annotated[

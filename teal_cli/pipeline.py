@@ -59,7 +59,7 @@ def ensure_checkpoint(
             checkpoint = renew_companions(checkpoint, source, reporter)
     if checkpoint is None:
         arrived = "the model's files are", "what has been downloaded is"
-        with _broken_off(reporter, lambda: arrived[not hub.is_here(ref)]):
+        with broken_off(reporter, lambda: arrived[not hub.is_here(ref)]):
             ahead = _steps_to_thresholds(ref, quantize, thresholds)
             reporter.expect([None] * (1 if hub.is_here(ref) else 2) + ahead)
             try:
@@ -266,7 +266,7 @@ def make_profile(
             f"`teal chat {stored.arguments(checkpoint)} -s 0` answers now, without sparsity; the "
             "converted model and the layers that are done are"
         )
-        with _broken_off(reporter, lambda: kept):
+        with broken_off(reporter, lambda: kept):
             profile = calibrate(
                 streaming.load(checkpoint, pick_device(device), reporter),
                 tokens,
@@ -302,7 +302,7 @@ def _steps_to_thresholds(
 
 
 @contextlib.contextmanager
-def _broken_off(reporter: Reporter, what_is_kept: Callable[[], str]) -> Iterator[None]:
+def broken_off(reporter: Reporter, what_is_kept: Callable[[], str]) -> Iterator[None]:
     """Tell whoever presses Ctrl-C in the block what is kept."""
     try:
         yield

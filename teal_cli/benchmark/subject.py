@@ -19,6 +19,7 @@ from teal_cli.model.quantization import Quantization
 from teal_cli.model.random_weights import SHAPES, random_decoder
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.profile import Profile
+from teal_cli.sparsity.setting import Setting
 from teal_cli.store import models
 from teal_cli.suggestions import did_you_mean, quoted
 
@@ -44,22 +45,20 @@ class Subject:
 def model_subject(
     checkpoint: Checkpoint,
     profile: Profile | None,
-    method: str | None,
+    made: Mapping[float, Setting],
     settings: Settings,
     device: torch.device,
 ) -> Subject:
-    """A model with its own weights, a prompt of text, and thresholds from its profile, if any.
+    """A model with its own weights, a prompt of text, and what its profile has for each sparsity.
 
     Raises:
-        UsageError: the context is too short, or the profile has no such method.
-        TealError: the profile does not reach one of the sparsities.
+        UsageError: the context is too short.
     """
     settings.check(checkpoint.config)
-    made = {value: profile.setting(value, method) for value in settings.sparsities if profile}
     tokens = checkpoint.tokenizer()(_TEXT)["input_ids"]
     tokens *= -(-settings.prompt_tokens // len(tokens))
     decoder = checkpoint.load(device)
-    description = {
+    description: dict[str, Any] = {
         "name": checkpoint.name,
         "weights": "its own",
         "revision": checkpoint.revision,
@@ -67,7 +66,8 @@ def model_subject(
         **weights_type(decoder),
     }
     if profile is not None:
-        description["method"] = method or profile.default_method
+        description["method"] = next(iter(made.values())).method
+        description["recovered"] = any(setting.vectors is not None for setting in made.values())
         description["calibrated_on"] = profile.provenance.get("dataset")
     return Subject(
         decoder,

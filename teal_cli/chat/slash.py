@@ -218,7 +218,7 @@ def sparsity_of(chat: Chat) -> str:
     if not chat.sparsity:
         return "sparsity 0 (dense)"
     whose = "" if chat.session.drafting is None else " of the guesses"
-    return f"sparsity {chat.sparsity:g}{whose}, by {chat.setting_in_force.method}"
+    return f"sparsity {chat.sparsity:g}{whose}, by {chat.setting_in_force.shown_method}"
 
 
 def _turns(chat: Chat) -> int:

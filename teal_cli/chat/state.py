@@ -52,7 +52,8 @@ class Chat:
     """A conversation with a loaded model, at a sparsity that can be changed.
 
     `weights` names the form that they are stored in. `profile` loads the model's thresholds where
-    they are first needed, and `method` is how they share sparsity out (None is the profile's best).
+    they are first needed, `method` is how they share sparsity out (None is the profile's best), and
+    `recover` whether its vectors are used.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Chat:
     profile: Callable[[], Profile]
     method: str | None
     max_tokens: int
+    recover: bool = True
     think_tokens: int = 2048
     compare: bool = False
     plain: bool = True
@@ -91,7 +93,10 @@ class Chat:
             raise UsageError(
                 "the model that checks guesses is dense, and text that is looked up has no sparsity"
             )
-        self._sparse.use(self.profile().setting(sparsity, self.method) if sparsity else DENSE)
+        setting = DENSE
+        if sparsity:
+            setting = self.profile().setting(sparsity, self.method, recover=self.recover)
+        self._sparse.use(setting)
 
     @property
     def _sparse(self) -> Session:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,11 +20,15 @@ from teal_cli.options import (
     ModelArgument,
     OfflineOption,
     QuantizeOption,
+    RecoverOption,
     RevisionOption,
     SeedOption,
     TokenOption,
     parse_sparsities,
 )
+
+if TYPE_CHECKING:
+    from teal_cli.sparsity.setting import Setting
 
 
 class BaselineName(str, Enum):
@@ -115,6 +119,7 @@ def bench(
     kernels: KernelsOption = False,
     tune: TuneOption = False,
     method: MethodOption = None,
+    recover: RecoverOption = True,
     deterministic: DeterministicOption = False,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
@@ -203,15 +208,17 @@ def bench(
             deliver(KernelReport(matrices), output, json=json)
             return
         profile, guesser = None, None
+        made: dict[float, Setting] = {}
         if wanted is None:
             profile = pipeline.ensure_profile(checkpoint, **where)
+            made = {value: profile.setting(value, method, recover=recover) for value in sparsities}
         else:
             highest = max(sparsities) if wanted.model else None
             guesser = drafts.prepare(
                 wanted, ref, checkpoint, highest, context=settings.length, on=target_device,
                 quick=False, token=token, **where,
             )  # fmt: skip
-        tested = subject.model_subject(checkpoint, profile, method, settings, target_device)
+        tested = subject.model_subject(checkpoint, profile, made, settings, target_device)
         if guesser is not None:
             tested = drafts.on_model(guesser, tested, settings, method, reporter)
     found = run.decoding(tested, settings, reporter)

@@ -23,7 +23,8 @@ from teal_cli.options import (
     QuantizeOption,
     RevisionOption,
     TokenOption,
-    parse_sparsity,
+    check_sparsities,
+    parse_sparsities,
 )
 
 if TYPE_CHECKING:
@@ -70,14 +71,24 @@ ShowOption = Annotated[
         " --method gives each layer and projection, or the histograms of --layer.",
     ),
 ]
-ShownSparsityOption = Annotated[
-    float | None,
+RecoverOption = Annotated[
+    bool,
+    typer.Option(
+        "--recover",
+        help="Learn vectors that win back what sparsity loses, and add them to the profile:"
+        " biases and norms for sparse decoding, from the dense model's own predictions on text"
+        " (240 windows). Weights stay as they are.",
+    ),
+]
+TargetsOption = Annotated[
+    str | None,
     typer.Option(
         "--sparsity",
         "-s",
-        metavar="X",
-        help="With --show: the target to look up. [default: 0.5]",
-        parser=parse_sparsity,
+        metavar="LIST",
+        help="With --recover: the targets to learn for, separated by commas."
+        " [default: 0.25,0.4,0.5,0.65] With --show: the target to look up. [default: 0.5]",
+        callback=check_sparsities,
     ),
 ]
 LayerOption = Annotated[
@@ -102,12 +113,13 @@ def calibrate(
     seq_len: SeqLenOption = None,
     seed: CalibrationSeedOption = None,
     method: CalibrationMethodOption = None,
+    recover: RecoverOption = False,
+    sparsity: TargetsOption = None,
     import_dir: ImportOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Calibrate again even if it is up to date.")
     ] = False,
     show: ShowOption = False,
-    sparsity: ShownSparsityOption = None,
     layer: LayerOption = None,
     site: SiteOption = None,
     plot: PlotOption = None,
@@ -124,15 +136,20 @@ def calibrate(
     Does nothing when the model has a profile that was made with the options given. An
     interrupted calibration goes on where it was, and another method of the same text adds to the
     profile what it lacks.
+
+    With --recover, learn vectors that win back much of what sparsity loses. eval, chat and bench
+    use them where the profile has them. Takes a GPU minutes, and a CPU long.
     """
     asked = {"dataset": dataset, "column": column, "samples": samples, "seq_len": seq_len}
     given: dict[str, Any] = {k: v for k, v in {**asked, "seed": seed}.items() if v is not None}
-    look = Look(sparsity, layer, site, plot)
+    targets = None if sparsity is None else parse_sparsities(sparsity)
+    look = Look(targets, layer, site, plot)
     if show:
-        check_show(given | {"import": import_dir, "force": force or None}, look)
+        flags = {"import": import_dir, "force": force or None, "recover": recover or None}
+        check_show(given | flags, look)
         show_profile(model, revision, dtype, quantize, method, look, json=json)
         return
-    _check_no_show(given, look, import_dir, {"method": method, "quantize": quantize})
+    _check_no_show(given, look, import_dir, recover, {"method": method, "quantize": quantize})
 
     from teal_cli import pipeline
     from teal_cli.sparsity import stored
@@ -146,7 +163,13 @@ def calibrate(
     limit = checkpoint.config.context_length
     if seq_len is not None and seq_len > limit:
         raise UsageError(f"--seq-len {seq_len} is beyond this model's context of {limit} tokens")
-    if import_dir is not None:
+    if recover:
+        from teal_cli.recovering import ensure_recovery
+
+        profile = ensure_recovery(
+            checkpoint, given, method=method, targets=targets, force=force, **where
+        )
+    elif import_dir is not None:
         profile = _import(checkpoint, import_dir, where["reporter"], force=force)
     else:
         profile = _learn(checkpoint, given, method, force=force, **where)
@@ -155,13 +178,20 @@ def calibrate(
 
 
 def _check_no_show(
-    given: dict[str, Any], look: Look, import_dir: Path | None, others: dict[str, Any]
+    given: dict[str, Any],
+    look: Look,
+    import_dir: Path | None,
+    recover: bool,
+    others: dict[str, Any],
 ) -> None:
     for name, value in asdict(look).items():
-        if value is not None:
-            raise UsageError(f"--{name} goes with --show")
+        if value is not None and not (recover and name == "sparsity"):
+            also = " or --recover" if name == "sparsity" else ""
+            raise UsageError(f"--{name} goes with --show{also}")
     if import_dir is None:
         return
+    if recover:
+        raise UsageError("--import reads a release, and --recover learns: one after the other")
     if given:
         option = next(iter(given)).replace("_", "-")
         raise UsageError(f"--import reads no text: leave out --{option}")
@@ -242,6 +272,7 @@ def _document(profile: Profile, path: Path | None) -> dict[str, Any]:
         "provenance": dict(profile.provenance),
         "projections": PROJECTIONS,
         "thresholds": {f"{value:g}": profile.thresholds(value).tolist() for value in _SHOWN},
+        "recovery": {method: found.header() for method, found in profile.recovery.items()},
     }
 
 
@@ -262,3 +293,6 @@ def _print_summary(profile: Profile) -> None:
         rows,
         title=[f"{profile.model}: median of {layers} layers (lowest … highest)"],
     )
+    for method, found in profile.recovery.items():
+        learnt = ", ".join(f"{target:g}" for target in found.targets[1:])
+        console.reporter().note(f"vectors for {method} at {learnt}")

@@ -14,7 +14,7 @@ from teal_cli.errors import UsageError
 class Look:
     """What --show is to show; None is the default."""
 
-    sparsity: float | None
+    sparsity: tuple[float, ...] | None
     layer: int | None
     site: str | None
     plot: Path | None
@@ -27,6 +27,8 @@ def check_show(others: dict[str, Any], look: Look) -> None:
             raise UsageError(
                 f"--show looks at the profile that is there: leave out --{name.replace('_', '-')}"
             )
+    if look.sparsity is not None and len(look.sparsity) > 1:
+        raise UsageError("--show looks at one --sparsity at a time")
     if look.site is not None and look.layer is None:
         raise UsageError("--site goes with --layer")
 
@@ -52,7 +54,7 @@ def show_profile(
 
     files.check_figure(look.plot)
     profile, path = pipeline.stored_profile(models.resolve(model, revision), dtype, quantize)
-    target = 0.5 if look.sparsity is None else look.sparsity
+    (target,) = look.sparsity or (0.5,)
     summary = summarise(profile, target, method, layer=look.layer, site=look.site)
     if json:
         console.print_json({"profile": path, **summary.document()})

@@ -20,6 +20,7 @@ from teal_cli.options import (
     ModelArgument,
     OfflineOption,
     Quantize,
+    RecoverOption,
     RevisionOption,
     SparsitiesOption,
     TokenOption,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from teal_cli.evaluation.run import Form
     from teal_cli.model.checkpoint import Checkpoint
     from teal_cli.sparsity.profile import Profile
+    from teal_cli.sparsity.setting import Setting
 
 _SPARSITIES = "0.25,0.4,0.5"
 MethodsOption = Annotated[
@@ -115,6 +117,7 @@ def evaluate(
     model: ModelArgument = None,
     sparsity: SparsitiesOption = _SPARSITIES,
     method: MethodsOption = None,
+    recover: RecoverOption = True,
     protocol: ProtocolOption = "standard",
     dataset: DatasetOption = None,
     column: ColumnOption = None,
@@ -136,8 +139,9 @@ def evaluate(
 ) -> None:
     """Compare a model's quality, dense and sparse, on text that calibration did not see.
 
-    Perplexity, KL divergence to the dense model in nats a token, and the share of positions
-    where both find the same token likeliest, each with its standard error over the windows.
+    Perplexity, KL divergence to the dense model in nats a token, total variation (how much of the
+    probability lies on other tokens), and the share of positions where both find the same token
+    likeliest, each with its standard error over the windows.
     Every method at every sparsity reads the same windows, so that their differences are paired.
 
     With --quantize, all that is compared with the dense model without quantization.
@@ -191,7 +195,8 @@ def evaluate(
     for kind in kinds:
         made = checkpoint(quantize=kind, thresholds="best", **where)
         profile = pipeline.ensure_profile(made, **where)
-        forms.append(_form(made, profile, methods, sparsities, tasks=specs is not None))
+        settings = _settings(profile, methods, sparsities, recover=recover)
+        forms.append(_form(made, profile, settings, tasks=specs is not None))
     # A task's own dense run is what its sparse ones are compared with.
     reference = forms[0].checkpoint if specs or kinds[0] is None else checkpoint(**where)
     run = Run(reference, tuple(forms), target_device, offline, reporter)
@@ -231,8 +236,7 @@ def _one(sparsities: tuple[float, ...]) -> float:
 def _form(
     checkpoint: Checkpoint,
     profile: Profile,
-    methods: tuple[str, ...] | None,
-    sparsities: tuple[float, ...],
+    settings: tuple[Setting, ...],
     *,
     tasks: bool,
 ) -> Form:
@@ -240,12 +244,23 @@ def _form(
     from teal_cli.evaluation import comparison
     from teal_cli.evaluation.run import Form
 
-    chosen = methods or (profile.default_method,)
-    # Methods at one sparsity stand side by side.
-    settings = tuple(profile.setting(value, name) for value in sparsities for name in chosen)
     if checkpoint.quantization is not None and not tasks:
         settings = comparison.on_quantized(checkpoint.quantization.name, settings)
     return Form(checkpoint, profile, settings)
+
+
+def _settings(
+    profile: Profile,
+    methods: tuple[str, ...] | None,
+    sparsities: tuple[float, ...],
+    *,
+    recover: bool,
+) -> tuple[Setting, ...]:
+    """What is measured; methods at one sparsity stand side by side."""
+    chosen = methods or (profile.default_method,)
+    return tuple(
+        profile.setting(value, name, recover=recover) for value in sparsities for name in chosen
+    )
 
 
 def _entries(text: str, option: str) -> tuple[str, ...]:

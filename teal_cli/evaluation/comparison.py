@@ -35,8 +35,14 @@ class Row:
 
     method: str
     target_sparsity: float
+    recovered: bool  # by vectors
     quality: Quality
     nll_difference: Estimate | None  # nats a token, paired over windows; None for that method
+
+    @property
+    def label(self) -> str:
+        """As tables name it."""
+        return f"{self.method}, recovered" if self.recovered else self.method
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,10 @@ class QualityReport:
             difference = None
             if reference is not quality:
                 difference = statistics.difference(quality.by_window.nll, reference.by_window.nll)
-            rows.append(Row(setting.method, setting.target_sparsity, quality, difference))
+            recovered = setting.vectors is not None
+            rows.append(
+                Row(setting.method, setting.target_sparsity, recovered, quality, difference)
+            )
         return cls(inputs, result, tuple(rows))
 
     @property
@@ -94,6 +103,7 @@ class QualityReport:
                 {
                     "method": row.method,
                     "target_sparsity": row.target_sparsity,
+                    "recovered": row.recovered,
                     **scores(row.quality),
                     "compared_with": self.methods[0] if row.nll_difference else None,
                     **statistics.flat("nll_difference", row.nll_difference),
@@ -105,7 +115,12 @@ class QualityReport:
     def records(self) -> list[dict[str, Any]]:
         """One flat record a row, the dense one first."""
         document = self.document()
-        dense = {"method": "dense", "target_sparsity": None, **document["dense"]}
+        dense = {
+            "method": "dense",
+            "target_sparsity": None,
+            "recovered": False,
+            **document["dense"],
+        }
         return [
             {name: value for name, value in row.items() if not isinstance(value, dict)}
             for row in (dense, *document["sparse"])
@@ -122,7 +137,7 @@ class QualityReport:
         yield Table.of(
             self.rows,
             [
-                ("realised by site", lambda row: row.method),
+                ("realised by site", lambda row: row.label),
                 ("target", lambda row: f"{row.target_sparsity:.4g}"),
                 *((site, partial(_realised_at, site)) for site in sites),
             ],
@@ -135,12 +150,13 @@ class QualityReport:
 
     def _figures(self) -> Table:
         columns: list[tuple[str, Callable[[Row], str]]] = [
-            ("", lambda row: row.method),
+            ("", lambda row: row.label),
             ("target", lambda row: f"{row.target_sparsity:.4g}"),
             ("realised", lambda row: f"{row.quality.realised_sparsity:.3f}"),
             ("perplexity", lambda row: cell(row.quality.perplexity, 2)),
             ("to dense", lambda row: cell(row.quality.perplexity_gap, 2, sign=True)),
             ("KL (nats/token)", lambda row: cell(row.quality.kl, 4)),
+            ("total variation", lambda row: cell(row.quality.total_variation, 3)),
             ("same top token", lambda row: cell(row.quality.agreement, 3)),
         ]
         if len(self.methods) > 1:

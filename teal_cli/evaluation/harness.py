@@ -123,6 +123,7 @@ class TealLM(TemplateLM):
                 hidden = self._decoder.forward(
                     torch.tensor(seen_ids, dtype=torch.int64),
                     thresholds=self._setting.thresholds,
+                    vectors=self._setting.vectors,
                     sparse_from=first,
                     observe=self._count.observer(first),
                 )

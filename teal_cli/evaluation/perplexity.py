@@ -30,6 +30,7 @@ class WindowScores:
     nll: tuple[float, ...]
     kl: tuple[float, ...]
     agreement: tuple[float, ...]
+    total_variation: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Quality:
     perplexity_gap: Estimate
     kl: Estimate  # KL(dense || this), nats a token
     agreement: Estimate  # share of positions with the same likeliest token
+    total_variation: Estimate  # half the sum of abs(p - q), from 0 to 1
     realised_sparsity: float  # weighted by the weights that each input feeds
     realised_by_site: dict[str, float]
     realised_by_projection: dict[str, float]
@@ -69,6 +71,7 @@ class _Tally:
     nll: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     agreement: list[float] = field(default_factory=list)
+    total_variation: list[float] = field(default_factory=list)
 
 
 @torch.inference_mode()
@@ -119,6 +122,7 @@ def _scored_states(window: Tensor, tally: _Tally, protocol: Protocol) -> Tensor:
     hidden = tally.decoder.forward(
         window[:-1],  # nothing is asked of the last token
         thresholds=tally.setting.thresholds,
+        vectors=tally.setting.vectors,
         sparse_from=protocol.sparse_from,
         observe=tally.count.observer(protocol.sparse_from),
     )
@@ -132,7 +136,7 @@ def _score(hidden: Sequence[Tensor], targets: Tensor, tallies: Sequence[_Tally])
     """
     decoder = tallies[0].decoder
     rows = max(1, LOGITS_CHUNK // decoder.config.vocab_size)
-    sums = torch.zeros(3, len(tallies), dtype=torch.float64, device=decoder.device)
+    sums = torch.zeros(4, len(tallies), dtype=torch.float64, device=decoder.device)
     for start in range(0, len(targets), rows):
         wanted = targets[start : start + rows, None]
         dense = torch.log_softmax(decoder.logits(hidden[0][start : start + rows]), dim=-1)
@@ -147,11 +151,14 @@ def _score(hidden: Sequence[Tensor], targets: Tensor, tallies: Sequence[_Tally])
             sums[2, index] += (ours.argmax(-1) == best).sum()
             # Row sums in float32 stay exact to 1e-6 nats; the rows are then added in float64.
             sums[1, index] += torch.sub(dense, ours).mul_(shares).sum(-1).double().sum()
-    for tally, (nll, kl, agreement) in zip(tallies, (sums / len(targets)).T.tolist(), strict=True):
+            sums[3, index] += ours.exp_().sub_(shares).abs_().sum(-1).double().sum() / 2
+    for tally, means in zip(tallies, (sums / len(targets)).T.tolist(), strict=True):
+        nll, kl, agreement, variation = means
         check_finite(nll, tally.setting)
         tally.nll.append(nll)
         tally.kl.append(kl)
         tally.agreement.append(agreement)
+        tally.total_variation.append(variation)
 
 
 def check_finite(loss: float, setting: Setting) -> None:
@@ -180,17 +187,23 @@ def _quality(tally: _Tally, dense_nll: list[float]) -> Quality:
         perplexity_gap=statistics.perplexity_gap(tally.nll, dense_nll),
         kl=statistics.mean(tally.kl),
         agreement=statistics.mean(tally.agreement),
+        total_variation=statistics.mean(tally.total_variation),
         realised_sparsity=skips.realised_sparsity,
         realised_by_site=skips.by_site(),
         realised_by_projection=skips.by_projection(),
-        by_window=WindowScores(tuple(tally.nll), tuple(tally.kl), tuple(tally.agreement)),
+        by_window=WindowScores(
+            tuple(tally.nll),
+            tuple(tally.kl),
+            tuple(tally.agreement),
+            tuple(tally.total_variation),
+        ),
     )
 
 
 def scores(quality: Quality) -> dict[str, Any]:
     """A setting's figures as one flat object, standard errors beside their values."""
     flat: dict[str, Any] = {}
-    for name in ("perplexity", "perplexity_gap", "nll", "kl", "agreement"):
+    for name in ("perplexity", "perplexity_gap", "nll", "kl", "agreement", "total_variation"):
         estimate: Estimate = getattr(quality, name)
         flat |= statistics.flat(name, estimate)
     return {

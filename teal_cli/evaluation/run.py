@@ -159,7 +159,9 @@ class Run:
 
     def _learnt_from(self) -> set[str]:
         """Fingerprints of the texts that profiles and rounding have seen."""
-        seen = [form.profile.provenance for form in self.forms if form.profile]
+        profiles = [form.profile for form in self.forms if form.profile]
+        seen = [profile.provenance for profile in profiles]
+        seen += [found.provenance for profile in profiles for found in profile.recovery.values()]
         seen += [form.checkpoint.rounding for form in self.forms]
         return {
             str(entry["dataset_fingerprint"]) for entry in seen if "dataset_fingerprint" in entry

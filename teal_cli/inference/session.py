@@ -17,8 +17,8 @@ from teal_cli.inference.step import ChoosingStep, DecoderStep, Step, step_tensor
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter, Silent, Task
-from teal_cli.sparsity.profile import ModelShape
 from teal_cli.sparsity.setting import DENSE, Setting
+from teal_cli.sparsity.shape import ModelShape
 from teal_cli.sparsity.skips import Skips
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ class Session:
         self.deterministic = deterministic or decoder.device.type == "cpu"
         self.tokens: list[int] = []
         self._steps = 0
-        self._step = _choose_step(decoder, self.cache, backend, deterministic, reporter or Silent())
+        self._step = self._fastest = _choose_step(
+            decoder, self.cache, backend, deterministic, reporter or Silent()
+        )
         self.use(setting)
 
     @property
@@ -112,6 +114,12 @@ class Session:
         if setting.thresholds is not None and len(setting.thresholds) != layers:
             raise ValueError(f"thresholds of {len(setting.thresholds)} layers, not {layers}")
         self.setting = setting
+        self._step = self._fastest
+        if hasattr(self._step, "set_vectors"):
+            self._step.set_vectors(setting.vectors)
+        elif setting.vectors is not None:  # this step knows none
+            self._step = DecoderStep(self.decoder, self.cache)
+            self._step.set_vectors(setting.vectors)
         self._step.set_thresholds(setting.thresholds)
         if isinstance(self._step, ChoosingStep):
             self._step.expect(setting.target_sparsity)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from teal_kernels.tensors import StepTensors
+from teal_kernels.tensors import RecoveryVectors, StepTensors
 from torch import Tensor
 
 from teal_cli.model.cache import KVCache
@@ -20,6 +20,9 @@ class Step(Protocol):
 
     def set_thresholds(self, thresholds: Tensor | None) -> None:
         """[num_hidden_layers, 7] float32; None is dense."""
+
+    def set_vectors(self, vectors: RecoveryVectors | None) -> None:
+        """What the tokens to come get of biases and norms; None is the model's own."""
 
     def __call__(self, token: int, position: int) -> Tensor:
         """Logits [vocab_size] float32 after `token` at `position`, whose keys are now cached."""
@@ -101,6 +104,10 @@ class DecoderStep:
         self._decoder = decoder
         self._cache = cache
         self.set_thresholds(None)
+        self.set_vectors(None)
+
+    def set_vectors(self, vectors: RecoveryVectors | None) -> None:
+        self._vectors = vectors
 
     def set_thresholds(self, thresholds: Tensor | None) -> None:
         self._thresholds = None if thresholds is None else thresholds.to(self._decoder.device)
@@ -112,6 +119,7 @@ class DecoderStep:
             cache=self._cache,
             position=position,
             thresholds=self._thresholds,
+            vectors=self._vectors,
             observe=self._count.observer(),
         )
         return self._decoder.logits(hidden)[0]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from teal_kernels.tensors import RecoveryVectors
 from torch import Tensor
 
 from teal_cli.errors import TealError
@@ -37,9 +38,24 @@ class Pass:
     cache: KVCache | None = None
     position: int | Tensor = 0
     thresholds: Tensor | None = None
+    vectors: RecoveryVectors | None = None
     sparse_from: int = 0
     observe: Observer | None = None
     project: Project | None = None
+
+    def dense_rows(self, x: Tensor) -> int:
+        """How many of x's rows [T, ...] stay dense; the first ones."""
+        assert isinstance(self.position, int)
+        return min(max(self.sparse_from - self.position, 0), len(x))
+
+    def by_rows(
+        self, x: Tensor, dense: Callable[[Tensor], Tensor], sparse: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """x [T, N] with one function of its dense rows, and another of its sparse ones."""
+        rows = self.dense_rows(x)
+        if rows == 0:
+            return sparse(x)
+        return torch.cat([dense(x[:rows]), sparse(x[rows:])])
 
 
 class Decoder:
@@ -112,6 +128,7 @@ class Decoder:
         cache: KVCache | None = None,
         position: int | Tensor = 0,
         thresholds: Tensor | None = None,
+        vectors: RecoveryVectors | None = None,
         sparse_from: int = 0,
         observe: Observer | None = None,
         project: Project | None = None,
@@ -126,6 +143,7 @@ class Decoder:
                 token's that is dense, as a compiled step has it (see `KVCache.write`).
             thresholds: [num_hidden_layers, 7] float32; channel i of a projection's input is
                 kept where abs(x_i) > threshold. None is dense.
+            vectors: what sparse positions get of biases and norms; None is the model's own.
             sparse_from: positions before this one stay dense.
             observe: called with (layer, site, x [T, channels]) before x is thresholded.
             project: multiplies by a matrix in the decoder's place, which then uses no thresholds.
@@ -133,15 +151,18 @@ class Decoder:
         Returns:
             Hidden states after the final norm, [T, hidden_size].
         """
-        run = Pass(cache, position, thresholds, sparse_from, observe, project)
+        run = Pass(cache, position, thresholds, vectors, sparse_from, observe, project)
         hidden = self.embed(tokens)
         for index in range(self.config.num_hidden_layers):
             hidden = self._layer(index, hidden, run)
-        return self.final_norm(hidden)
+        return self._final_norm(hidden, run)
 
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        """What follows the last layer: hidden [T, hidden_size] → [T, hidden_size]."""
-        return self._norm(hidden, self.weights.norm)
+    def final_norm(self, hidden: Tensor, vectors: RecoveryVectors | None = None) -> Tensor:
+        """What follows the last layer: hidden [T, hidden_size] → [T, hidden_size].
+
+        All rows are dense without `vectors`, and sparse with them.
+        """
+        return self._final_norm(hidden, Pass(vectors=vectors))
 
     def layer(
         self,
@@ -151,12 +172,13 @@ class Decoder:
         cache: KVCache | None = None,
         position: int | Tensor = 0,
         thresholds: Tensor | None = None,
+        vectors: RecoveryVectors | None = None,
         sparse_from: int = 0,
         observe: Observer | None = None,
         project: Project | None = None,
     ) -> Tensor:
         """Run one layer: hidden [T, hidden_size] → [T, hidden_size]; arguments as `forward`."""
-        run = Pass(cache, position, thresholds, sparse_from, observe, project)
+        run = Pass(cache, position, thresholds, vectors, sparse_from, observe, project)
         return self._layer(index, hidden, run)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -182,7 +204,7 @@ class Decoder:
     def attention(self, index: int, hidden: Tensor, run: Pass) -> Tensor:
         """What a layer's attention adds to hidden [T, hidden_size]."""
         config, layer = self.config, self.weights.layers[index]
-        x = self._norm(hidden, layer.input_layernorm)
+        x = self._layer_norm("input_layernorm", index, hidden, run)
         qkv = self._project("qkv", index, x, layer.qkv_bias, run)
         q, k, v = qkv.split((config.q_size, config.kv_size, config.kv_size), dim=-1)
         q = q.unflatten(-1, (config.num_attention_heads, config.head_dim))
@@ -210,10 +232,26 @@ class Decoder:
 
     def mlp(self, index: int, hidden: Tensor, run: Pass) -> Tensor:
         """What a layer's MLP adds to hidden [T, hidden_size]."""
-        x = self._norm(hidden, self.weights.layers[index].post_attention_layernorm)
+        x = self._layer_norm("post_attention_layernorm", index, hidden, run)
         gate, up = self._project("gate_up", index, x, None, run).chunk(2, dim=-1)
         added = self._project("down", index, self._activate(gate) * up, None, run)
         return scaled(added, self.config.residual_multiplier)
+
+    def _layer_norm(self, name: str, index: int, x: Tensor, run: Pass) -> Tensor:
+        own = getattr(self.weights.layers[index], name)
+        learnt = None if run.vectors is None else getattr(run.vectors, name)[index]
+        return self._norm_by_rows(x, own, learnt, run)
+
+    def _final_norm(self, x: Tensor, run: Pass) -> Tensor:
+        learnt = None if run.vectors is None else run.vectors.norm
+        return self._norm_by_rows(x, self.weights.norm, learnt, run)
+
+    def _norm_by_rows(self, x: Tensor, own: Tensor, learnt: Tensor | None, run: Pass) -> Tensor:
+        """The norm with the model's own weight in dense rows, and the learnt one in sparse ones."""
+        if learnt is None:
+            return self._norm(x, own)
+        weight = learnt.to(x.device)
+        return run.by_rows(x, lambda rows: self._norm(rows, own), lambda r: self._norm(r, weight))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last axis, its mean taken in float32."""
@@ -230,14 +268,18 @@ class Decoder:
             y = multiply(x, weight)
         else:
             y = self._sparse(index, fused, x, weight, run)
-        return y if bias is None else y + bias.to(x.dtype)
+        if bias is not None:
+            y = y + bias.to(x.dtype)
+        if run.vectors is not None:
+            learnt = getattr(run.vectors, fused)[index].to(x)
+            y = run.by_rows(y, lambda rows: rows, lambda rows: rows + learnt)
+        return y
 
     def _sparse(self, index: int, fused: str, x: Tensor, weight: Matrix, run: Pass) -> Tensor:
         """The product with each projection's input thresholded by its own, in sparse positions."""
         assert run.thresholds is not None
-        assert isinstance(run.position, int)
-        dense_rows = max(run.sparse_from - run.position, 0)
-        if dense_rows >= x.shape[0]:
+        dense_rows = run.dense_rows(x)
+        if dense_rows == len(x):
             return multiply(x, weight)
         offsets, first = self.offsets[fused], PROJECTIONS.index(FUSED[fused][0])
         thresholds = run.thresholds[index, first : first + len(offsets) - 1]

@@ -20,15 +20,10 @@ from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
 from teal_cli.sparsity import greedy, sensitivity
 from teal_cli.sparsity.observe import SKIPPED_POSITIONS, collect
-from teal_cli.sparsity.profile import (
-    METHODS,
-    REFINED_TARGETS,
-    ModelShape,
-    Profile,
-    check_method,
-)
+from teal_cli.sparsity.profile import METHODS, REFINED_TARGETS, Profile, check_method
 from teal_cli.sparsity.quantiles import Quantiles
 from teal_cli.sparsity.refine import REFINED_WINDOWS, refine
+from teal_cli.sparsity.shape import ModelShape
 from teal_cli.sparsity.workspace import Workspace
 from teal_cli.version import __version__
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.sites import PROJECTIONS, SITES
 from teal_cli.sparsity.histogram import BINS
 from teal_cli.sparsity.quantiles import Quantiles
+from teal_cli.sparsity.recovery import Recovery
 from teal_cli.sparsity.setting import Setting, check_target
+from teal_cli.sparsity.shape import ModelShape
 from teal_cli.suggestions import did_you_mean, quoted
 from teal_cli.version import __version__
 
-_KIND, _SCHEMA = "profile", 3
+_KIND, _SCHEMA = "profile", 4
+_READABLE = (3, _SCHEMA)  # 3 has no vectors of recovery
 # Prefixes of the tensors that hold what belongs to a method.
-_ALLOCATION, _OFFSETS = "allocation.", "offsets."
+_ALLOCATION, _OFFSETS, _RECOVERY = "allocation.", "offsets.", "recovery."
 
 METHODS = ("sensitivity", "greedy", "uniform")  # the best one first
 
@@ -45,34 +49,6 @@ def check_method(method: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelShape:
-    """What a model must share with a profile for the profile to fit it."""
-
-    num_hidden_layers: int
-    projections: tuple[tuple[int, int], ...]  # (in_features, out_features), in PROJECTIONS order
-
-    @classmethod
-    def of(cls, config: ModelConfig) -> ModelShape:
-        """The shape of a model."""
-        return cls(config.num_hidden_layers, tuple(config.projection_shapes.values()))
-
-    @property
-    def weight_shares(self) -> Tensor:
-        """Each projection's share of a layer's weights, float64 [7]."""
-        return self._sizes / self._sizes.sum()
-
-    def weighted(self, shares: Tensor, names: Sequence[str] = PROJECTIONS) -> Tensor:
-        """Shares [..., layers, 7] of projections → of the weights of those named, [...]."""
-        columns = [PROJECTIONS.index(name) for name in names]
-        sizes = self._sizes[columns]
-        return (shares.double().mean(-2)[..., columns] * sizes).sum(-1) / sizes.sum()
-
-    @property
-    def _sizes(self) -> Tensor:
-        return torch.tensor([i * o for i, o in self.projections], dtype=torch.float64)
-
-
-@dataclass(frozen=True, slots=True)
 class Profile:
     """Distributions of abs(x) at every layer and site, and ways to share sparsity out.
 
@@ -82,6 +58,8 @@ class Profile:
 
     `offsets` maps a method to [REFINED_TARGETS]: what to add to a target for the sparse model to
     realise it. A method without offsets gets thresholds that are right on dense activations.
+
+    `recovery` maps a method to the vectors that were learnt for it.
     """
 
     model: str
@@ -91,6 +69,7 @@ class Profile:
     counts: Tensor | None = None  # int64 [num_hidden_layers, 4, BINS], where calibrated here
     allocations: Mapping[str, Tensor] = field(default_factory=dict)
     offsets: Mapping[str, Tensor] = field(default_factory=dict)
+    recovery: Mapping[str, Recovery] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -124,13 +103,30 @@ class Profile:
         """
         check_target(sparsity)
         method = method or self.default_method
-        allocation = self.allocation(self.asked(sparsity, method), method)
-        return self.quantiles.thresholds(allocation).float()
+        return self.thresholds_at(self.asked(sparsity, method), method)
 
-    def setting(self, sparsity: float, method: str | None = None) -> Setting:
-        """What puts a target sparsity on the model; arguments and errors as `thresholds`."""
-        thresholds = self.thresholds(sparsity, method)
-        return Setting(method or self.default_method, sparsity, thresholds)
+    def setting(
+        self, sparsity: float, method: str | None = None, *, recover: bool = True
+    ) -> Setting:
+        """What puts a target sparsity on the model; arguments and errors as `thresholds`.
+
+        With the vectors that were learnt for it, where there are any and `recover` is not off.
+        """
+        check_target(sparsity)
+        method = method or self.default_method
+        recovery = self.recovery.get(method) if recover else None
+        if recovery is None or not recovery.reaches(sparsity):
+            return Setting(method, sparsity, self.thresholds(sparsity, method))
+        thresholds = self.thresholds_at(recovery.asked(sparsity), method)
+        return Setting(method, sparsity, thresholds, recovery.at(sparsity))
+
+    def recovered(self, method: str, recovery: Recovery) -> Profile:
+        """This profile with the vectors of one method."""
+        return dataclasses.replace(self, recovery={**self.recovery, method: recovery})
+
+    def thresholds_at(self, asked: float, method: str) -> Tensor:
+        """As `thresholds`, of the allocation at a target without any offset."""
+        return self.quantiles.thresholds(self.allocation(asked, method)).float()
 
     def asked(self, sparsity: float, method: str) -> float:
         """The target to take a method's allocation at, for the sparse model to realise `sparsity`.
@@ -205,6 +201,9 @@ class Profile:
 
         tensors = {_ALLOCATION + name: table.float() for name, table in self.allocations.items()}
         tensors |= {_OFFSETS + name: table.float() for name, table in self.offsets.items()}
+        for method, recovery in self.recovery.items():
+            found = recovery.tensors().items()
+            tensors |= {f"{_RECOVERY}{method}.{name}": tensor for name, tensor in found}
         if self.counts is not None:
             tensors["counts"] = self.counts
         else:
@@ -220,6 +219,7 @@ class Profile:
             "projections": self.shape.projections,
             "methods": list(self.allocations),
             "refined": list(self.offsets),
+            "recovery": {method: found.header() for method, found in self.recovery.items()},
             "provenance": dict(self.provenance),
         }
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -241,7 +241,7 @@ class Profile:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["teal"])
-                if header["kind"] != _KIND or header["schema"] != _SCHEMA:
+                if header["kind"] != _KIND or header["schema"] not in _READABLE:
                     raise TealError(
                         f"{path} was written by another version of teal ({header['teal']})",
                         hint=remake,
@@ -300,6 +300,10 @@ def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Pro
     offsets = {name: tensors[_OFFSETS + name] for name in header["refined"]}
     for name, table in offsets.items():
         _check(name, table, (len(REFINED_TARGETS),), least=-1)
+    recovery = {
+        method: Recovery.of(found, _below(f"{_RECOVERY}{method}.", tensors), shape)
+        for method, found in header.get("recovery", {}).items()
+    }
     fingerprint = header["fingerprint"]
     if not isinstance(fingerprint, str | None):
         raise TypeError("its fingerprint is no text")
@@ -311,8 +315,14 @@ def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Pro
         counts=counts,
         allocations=allocations,
         offsets=offsets,
+        recovery=recovery,
         provenance=dict(header["provenance"]),
     )
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _check(name: str, tensor: Tensor, expected: tuple[int, ...], *, least: float = 0) -> None:

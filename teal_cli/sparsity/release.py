@@ -18,8 +18,9 @@ from torch import Tensor
 from teal_cli.errors import MissingError, TealError, whole
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.sites import PROJECTIONS, SITES
-from teal_cli.sparsity.profile import ModelShape, Profile
+from teal_cli.sparsity.profile import Profile
 from teal_cli.sparsity.quantiles import Quantiles
+from teal_cli.sparsity.shape import ModelShape
 
 Array = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
 

@@ -21,7 +21,8 @@ from teal_cli.model.sites import FUSED, PROJECTIONS, SITE_OF
 from teal_cli.model.weights import Matrix, floats
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.observe import SKIPPED_POSITIONS, collect
-from teal_cli.sparsity.profile import ModelShape, Profile
+from teal_cli.sparsity.profile import Profile
+from teal_cli.sparsity.shape import ModelShape
 from teal_cli.sparsity.spool import sweep
 from teal_cli.sparsity.workspace import Workspace
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from teal_kernels.tensors import RecoveryVectors
 from torch import Tensor
 
 from teal_cli.errors import UsageError
@@ -32,10 +33,13 @@ class Setting:
     method: str
     target_sparsity: float
     thresholds: Tensor | None  # [num_hidden_layers, 7] float32; None is dense
+    vectors: RecoveryVectors | None = None  # of sparse positions; None is the model's own
 
     def __post_init__(self) -> None:
         check_target(self.target_sparsity)
         if self.thresholds is None:
+            if self.vectors is not None:
+                raise ValueError("a dense setting has no vectors")
             return
         if self.thresholds.ndim != 2 or self.thresholds.shape[1] != len(PROJECTIONS):
             shape = tuple(self.thresholds.shape)
@@ -46,7 +50,14 @@ class Setting:
     @property
     def label(self) -> str:
         """As tables, figures and errors name it."""
-        return "dense" if self is DENSE else f"{self.method} {self.target_sparsity:.4g}"
+        if self is DENSE:
+            return "dense"
+        return f"{self.shown_method} {self.target_sparsity:.4g}"
+
+    @property
+    def shown_method(self) -> str:
+        """The method, and whether vectors win back what it loses."""
+        return self.method if self.vectors is None else f"{self.method}, recovered"
 
 
 DENSE = Setting("dense", 0.0, None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from teal_cli.model.decoder import Decoder, Observer
 from teal_cli.model.sites import PROJECTIONS, SITE_OF, SITES
-from teal_cli.sparsity.profile import ModelShape
+from teal_cli.sparsity.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)

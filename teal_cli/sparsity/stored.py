@@ -83,16 +83,23 @@ def of_floats(checkpoint: Checkpoint) -> Profile | None:
     """The profile of the weights that a quantized checkpoint was rounded from, if there is one."""
     if checkpoint.quantization is None:
         return None
-    dtype = str(checkpoint.dtype).removeprefix("torch.")
-    try:
-        floats = Checkpoint(checkpoint.folder.with_name(dtype))
-    except TealError:
-        floats = None
-    if floats is not None and floats.source_fingerprint == checkpoint.source_fingerprint:
+    floats = unquantized(checkpoint)
+    if floats is not None:
         own = usable_profile(floats)
         if own is not None and not own.quick:
             return own
     return _built_in(checkpoint)
+
+
+def unquantized(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The checkpoint of a quantized one's source in the same dtype, if it is there."""
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    try:
+        floats = Checkpoint(checkpoint.folder.with_name(dtype))
+    except TealError:
+        return None
+    same = floats.source_fingerprint == checkpoint.source_fingerprint
+    return floats if same and floats.quantization is None else None
 
 
 def made_as_asked(profile: Profile, given: Mapping[str, Any]) -> bool:

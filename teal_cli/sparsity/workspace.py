@@ -47,19 +47,23 @@ class Workspace:
         """
         if self.folder is None:
             return MemoryStates(keep_all=keep_all)
-        what = (
-            f"{name} {self.fingerprint} {decoder.config} {decoder.device} {decoder.dtype} "
-            f"{torch.__version__} {tuple(windows.shape)} {keep_all}"
-        )
-        digest = hashlib.sha256(what.encode())
-        for tensor in (windows, depends_on):
-            if tensor is not None:
-                digest.update(tensor.contiguous().cpu().numpy().tobytes())
+        tensors = (windows,) if depends_on is None else (windows, depends_on)
         return DiskStates(
             self.folder / name,
-            key=digest.hexdigest(),
+            key=self.key(f"{name} {keep_all}", decoder, *tensors),
             like=decoder.embed(windows[0]),
             count=len(windows),
             steps=decoder.config.num_hidden_layers,
             keep_all=keep_all,
         )
+
+    def key(self, name: str, decoder: Decoder, *tensors: Tensor) -> str:
+        """Names a piece of work by all that its findings depend on."""
+        what = (
+            f"{name} {self.fingerprint} {decoder.config} {decoder.device} {decoder.dtype} "
+            f"{torch.__version__} {[tuple(tensor.shape) for tensor in tensors]}"
+        )
+        digest = hashlib.sha256(what.encode())
+        for tensor in tensors:
+            digest.update(tensor.contiguous().cpu().numpy().tobytes())
+        return digest.hexdigest()

@@ -18,9 +18,10 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.sites import SITES
 from teal_cli.progress import Silent
 from teal_cli.sparsity.histogram import BINS
-from teal_cli.sparsity.profile import ModelShape, Profile
+from teal_cli.sparsity.profile import Profile
 from teal_cli.sparsity.quantiles import Quantiles
 from teal_cli.sparsity.release import import_release
+from teal_cli.sparsity.shape import ModelShape
 from teal_cli.store import models
 from teal_cli.text.corpora import load_corpus
 

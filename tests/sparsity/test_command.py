@@ -19,7 +19,8 @@ from teal_cli import pipeline
 from teal_cli.model.sites import PROJECTIONS
 from teal_cli.progress import Silent, Task
 from teal_cli.sparsity import presets, release
-from teal_cli.sparsity.profile import ModelShape, Profile
+from teal_cli.sparsity.profile import Profile
+from teal_cli.sparsity.shape import ModelShape
 from teal_cli.store import models
 from teal_cli.text.sample import SampleSettings
 

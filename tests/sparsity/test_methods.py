@@ -17,7 +17,8 @@ from teal_cli.model.sites import PROJECTIONS, SITE_OF, SITES
 from teal_cli.sparsity import greedy, sensitivity
 from teal_cli.sparsity.calibrate import calibrate
 from teal_cli.sparsity.observe import SKIPPED_POSITIONS
-from teal_cli.sparsity.profile import REFINED_TARGETS, ModelShape, Profile
+from teal_cli.sparsity.profile import REFINED_TARGETS, Profile
+from teal_cli.sparsity.shape import ModelShape
 from teal_cli.sparsity.workspace import Workspace
 
 ALL = ("sensitivity", "greedy", "uniform")

@@ -14,8 +14,9 @@ from teal_cli.errors import MissingError, TealError, UsageError
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.sites import PROJECTIONS, SITES
 from teal_cli.sparsity import histogram
-from teal_cli.sparsity.profile import REFINED_TARGETS, ModelShape, Profile
+from teal_cli.sparsity.profile import REFINED_TARGETS, Profile
 from teal_cli.sparsity.quantiles import Quantiles
+from teal_cli.sparsity.shape import ModelShape
 
 LAYERS = 3
 

@@ -15,8 +15,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from teal_cli.sparsity.profile import METHODS, ModelShape, Profile
+from teal_cli.sparsity.profile import METHODS, Profile
 from teal_cli.sparsity.quantiles import Quantiles
+from teal_cli.sparsity.shape import ModelShape
 from teal_cli.store.demo import GGUF, GGUF_SHA256
 
 _FOLDER = Path(__file__).parent

@@ -1,0 +1,365 @@
+"""Learning the vectors of recovery: what brings a sparse model back to the dense one.
+
+What is learnt is a bias on every projection's output and a factor on every norm's weight, by Adam
+from the KL divergence to the dense model's distribution, under the sparse model's own activations:
+gradients pass through the channels that are kept. The weights stay as they are.
+
+A step takes a few windows through the model, a layer at a time, and back with one layer's graph at
+a time: each layer is computed again from its inputs, so that weights that do not fit a GPU cross to
+it twice a step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from teal_kernels.tensors import MATRICES, RecoveryVectors
+from torch import Tensor
+
+from teal_cli.errors import TealError, UsageError
+from teal_cli.model.decoder import Decoder, threshold
+from teal_cli.model.weights import Matrix, floats
+from teal_cli.progress import Reporter
+from teal_cli.sparsity.learning import Learning
+from teal_cli.sparsity.observe import SKIPPED_POSITIONS
+from teal_cli.sparsity.profile import Profile
+from teal_cli.sparsity.recovery import BIASES, FIELDS, Recovery, own_vectors
+from teal_cli.sparsity.skips import SkipCount
+from teal_cli.sparsity.workspace import Workspace
+
+STEPS = 200
+BATCH = 4  # windows a step
+LEAST_WINDOWS = 16
+
+# Of a text that is read again, this share of the tokens is drawn anew from the dense model.
+_REDRAWN = 0.5
+_WARM_UP = 0.1  # of the steps
+_BETAS = (0.9, 0.95)
+# How much of a step's error in sparsity the next one is asked to make up for.
+_CORRECTION = 0.2
+_SETTLING_WINDOWS = 16
+
+# Logits held at a time: 64 MB of float32, a few times.
+_LOGITS_CHUNK = 1 << 24
+
+_NOTED = 20  # steps
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What vectors are learnt from.
+
+    Args:
+        decoder: the model.
+        teacher: the dense model whose distribution counts: the same, or what a quantized one was
+            rounded from.
+        windows: int64 [N, T].
+        method: the allocation's.
+        steps: of learning, a target.
+        seed: of the tokens that are drawn.
+        workspace: keeps what a killed run has learnt.
+    """
+
+    decoder: Decoder
+    teacher: Decoder
+    windows: Tensor
+    method: str
+    steps: int
+    seed: int
+    workspace: Workspace
+
+
+def recover(
+    profile: Profile,
+    lesson: Lesson,
+    targets: Sequence[float],
+    provenance: Mapping[str, Any],
+    *,
+    keep: Callable[[Profile], None],
+    reporter: Reporter,
+) -> Profile:
+    """A profile with vectors for `targets`, beside those that it has for others.
+
+    Args:
+        profile: of the model, which has the lesson's method.
+        lesson: what to learn from.
+        targets: sparsities above 0.
+        provenance: what the windows are.
+        keep: is given the profile after each target, for what follows may fail.
+        reporter: follows the steps.
+
+    Raises:
+        UsageError: there is too little text, or a target that the method does not reach.
+        TealError: the loss is not finite; what was learnt before stays.
+    """
+    check_lesson(profile, lesson.method, targets, len(lesson.windows))
+    recovery = profile.recovery.get(lesson.method)
+    recovery = recovery or Recovery.nothing(lesson.decoder, provenance)
+    learner = _Learner(profile, lesson, reporter)
+    for target in sorted(targets):
+        vectors, asked = learner.learn(target)
+        recovery = recovery.learnt(target, asked - target, vectors)
+        profile = profile.recovered(lesson.method, recovery)
+        keep(profile)
+    return profile
+
+
+def check_lesson(profile: Profile, method: str, targets: Sequence[float], windows: int) -> None:
+    """Make sure that vectors can be learnt; errors as `recover`."""
+    if windows < LEAST_WINDOWS:
+        raise UsageError(
+            f"{windows} window{'' if windows == 1 else 's'} of text are too few to learn from",
+            hint=f"Vectors need at least {LEAST_WINDOWS}, and get better up to some hundreds: "
+            "give more text, or more --samples.",
+        )
+    for target in targets:
+        if target <= 0:
+            raise UsageError("at a sparsity of 0 there is nothing to win back")
+        profile.thresholds(target, method)
+
+
+class _Learner:
+    def __init__(self, profile: Profile, lesson: Lesson, reporter: Reporter) -> None:
+        self._profile, self._lesson, self._reporter = profile, lesson, reporter
+        self._teacher = lesson.teacher
+        # Hidden states and gradients in float32; on a GPU the products are of bfloat16.
+        self._model = Decoder(
+            lesson.decoder.config, lesson.decoder.weights, compute_dtype=torch.float32
+        )
+        self._device = self._model.device
+        self._product_dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
+        self._held_layer = -1
+        self._held: dict[str, Tensor] = {}
+        base = own_vectors(lesson.decoder)
+        self._base = {name: getattr(base, name).to(self._device) for name in FIELDS}
+        self._unit = self._units()
+
+    @torch.no_grad()
+    def learn(self, target: float) -> tuple[RecoveryVectors, float]:
+        """The vectors of one target, on the CPU, and the target to ask the allocation for."""
+        steps = self._lesson.steps
+        asked = self._profile.asked(target, self._lesson.method)
+        # In units in which one rate serves all of them.
+        weights = {name: torch.zeros_like(base) for name, base in self._base.items()}
+        optimiser = torch.optim.Adam(weights.values(), lr=1.0, betas=_BETAS)
+        saved = Learning(self._key(target, asked), self._lesson.workspace)
+        first, asked = saved.load(weights, optimiser, asked)
+        if first:
+            self._reporter.note(f"resuming at step {first + 1} of {steps}")
+        label = f"learning at {target:g}"
+        with self._reporter.task(label, total=steps, unit="steps") as task:
+            task.advance(first)
+            for step in range(first, steps):
+                loss, realised = self._step(step, weights, optimiser, target, asked)
+                asked += _CORRECTION * (target - realised)
+                saved.save(step + 1, weights, optimiser, asked)
+                if (step + 1) % _NOTED == 0:
+                    self._reporter.note(f"{label}: step {step + 1}, KL {loss:.4f}")
+                task.advance()
+        vectors = self._vectors(weights)
+        asked = self._settled(target, asked, vectors)
+        return RecoveryVectors(*(getattr(vectors, name).cpu() for name in FIELDS)), asked
+
+    def _step(
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        optimiser: torch.optim.Adam,
+        target: float,
+        asked: float,
+    ) -> tuple[float, float]:
+        """One step of Adam: the KL before it, in nats a token, and the realised sparsity."""
+        vectors = self._vectors(weights)
+        for name in FIELDS:
+            getattr(vectors, name).requires_grad_()
+        loss, realised = self._gradients(self._tokens(step), asked, vectors)
+        gradients = {name: getattr(vectors, name).grad for name in FIELDS}
+        if not math.isfinite(loss + float(sum(g.abs().sum() for g in gradients.values()))):
+            raise TealError(
+                f"the loss at a target of {target:g} is not finite in step {step + 1} of "
+                f"{self._lesson.steps}",
+                hint="What was learnt for lower targets is kept. Try --dtype float32, or less "
+                "sparsity with -s.",
+            )
+        for name, weight in weights.items():
+            weight.grad = gradients[name] * self._unit[name]
+        optimiser.param_groups[0]["lr"] = _rate(target, (step + 1) / self._lesson.steps)
+        optimiser.step()
+        return loss, realised
+
+    def _vectors(self, weights: Mapping[str, Tensor]) -> RecoveryVectors:
+        return RecoveryVectors(*(self._base[n] + self._unit[n] * weights[n] for n in FIELDS))
+
+    def _units(self) -> dict[str, Tensor]:
+        """A bias counts in its output's root mean square, a norm's weight in what it was."""
+        sums = {name: torch.zeros_like(self._base[name]) for name in BIASES}
+        rows = self._lesson.windows[:BATCH]
+
+        def project(layer: int, fused: str, x: Tensor, weight: Matrix) -> Tensor:
+            y = self._product(x, self._floats(layer, fused, weight))
+            sums[fused][layer] += y[SKIPPED_POSITIONS:].square().sum(0)
+            return y
+
+        with torch.no_grad():
+            self._through(self._model, rows, project=project)
+        seen = len(rows) * (rows.shape[1] - SKIPPED_POSITIONS)
+        units = {name: (total / seen).sqrt() for name, total in sums.items()}
+        units |= {name: base.abs() for name, base in self._base.items() if name not in BIASES}
+        # A norm's weight of 0, or an output that is always 0, stays so.
+        return {name: unit.clamp_min(1e-12) for name, unit in units.items()}
+
+    def _tokens(self, step: int) -> Tensor:
+        """The windows of a step, [BATCH, T]; a text that is read again is another one each time.
+
+        Tokens are drawn from what the dense model says at each position of the text itself.
+        """
+        windows = self._lesson.windows
+        begin = step * BATCH
+        rows = windows[torch.arange(begin, begin + BATCH) % len(windows)]
+        if begin + BATCH <= len(windows):
+            return rows
+        generator = torch.Generator(self._device).manual_seed(hash((self._lesson.seed, step)))
+        rows = rows.to(self._device)
+        drawn = rows.clone()
+        for row, hidden in zip(drawn, self._through(self._teacher, rows)[-1], strict=True):
+            for begin in range(0, len(row) - 1, self._rows):
+                end = min(begin + self._rows, len(row) - 1)
+                logits = self._teacher.logits(self._teacher.final_norm(hidden[begin:end]))
+                said = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+                row[begin + 1 : end + 1] = said[:, 0]
+        redrawn = torch.rand(rows.shape, generator=generator, device=self._device) < _REDRAWN
+        return torch.where(redrawn, drawn, rows)
+
+    def _gradients(
+        self, tokens: Tensor, asked: float, vectors: RecoveryVectors
+    ) -> tuple[float, float]:
+        """Add the gradients of the mean KL to the vectors'; that KL, and the realised sparsity."""
+        model = self._model
+        thresholds = self._profile.thresholds_at(asked, self._lesson.method)
+        count = SkipCount(model, thresholds)
+        how: dict[str, Any] = {
+            "vectors": vectors,
+            "sparse_from": SKIPPED_POSITIONS,
+            "project": self._sparse_project(thresholds),
+        }
+        dense = self._through(self._teacher, tokens)[-1]
+        states = self._through(model, tokens, observe=count.observer(SKIPPED_POSITIONS), **how)
+        loss, gradients = self._loss(dense, states.pop(), vectors)
+        for layer in reversed(range(model.config.num_hidden_layers)):
+            for window, hidden in enumerate(states.pop()):
+                with torch.enable_grad():
+                    hidden = hidden.detach().requires_grad_()
+                    out = model.layer(layer, hidden, **how)
+                torch.autograd.backward(out, gradients[window])
+                assert hidden.grad is not None
+                gradients[window] = hidden.grad
+        return loss, count.skips().realised_sparsity
+
+    def _loss(
+        self, dense: list[Tensor], sparse: list[Tensor], vectors: RecoveryVectors
+    ) -> tuple[float, list[Tensor]]:
+        """The mean KL over sparse positions, and its gradients at the last layer's outputs."""
+        total, gradients = 0.0, []
+        positions = sum(len(hidden) - SKIPPED_POSITIONS for hidden in sparse)
+        for ours, theirs in zip(sparse, dense, strict=True):
+            leaf = ours.detach().requires_grad_()
+            for begin in range(SKIPPED_POSITIONS, len(ours), self._rows):
+                end = begin + self._rows
+                final = self._teacher.final_norm(theirs[begin:end])
+                wanted = self._teacher.logits(final).log_softmax(-1)
+                with torch.enable_grad():
+                    final = self._model.final_norm(leaf[begin:end], vectors)
+                    found = self._model.logits(final).log_softmax(-1)
+                    # The divergence's other part has no gradient, but is wanted in its value.
+                    loss = (wanted.exp() * (wanted - found)).sum() / positions
+                torch.autograd.backward(loss)
+                total += float(loss)
+            assert leaf.grad is not None
+            gradients.append(leaf.grad)
+        return total, gradients
+
+    def _settled(self, target: float, asked: float, vectors: RecoveryVectors) -> float:
+        """What to ask the allocation for, so that the text itself has the target's sparsity."""
+        for _ in range(2):
+            thresholds = self._profile.thresholds_at(asked, self._lesson.method)
+            count = SkipCount(self._model, thresholds)
+            for rows in self._lesson.windows[:_SETTLING_WINDOWS].split(BATCH):
+                self._through(
+                    self._model,
+                    rows,
+                    vectors=vectors,
+                    sparse_from=SKIPPED_POSITIONS,
+                    project=self._sparse_project(thresholds),
+                    observe=count.observer(SKIPPED_POSITIONS),
+                )
+            asked += target - count.skips().realised_sparsity
+        return asked
+
+    def _through(self, decoder: Decoder, rows: Tensor, **how: Any) -> list[list[Tensor]]:
+        """Every layer's inputs, and the last one's outputs: [T, hidden_size] a window each."""
+        states = [[decoder.embed(row) for row in rows]]
+        keep_all = "vectors" in how
+        for layer in range(decoder.config.num_hidden_layers):
+            outputs = [decoder.layer(layer, hidden, **how) for hidden in states[-1]]
+            states = [*states, outputs] if keep_all else [outputs]
+        return states
+
+    def _sparse_project(self, thresholds: Tensor) -> Callable[[int, str, Tensor, Matrix], Tensor]:
+        """Multiplies as sparse positions do, in a way that has gradients."""
+        levels = thresholds.tolist()
+
+        def project(layer: int, fused: str, x: Tensor, weight: Matrix) -> Tensor:
+            whole = self._floats(layer, fused, weight)
+            own = levels[layer][MATRICES[fused] :]
+            bounds = itertools.pairwise(self._model.offsets[fused])
+            parts = [
+                self._product(threshold(x, level, SKIPPED_POSITIONS), whole[:, a:b])
+                for level, (a, b) in zip(own, bounds, strict=False)
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+        return project
+
+    def _floats(self, layer: int, fused: str, weight: Matrix) -> Tensor:
+        """A matrix for products, kept while windows go through its layer."""
+        if self._held_layer != layer:
+            self._held_layer = layer
+            self._held.clear()
+        if fused not in self._held:
+            self._held[fused] = floats(weight, self._product_dtype)
+        return self._held[fused]
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return (x.to(weight.dtype) @ weight).to(x.dtype)
+
+    @property
+    def _rows(self) -> int:
+        return max(1, _LOGITS_CHUNK // self._model.config.vocab_size)
+
+    def _key(self, target: float, asked: float) -> str:
+        """Names what the learning of a target depends on."""
+        lesson = self._lesson
+        return lesson.workspace.key(
+            f"recover {lesson.method} {target} {asked} {lesson.steps} {lesson.seed} {BATCH} "
+            f"{_REDRAWN}",
+            self._model,
+            lesson.windows,
+            self._profile.thresholds_at(asked, lesson.method),
+        )
+
+
+def _rate(target: float, part: float) -> float:
+    """Adam's rate after a part of the steps: up, then down as a cosine.
+
+    What serves best grows steeply with the target: on the demo model 7e-4 at 0.4, 1.5e-3 at 0.5
+    and 3e-3 to 4e-3 at 0.65.
+    """
+    highest = 0.012 * target**3
+    if part <= _WARM_UP:
+        return highest * part / _WARM_UP
+    return highest * 0.5 * (1 + math.cos(math.pi * (part - _WARM_UP) / (1 - _WARM_UP)))
