@@ -26,6 +26,7 @@ from teal_cli.commands.convert import convert
 from teal_cli.commands.download import download
 from teal_cli.commands.eval import evaluate
 from teal_cli.commands.models import models
+from teal_cli.commands.serve import serve
 from teal_cli.examples import epilog
 from teal_cli.faults import explain
 from teal_cli.options import QuietOption, VerboseOption
@@ -35,6 +36,7 @@ from teal_cli.version import __version__
 _SAME_CAUSE_S = 2.0
 _COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
+    "serve": serve,
     "bench": bench,
     "eval": evaluate,
     "calibrate": calibrate,
@@ -48,6 +50,7 @@ def main() -> None:
     """Run `teal` and exit with its code; every failure ends in one sentence."""
     process.open_streams()
     process.hide(sys.argv, "--token")
+    process.hide(sys.argv, "--api-key")
     code: int | str | None = 0
     try:
         with process.ended_by_signals():

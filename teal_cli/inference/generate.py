@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from teal_cli.errors import UsageError
-from teal_cli.inference.sampling import Sampler
+from teal_cli.inference.sampling import Chances, Sampler
 from teal_cli.inference.session import Interrupted, Session
 from teal_cli.progress import Reporter
 
@@ -18,9 +18,10 @@ FinishReason = Literal["stop", "length", "context", "interrupted"]
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of the answer."""
+    """One token of the answer, with its chances where the sampler notes them."""
 
     id: int
+    chances: Chances | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def generate(
             hint="Shorten the text, or choose a longer context.",
         )
     started = time.perf_counter()
-    reused = _common_prefix(session.tokens, prompt_tokens[:-1])
+    reused = common_prefix(session.tokens, prompt_tokens[:-1])
     session.rewind(reused)
     session.clear_counts()
     try:
@@ -105,7 +106,7 @@ def generate(
                 break
             count += 1
             last = time.perf_counter()
-            yield Token(token)
+            yield Token(token, sampler.chances)
             if interrupted():
                 reason = "interrupted"
                 break
@@ -127,7 +128,8 @@ def generate(
     yield Finish(reason, stats)
 
 
-def _common_prefix(seen: Sequence[int], wanted: Sequence[int]) -> int:
+def common_prefix(seen: Sequence[int], wanted: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
     length = 0
     for a, b in zip(seen, wanted, strict=False):
         if a != b:

@@ -181,7 +181,7 @@ class Session:
             TealError: the logits are not finite.
         """
         end = min(self.position + most, self.max_length)
-        if isinstance(self._step, ChoosingStep):
+        if isinstance(self._step, ChoosingStep) and not sampler.needs_logits:
             yield from self._decode_ahead(self._step, token, sampler, end)
             return
         while self.position < end:
@@ -220,6 +220,11 @@ class Session:
                 yield token
         finally:
             step.take_back(self.position)
+
+    def append_cached(self, tokens: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """Append tokens whose keys and values are known, as `cache.read` gave them."""
+        self.cache.write_back(self.position, keys, values)
+        self.tokens += tokens
 
     def rewind(self, position: int) -> None:
         """Forget the tokens from `position` on."""
