@@ -63,7 +63,8 @@ def bound(host: str, port: int) -> socket.socket:
         raise TealError(
             f"there is no address {host}", hint="Name one of this machine's, such as 0.0.0.0."
         ) from None
-    sock = socket.socket(kind, socket.SOCK_STREAM)
+    # asyncio sends small packets at once only where it sees that they are TCP's.
+    sock = socket.socket(kind, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind(address)

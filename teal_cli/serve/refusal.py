@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from teal_cli.errors import TealError, UsageError
+from teal_cli.printable import encodable
 
 _KINDS = {
     401: "authentication_error",
@@ -37,9 +38,9 @@ class Refusal(Exception):
             retry_after_s: when to ask again.
         """
         super().__init__(message)
-        self.message = message
+        self.message = encodable(message)  # it may name what the client sent
         self.status = status
-        self.param = param
+        self.param = None if param is None else encodable(param)
         self.code = code
         self.retry_after_s = retry_after_s
 

@@ -144,7 +144,15 @@ class Answer:
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         spelled = token_bytes(self.model.tokenizer, token)
         return {
-            "token": spelled.decode("utf-8", "replace"),
+            "token": _spelled(spelled),
             "logprob": max(logprob, -9999.0),  # JSON knows no infinity
             "bytes": [*spelled],
         }
+
+
+def _spelled(token: bytes) -> str:
+    """A token's bytes as text; a part of a character as \\xf0\\x9f, so that no two look alike."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "".join(f"\\x{byte:02x}" for byte in token)
