@@ -25,7 +25,9 @@ from teal_cli.commands.chat import chat
 from teal_cli.commands.convert import convert
 from teal_cli.commands.download import download
 from teal_cli.commands.eval import evaluate
+from teal_cli.commands.export import export
 from teal_cli.commands.models import models
+from teal_cli.commands.serve import serve
 from teal_cli.examples import epilog
 from teal_cli.faults import explain
 from teal_cli.options import QuietOption, VerboseOption
@@ -35,10 +37,12 @@ from teal_cli.version import __version__
 _SAME_CAUSE_S = 2.0
 _COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
+    "serve": serve,
     "bench": bench,
     "eval": evaluate,
     "calibrate": calibrate,
     "convert": convert,
+    "export": export,
     "download": download,
     "models": models,
 }
@@ -48,6 +52,7 @@ def main() -> None:
     """Run `teal` and exit with its code; every failure ends in one sentence."""
     process.open_streams()
     process.hide(sys.argv, "--token")
+    process.hide(sys.argv, "--api-key")
     code: int | str | None = 0
     try:
         with process.ended_by_signals():

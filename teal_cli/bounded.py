@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -134,6 +135,7 @@ class Bounded:
 def _serve(work: Callable[..., Any], connection: Any, parents: Any, megabytes: int) -> None:
     """Answer calls until the parent is gone, or ends this process."""
     parents.close()
+    _close_sockets(connection.fileno())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes here too
     for ending in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(ending, signal.SIG_DFL)
@@ -143,6 +145,15 @@ def _serve(work: Callable[..., Any], connection: Any, parents: Any, megabytes: i
     with suppress(EOFError, OSError):
         while True:
             connection.send(_outcome(work, connection.recv()))
+
+
+def _close_sockets(kept: int) -> None:
+    """Close the parent's connections: what it closes would stay open for their other ends here."""
+    with suppress(OSError):
+        for number in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):
+                if number != kept and stat.S_ISSOCK(os.fstat(number).st_mode):
+                    os.close(number)
 
 
 def _outcome(work: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[bool, Any]:

@@ -16,6 +16,11 @@ EXAMPLES = {
         "teal chat qwen3-8b --sparsity 40% --quantize int8",
         'teal chat ./my-model --json -p "Say hello." > answer.json',
     ),
+    "serve": (
+        "teal serve demo",
+        "teal serve qwen3-8b --sparsity 40% --quantize int8",
+        "TEAL_API_KEY=… teal serve llama3 --host 0.0.0.0",
+    ),
     "bench": (
         "teal bench demo",
         "teal bench qwen3-8b --sparsity 0.4,0.5 --output speed.md",
@@ -34,6 +39,10 @@ EXAMPLES = {
     "convert": (
         "teal convert llama3",
         "teal convert ./my-model.gguf --quantize int4 --dataset notes.txt",
+    ),
+    "export": (
+        "teal export demo ./demo-sparse --sparsity 0.4",
+        "teal export llama3 ./llama3-sparse --max-sequences 2",
     ),
     "download": (
         "teal download demo",

@@ -15,6 +15,8 @@ from teal_cli.errors import UsageError
 from teal_cli.suggestions import quoted
 
 Dtype = Literal["float16", "bfloat16", "float32"]
+# Room for a conversation where --context does not say: 1 GB of cache at Llama-3-8B's shape.
+DEFAULT_CONTEXT = 8192
 Quantize = Literal["int8", "int8+head", "int4", "int4+head", "int4-128", "int4-128+head"]
 
 
@@ -123,6 +125,34 @@ QuantizeOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="'auto', 'cpu', 'cuda' or 'cuda:N'.")]
+SparsityOption = Annotated[
+    float | None,
+    typer.Option(
+        "--sparsity",
+        "-s",
+        metavar="X",
+        help="Share of the projections' inputs to skip, from 0 (exact) to below 1; 40% is 0.4."
+        " [default: 0.4; 0.25 below a billion weights]",
+        parser=parse_sparsity,
+    ),
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        help="Name of the chat template, for a model that has several."
+        " [default: its default, or the only one for talking]",
+    ),
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=2,
+        help="Tokens that the conversation may hold."
+        f" [default: the model's, at most {DEFAULT_CONTEXT}]",
+    ),
+]
 # The value is the text as typed, checked; `parse_sparsities` turns it into numbers.
 SparsitiesOption = Annotated[
     str,

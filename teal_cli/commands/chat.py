@@ -13,6 +13,8 @@ from teal_cli import console
 from teal_cli.chat.prompt import only_prompt
 from teal_cli.errors import UsageError
 from teal_cli.options import (
+    DEFAULT_CONTEXT,
+    ContextOption,
     DeterministicOption,
     DeviceOption,
     DraftOption,
@@ -24,8 +26,9 @@ from teal_cli.options import (
     QuantizeOption,
     RecoverOption,
     RevisionOption,
+    SparsityOption,
+    TemplateOption,
     TokenOption,
-    parse_sparsity,
 )
 
 if TYPE_CHECKING:
@@ -34,20 +37,6 @@ if TYPE_CHECKING:
     from teal_cli.model.checkpoint import Checkpoint
     from teal_cli.sparsity.profile import Profile
 
-# Room for the conversation where --context does not say: 1 GB of cache at Llama-3-8B's shape.
-_DEFAULT_CONTEXT = 8192
-
-SparsityOption = Annotated[
-    float | None,
-    typer.Option(
-        "--sparsity",
-        "-s",
-        metavar="X",
-        help="Share of the projections' inputs to skip, from 0 (exact) to below 1; 40% is 0.4."
-        " [default: 0.4; 0.25 below a billion weights]",
-        parser=parse_sparsity,
-    ),
-]
 WordsArgument = Annotated[
     list[str] | None,
     typer.Argument(
@@ -124,15 +113,6 @@ AnswerSeedOption = Annotated[
 MaxTokensOption = Annotated[
     int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")
 ]
-ContextOption = Annotated[
-    int | None,
-    typer.Option(
-        "--context",
-        min=2,
-        help="Tokens that the conversation may hold."
-        f" [default: the model's, at most {_DEFAULT_CONTEXT}]",
-    ),
-]
 OverflowOption = Annotated[
     Literal["truncate", "stop"],
     typer.Option(
@@ -161,14 +141,6 @@ ThinkTokensOption = Annotated[
     int,
     typer.Option(
         "--think-tokens", min=1, help="Longest thinking, in tokens; then the answer begins."
-    ),
-]
-TemplateOption = Annotated[
-    str | None,
-    typer.Option(
-        "--template",
-        help="Name of the chat template, for a model that has several."
-        " [default: its default, or the only one for talking]",
     ),
 ]
 PlainOption = Annotated[
@@ -282,7 +254,7 @@ def chat(
 
     converse = _conversation(checkpoint, sampling, template, think)
     target = defaults.sparsity if sparsity is None else sparsity
-    room = context or min(limit, _DEFAULT_CONTEXT)
+    room = context or min(limit, DEFAULT_CONTEXT)
     guesser = None
     if wanted is not None:
         guesser = drafts.prepare(

@@ -9,12 +9,12 @@ from typing import Any, Literal
 from teal_cli.errors import UsageError
 from teal_cli.inference.chat_template import ChatTemplate, Message, check_think
 from teal_cli.inference.detokenizer import Printable
-from teal_cli.inference.ends import special_token_ids
 from teal_cli.inference.generate import Finish, Stats, Token
+from teal_cli.inference.prompts import Prompts
 from teal_cli.inference.sampling import Sampler
 from teal_cli.inference.session import Session
 from teal_cli.inference.text_stream import Limits, Text, generate_text
-from teal_cli.printable import encodable, printable
+from teal_cli.printable import encodable
 from teal_cli.progress import Reporter
 
 Overflow = Literal["truncate", "stop"]
@@ -31,14 +31,6 @@ class Dropped:
     """So many of the oldest turns are no longer shown to the model, to make room."""
 
     turns: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """A conversation up to an answer, as text and as the tokens that are in the cache."""
-
-    text: str
-    tokens: list[int]
 
 
 class Conversation:
@@ -79,6 +71,7 @@ class Conversation:
                 thinking for one without a switch.
         """
         self._template = template or ChatTemplate.of(tokenizer)
+        self._prompts = None if self._template is None else Prompts(tokenizer, self._template)
         self.has_template = self._template is not None
         self.sampler = sampler
         self.overflow: Overflow = overflow
@@ -88,11 +81,9 @@ class Conversation:
         self._tokenizer = tokenizer
         self._stop_token_ids = frozenset(stop_token_ids)
         self._stop_texts = tuple(stop_texts)
-        self._special = special_token_ids(tokenizer)
         self._system: str | None = None
         self._turns: list[Message] = []
         self._hidden = 0  # of _turns, no longer shown to the model
-        self._seen: _Seen | None = None
         self._think: bool | None = None
         self.set_system(system)
         self.set_think(think)
@@ -219,10 +210,10 @@ class Conversation:
             if isinstance(step, Finish):
                 if answered or step.reason != "interrupted":
                     self.last_prompt = prompt
-                    if self.has_template:
+                    if self._prompts is not None:
                         self._turns = [*turns, _answer(said, thought)]
                         self._hidden = hidden
-                        self._remember(text, said, tokens, answered)
+                        self._prompts.remember(text, said, tokens, answered)
                         self.nearly_full = self._is_nearly_full(step.stats, longest)
                 yield step
 
@@ -265,24 +256,8 @@ class Conversation:
         return self._session.position + following > self._room(max_new_tokens)
 
     def _encode(self, turns: list[Message]) -> tuple[str, list[int]]:
-        """The text that the template makes, and its tokens: the cache's, as far as it has them."""
-        assert self._template is not None
-        text = self._template.render([*self._opening(), *turns], think=self._think)
-        # The template has written the special tokens, so the tokenizer must not add them again.
-        if self._seen is not None and text.startswith(self._seen.text):
-            rest = self._tokenizer.encode(text[len(self._seen.text) :], add_special_tokens=False)
-            # Only a special token is sure to be a token of its own wherever the text is cut.
-            if rest and rest[0] in self._special:
-                return text, [*self._seen.tokens, *rest]
-        return text, self._tokenizer.encode(text, add_special_tokens=False)
-
-    def _remember(self, text: str, said: str, prompt: list[int], answered: list[int]) -> None:
-        """Keep the tokens of an answer: the same text can be split otherwise than it was said.
-
-        They must be all of what was said and no more: no special token, thinking or stop text.
-        """
-        if printable(self._tokenizer.decode(answered)).lstrip() == said:
-            self._seen = _Seen(text + said, [*prompt, *answered])
+        assert self._prompts is not None
+        return self._prompts.encode([*self._opening(), *turns], think=self._think)
 
     def _opening(self) -> list[Message]:
         return [] if self._system is None else [{"role": "system", "content": self._system}]

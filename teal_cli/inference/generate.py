@@ -11,7 +11,7 @@ from typing import Literal
 
 from teal_cli.errors import UsageError
 from teal_cli.inference.drafting import DraftCounts
-from teal_cli.inference.sampling import Sampler
+from teal_cli.inference.sampling import Chances, Sampler
 from teal_cli.inference.session import Interrupted, Session, common_prefix
 from teal_cli.progress import Reporter
 
@@ -20,9 +20,10 @@ FinishReason = Literal["stop", "length", "context", "interrupted"]
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of the answer."""
+    """One token of the answer, with its chances where the sampler notes them."""
 
     id: int
+    chances: Chances | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ def generate(
                 break
             count += 1
             last = time.perf_counter()
-            yield Token(token)
+            yield Token(token, sampler.chances)
             if interrupted():
                 reason = "interrupted"
                 break

@@ -29,6 +29,8 @@ class Sampling:
     (0 is greedy, and nothing below is used), `top_k` (-1 and 0 are all tokens), `top_p` (the
     smallest set of tokens whose probabilities, renormalised after top-k, reach it; 1 is all),
     `min_p` (tokens with this share of the likeliest one's probability; 0 is all).
+    `presence_penalty` and `frequency_penalty` are OpenAI's: taken off the logit of a token that the
+    answer has already, once and for each time; below 0 they are added.
     The same `seed` gives the same tokens; None is a new one each time.
     """
 
@@ -37,6 +39,8 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -55,11 +59,27 @@ class Sampling:
                 f"repetition-penalty must be above 0, and finite, got {self.repetition_penalty:g}",
                 hint="1 is none, 1.1 a usual one.",
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2.0 <= getattr(self, name) <= 2.0:
+                raise UsageError(
+                    f"{name.replace('_', '-')} must be from -2 to 2, got {getattr(self, name):g}"
+                )
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, without a draw."""
         return self.temperature < _LEAST or self.top_k == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Chances:
+    """How likely the model found a token, and the likeliest in its place: natural logarithms.
+
+    They are the model's own, before temperature, penalties and cuts.
+    """
+
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]  # token ids, the likeliest first
 
 
 class Sampler:
@@ -71,8 +91,21 @@ class Sampler:
     Suresh, arXiv 2408.07978, section 3): a small model then guesses what a large one draws.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(
+        self, sampling: Sampling, *, answer_from: int = 0, top_logprobs: int | None = None
+    ) -> None:
+        """Seed the draws.
+
+        Args:
+            sampling: how to choose.
+            answer_from: position of the answer's first token, where penalties that regard the
+                answer alone begin.
+            top_logprobs: note `chances` of each choice, with so many of the likeliest tokens.
+        """
         self.sampling = sampling
+        self.chances: Chances | None = None  # of the last choice
+        self._answer_from = answer_from
+        self._top_logprobs = top_logprobs
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -80,18 +113,33 @@ class Sampler:
             # torch takes 64 bits; Python's remainder folds every other integer into them.
             self._generator.manual_seed(sampling.seed % 2**64)
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether each choice needs the logits here, so that no step can make it by itself."""
+        sampling = self.sampling
+        penalties = sampling.presence_penalty, sampling.frequency_penalty
+        return self._top_logprobs is not None or penalties != (0.0, 0.0)
+
     def sample(self, logits: Tensor, tokens: Sequence[int] = (), noise: int | None = None) -> int:
         """The next token id.
 
         Args:
             logits: [vocab_size], of any float dtype on any device.
-            tokens: the sequence so far, for a repetition penalty.
+            tokens: the sequence so far, for penalties.
             noise: the draw's number, as `at_position` makes them; None is a new one.
 
         Raises:
             TealError: the logits have a NaN, or infinity, or nothing that is finite.
         """
+        own = logits
         logits = penalised(logits, tokens, self.sampling.repetition_penalty)
+        logits = self._less_said(logits, tokens[self._answer_from :])
+        token = self._choice(logits, noise)
+        if self._top_logprobs is not None:
+            self.chances = _chances(own, token, self._top_logprobs)
+        return token
+
+    def _choice(self, logits: Tensor, noise: int | None) -> int:
         largest, likeliest = logits.max(dim=-1)  # NaN, if there is one
         if not largest.isfinite():
             raise not_finite()
@@ -101,6 +149,15 @@ class Sampler:
         probabilities, chosen_from = (t.cpu() for t in candidates(logits, self.sampling))
         waits = _exponential(self.draw_seed() if noise is None else noise, chosen_from)
         return int(chosen_from[int((waits / probabilities).argmin())])
+
+    def _less_said(self, logits: Tensor, answer: Sequence[int]) -> Tensor:
+        """Logits [vocab_size] float32 with OpenAI's penalties for what the answer has already."""
+        presence, frequency = self.sampling.presence_penalty, self.sampling.frequency_penalty
+        if not answer or (presence, frequency) == (0.0, 0.0):
+            return logits
+        said = torch.tensor(answer, dtype=torch.int64, device=logits.device)
+        times = torch.bincount(said, minlength=logits.numel())
+        return logits.float() - frequency * times - presence * (times > 0)
 
     def draw_seed(self) -> int:
         """A seed in [0, 2^63) for noise that is made elsewhere; another each time."""
@@ -136,6 +193,13 @@ def _signed(number: int) -> int:
 def _shifted(z: Tensor, bits: int) -> Tensor:
     """Shifted to the right, with zeros from the left."""
     return (z >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _chances(logits: Tensor, token: int, top: int) -> Chances:
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    values, tokens = logprobs.topk(min(top, logits.numel()))
+    pairs = zip(tokens.tolist(), values.tolist(), strict=True)
+    return Chances(float(logprobs[token]), tuple(pairs))
 
 
 def not_finite() -> TealError:

@@ -226,7 +226,7 @@ class Session:
         """
         end = min(self.position + most, self.max_length)
         seed = sampler.draw_seed() if seed is None else seed
-        if isinstance(self._step, ChoosingStep):
+        if isinstance(self._step, ChoosingStep) and not sampler.needs_logits:
             yield from self._decode_ahead(self._step, token, sampler, end, seed)
             return
         while self.position < end:
@@ -266,6 +266,11 @@ class Session:
                 yield token
         finally:
             step.take_back(self.position)
+
+    def append_cached(self, tokens: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """Append tokens whose keys and values are known, as `cache.read` gave them."""
+        self.cache.write_back(self.position, keys, values)
+        self.tokens += tokens
 
     def rewind(self, position: int) -> None:
         """Forget the tokens from `position` on."""

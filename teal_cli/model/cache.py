@@ -70,3 +70,13 @@ class KVCache:
         self.keys[layer, :, position:end] = keys
         self.values[layer, :, position:end] = values
         return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def read(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values of positions [start, end), of every layer."""
+        return self.keys[:, :, start:end].clone(), self.values[:, :, start:end].clone()
+
+    def write_back(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """Store what `read` gave, from the position `start` on."""
+        end = start + keys.shape[2]
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
