@@ -81,6 +81,7 @@ class Session:
         self._step = self._fastest = _choose_step(
             decoder, self.cache, backend, deterministic, reporter or Silent()
         )
+        self._several: Callable[[Sequence[int], int], Tensor] | None = None
         self.use(setting)
 
     @property
@@ -168,9 +169,11 @@ class Session:
         if len(tokens) == 1:
             self._steps += 1
             return self._step(tokens[0], self.position)[None]
-        ids = torch.tensor(tokens)
-        hidden = self.decoder.forward(ids, cache=self.cache, position=self.position)
-        return self.decoder.logits(hidden)
+        if self._several is None:
+            self._several = _several_tokens(
+                self.decoder, self.cache, fused=self.backend == "triton"
+            )
+        return self._several(tokens, self.position)
 
     def accept(self, token: int) -> None:
         """Append a token that `verify` has computed."""
@@ -325,6 +328,23 @@ def _choose_step(
                 "decoding in plain torch, which sparsity does not make faster"
             )
     return DecoderStep(decoder, cache)
+
+
+def _several_tokens(
+    decoder: Decoder, cache: KVCache, *, fused: bool
+) -> Callable[[Sequence[int], int], Tensor]:
+    """What computes the logits [T, vocab_size] of T tokens from a position on, dense."""
+
+    def plain(tokens: Sequence[int], position: int) -> Tensor:
+        hidden = decoder.forward(torch.tensor(tokens), cache=cache, position=position)
+        return decoder.logits(hidden)
+
+    if not fused:
+        return plain
+    from teal_kernels.gpu import ROWS, VerifyStep
+
+    step = VerifyStep(step_tensors(decoder, cache))
+    return lambda tokens, position: (step if len(tokens) <= ROWS else plain)(tokens, position)
 
 
 def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter: Reporter) -> Step:

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from teal_kernels.gpu.launch import Launch
 from teal_kernels.gpu.step import DecodeStep
-from teal_kernels.gpu.verify import VerifyStep
+from teal_kernels.gpu.verify import ROWS, VerifyStep
 
-__all__ = ["DecodeStep", "Launch", "VerifyStep"]
+__all__ = ["ROWS", "DecodeStep", "Launch", "VerifyStep"]
