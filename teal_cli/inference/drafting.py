@@ -12,12 +12,12 @@ import random
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from teal_cli.inference.drafters import Drafter, ModelDrafter
+from teal_cli.inference.guesses import DraftCounts
 from teal_cli.inference.pace import LENGTHS, Costs, Pace
 from teal_cli.inference.sampling import Sampler, Sampling, at_position, penalised
 from teal_cli.inference.session import Session
@@ -28,32 +28,6 @@ _STRETCH = 16
 # Two logits count as equal where they are nearer than this share of all logits' spread: a pass over
 # several tokens sums in another order than a step, and rounds to the compute dtype.
 _ROUNDING = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
-
-
-@dataclass(slots=True)
-class DraftCounts:
-    """What guessing did in an answer."""
-
-    rounds: int = 0  # passes over guesses
-    guessed: int = 0  # guesses that were looked at: none behind a wrong one
-    accepted: int = 0
-
-    @property
-    def acceptance(self) -> float | None:
-        """The chance of a guess that was looked at; None where there was none."""
-        return self.accepted / self.guessed if self.guessed else None
-
-    @property
-    def tokens_per_round(self) -> float | None:
-        """Tokens that a pass over guesses gave on average, the one after them included."""
-        return 1 + self.accepted / self.rounds if self.rounds else None
-
-    def __add__(self, other: DraftCounts) -> DraftCounts:
-        return DraftCounts(
-            self.rounds + other.rounds,
-            self.guessed + other.guessed,
-            self.accepted + other.accepted,
-        )
 
 
 class Drafting:

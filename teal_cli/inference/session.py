@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from teal_cli.errors import UnsupportedError, UsageError, whole
 from teal_cli.faults import is_out_of_memory
+from teal_cli.inference.guesses import Guesser
 from teal_cli.inference.launches import stored_launches
 from teal_cli.inference.sampling import Sampler, at_position, not_finite
 from teal_cli.inference.step import ChoosingStep, DecoderStep, Step, step_tensors
@@ -20,9 +21,6 @@ from teal_cli.progress import Reporter, Silent, Task
 from teal_cli.sparsity.profile import ModelShape
 from teal_cli.sparsity.setting import DENSE, Setting
 from teal_cli.sparsity.skips import Skips
-
-if TYPE_CHECKING:
-    from teal_cli.inference.drafting import Drafting
 
 Backend = Literal["auto", "reference"]
 
@@ -45,7 +43,7 @@ class Session:
     `drafting`, which a dense session can have, `generate` lets it guess tokens.
     """
 
-    drafting: Drafting | None = None
+    drafting: Guesser | None = None
 
     def __init__(
         self,

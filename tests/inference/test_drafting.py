@@ -15,8 +15,9 @@ from torch import Tensor
 
 from teal_cli.inference import drafting as drafting_module
 from teal_cli.inference.drafters import Drafter, Lookup, ModelDrafter
-from teal_cli.inference.drafting import DraftCounts, Drafting
+from teal_cli.inference.drafting import Drafting
 from teal_cli.inference.generate import Finish, Token, generate
+from teal_cli.inference.guesses import DraftCounts
 from teal_cli.inference.sampling import Sampler, Sampling, candidates, penalised
 from teal_cli.inference.session import Session
 from teal_cli.model.decoder import Decoder
