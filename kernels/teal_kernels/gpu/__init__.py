@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from teal_kernels.gpu.launch import Launch
 from teal_kernels.gpu.step import DecodeStep
+from teal_kernels.gpu.verify import VerifyStep
 
-__all__ = ["DecodeStep", "Launch"]
+__all__ = ["DecodeStep", "Launch", "VerifyStep"]
