@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Generator, Sequence
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,13 @@ from teal_cli.faults import is_out_of_memory
 from teal_cli.inference.guesses import Guesser
 from teal_cli.inference.launches import stored_launches
 from teal_cli.inference.sampling import Sampler, at_position, not_finite
-from teal_cli.inference.step import ChoosingStep, DecoderStep, Step, Verifier, step_tensors
+from teal_cli.inference.step import (
+    ChoosingStep,
+    DecoderStep,
+    Step,
+    step_tensors,
+)
+from teal_cli.inference.verification import Verification
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter, Silent, Task
@@ -78,6 +83,9 @@ class Session:
         self.tokens: list[int] = []
         self._steps = 0
         self._step = _choose_step(decoder, self.cache, backend, deterministic, reporter or Silent())
+        self._verification = Verification(
+            decoder, self.cache, reporter or Silent(), on_device=self.decodes_ahead
+        )
         self.use(setting)
 
     @property
@@ -159,48 +167,17 @@ class Session:
         if len(tokens) == 1:
             self._steps += 1
             return self._step(tokens[0], self.position)[None]
-        if self._verifier is not None:
-            return self._verifier(tokens, self.position)
-        ids = torch.tensor(tokens)
-        hidden = self.decoder.forward(ids, cache=self.cache, position=self.position)
-        return self.decoder.logits(hidden)
+        return self._verification.logits(tokens, self.position)
 
-    def choices(self, tokens: Sequence[int], sampler: Sampler, seed: int) -> Sequence[int] | None:
-        """What is chosen after each of T tokens that may follow; None where the device cannot.
+    def choices(self, tokens: Sequence[int], sampler: Sampler, seed: int) -> list[int] | None:
+        """What is chosen after each of T tokens that may follow; None where the host chooses.
 
         As `verify` otherwise; each is the choice that `decode` makes, if the tokens before are.
 
         Raises:
             TealError: the logits are not finite.
         """
-        if self._verifier is None:
-            return None
-        sampling = sampler.sampling
-        found = self._verifier.choose(
-            tokens,
-            self.position,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=seed,
-            before=self.tokens,
-        )
-        if min(found) < 0:
-            raise not_finite()
-        return found
-
-    @cached_property
-    def _verifier(self) -> Verifier | None:
-        """A GPU's step for several tokens, made when it is first asked for."""
-        layer = self.decoder.weights.layers[0]
-        plain = isinstance(layer.qkv, Tensor) and isinstance(self.decoder.weights.lm_head, Tensor)
-        if not plain or not isinstance(self._step, ChoosingStep):
-            return None
-        from teal_kernels.gpu import VerifyStep
-
-        return VerifyStep(step_tensors(self.decoder, self.cache))
+        return self._verification.choices(tokens, self.tokens, sampler, seed)
 
     def accept(self, token: int) -> None:
         """Append a token that `verify` has computed."""

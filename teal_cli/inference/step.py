@@ -67,28 +67,6 @@ class ChoosingStep(Protocol):
         """Uncount what ran from `position` on, if anything; `start` comes before the next."""
 
 
-class Verifier(Protocol):
-    """How several tokens are computed at once, dense, and chosen after."""
-
-    def __call__(self, tokens: Sequence[int], position: int) -> Tensor:
-        """Logits [T, vocab_size] float32 after each, valid until the next call."""
-
-    def choose(
-        self,
-        tokens: Sequence[int],
-        position: int,
-        *,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        repetition_penalty: float,
-        seed: int,
-        before: Sequence[int],
-    ) -> list[int]:
-        """The token chosen after each; negative where its logits are not finite."""
-
-
 def step_tensors(decoder: Decoder, cache: KVCache) -> StepTensors:
     """What a fused step of the decoder is bound to."""
     config, weights = decoder.config, decoder.weights

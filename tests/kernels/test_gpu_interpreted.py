@@ -9,9 +9,5 @@ def test_dequantizing_in_the_interpreter() -> None:
     assert not run_interpreted("kernels/test_gpu_dequantize.py")
 
 
-def test_several_tokens_in_the_interpreter() -> None:
-    assert not run_interpreted("kernels/test_gpu_verify.py")
-
-
 def test_the_step_in_the_interpreter() -> None:
     assert not run_interpreted("kernels/test_gpu_step.py")

@@ -34,12 +34,12 @@ INTERPRETED = not isinstance(_wait, triton.runtime.JITFunction)
 
 @triton.jit
 def _read(ptr, mask):
-    """Sums as float32, from an accumulator of either kind, or what a product left in 16 bits."""
+    """Sums as float32, from an accumulator of either kind."""
     value = tl.load(ptr, mask=mask, other=0)
     if value.dtype == tl.int64:
         value = value.to(tl.float32) * (1.0 / _FIXED_POINT)
         value = tl.where(tl.abs(value) < _LARGEST, value, float("nan"))
-    return value.to(tl.float32)
+    return value
 
 
 @triton.jit
