@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from teal_cli.benchmark.timing import Run
-from teal_cli.inference.drafting import Drafting
 from teal_cli.inference.generate import Finish, Stats, generate
+from teal_cli.inference.guesses import Guesser
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
 from teal_cli.sparsity.setting import Setting
@@ -23,7 +23,7 @@ class SessionDecoding:
         setting: Setting,
         prompt: Sequence[int],
         tokens: int,
-        drafting: Drafting | None = None,
+        drafting: Guesser | None = None,
     ) -> None:
         self._session = session
         self._drafting = drafting

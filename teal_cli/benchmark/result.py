@@ -12,7 +12,7 @@ from typing import Any, Literal
 from teal_cli.benchmark.bandwidth import Bandwidth, ceiling
 from teal_cli.benchmark.cost import TokenBytes, token_bytes
 from teal_cli.benchmark.timing import Run, Spread, speedup, spread
-from teal_cli.inference.drafting import DraftCounts
+from teal_cli.inference.guesses import DraftCounts
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.quantization import Quantization
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy
 
-from teal_cli.inference.drafting import DraftCounts
+from teal_cli.inference.guesses import DraftCounts
 from teal_cli.progress import Reporter
 
 

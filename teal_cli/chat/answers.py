@@ -14,8 +14,8 @@ from teal_cli import console
 from teal_cli.chat.state import Chat
 from teal_cli.chat.waiting import Waiting
 from teal_cli.inference.conversation import Dropped
-from teal_cli.inference.drafting import DraftCounts
 from teal_cli.inference.generate import Finish, Stats
+from teal_cli.inference.guesses import DraftCounts
 from teal_cli.inference.sampling import Sampler
 from teal_cli.inference.text_stream import Text
 from teal_cli.sparsity.setting import DENSE

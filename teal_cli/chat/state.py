@@ -13,8 +13,8 @@ from teal_cli.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from teal_cli.inference.conversation import Conversation
-    from teal_cli.inference.drafting import DraftCounts
     from teal_cli.inference.generate import Finish, Stats
+    from teal_cli.inference.guesses import DraftCounts
     from teal_cli.inference.session import Session
     from teal_cli.sparsity.profile import Profile
 

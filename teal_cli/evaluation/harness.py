@@ -21,8 +21,8 @@ from torch import Tensor
 from teal_cli.errors import TealError
 from teal_cli.evaluation.perplexity import LOGITS_CHUNK, check_finite
 from teal_cli.evaluation.protocols import ProtocolName, sparse_from
-from teal_cli.inference.drafting import DraftCounts
 from teal_cli.inference.generate import Finish, Token, generate
+from teal_cli.inference.guesses import DraftCounts
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
 from teal_cli.model.decoder import Decoder

@@ -12,12 +12,12 @@ import random
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from teal_cli.inference.drafters import Drafter, ModelDrafter
+from teal_cli.inference.guesses import DraftCounts
 from teal_cli.inference.pace import LENGTHS, Costs, Pace
 from teal_cli.inference.sampling import Sampler, Sampling, at_position, penalised
 from teal_cli.inference.session import Session
@@ -28,32 +28,6 @@ _STRETCH = 16
 # Two logits count as equal where they are nearer than this share of all logits' spread: a pass over
 # several tokens sums in another order than a step, and rounds to the compute dtype.
 _ROUNDING = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
-
-
-@dataclass(slots=True)
-class DraftCounts:
-    """What guessing did in an answer."""
-
-    rounds: int = 0  # passes over guesses
-    guessed: int = 0  # guesses that were looked at: none behind a wrong one
-    accepted: int = 0
-
-    @property
-    def acceptance(self) -> float | None:
-        """The chance of a guess that was looked at; None where there was none."""
-        return self.accepted / self.guessed if self.guessed else None
-
-    @property
-    def tokens_per_round(self) -> float | None:
-        """Tokens that a pass over guesses gave on average, the one after them included."""
-        return 1 + self.accepted / self.rounds if self.rounds else None
-
-    def __add__(self, other: DraftCounts) -> DraftCounts:
-        return DraftCounts(
-            self.rounds + other.rounds,
-            self.guessed + other.guessed,
-            self.accepted + other.accepted,
-        )
 
 
 class Drafting:
@@ -81,6 +55,7 @@ class Drafting:
         self.counts = DraftCounts()
         self.acceptance = acceptance
         self._length = length
+        self._known: set[tuple[bool, ...]] = set()  # ways of choosing that are compiled
         self._costs = Costs()
         self._paces = [Pace(self._costs) for _ in drafters]
         self._assumed = random.Random(0)
@@ -99,26 +74,35 @@ class Drafting:
     def warm_up(self, session: Session) -> None:
         """Compile what checks and guesses, and learn what they take; before the first prompt."""
         sampler = Sampler(Sampling())
-        most = session.max_length - 1
+        self._learn_checks(session, sampler)
         for _ in range(2):  # the first compiles
             started = time.perf_counter()
             sampler.sample(session.verify([0])[0])
             token_s = time.perf_counter() - started
-            checks = {}
-            for length in (length for length in LENGTHS if length <= most):
+            taken = []
+            for drafter in self.drafters:
                 started = time.perf_counter()
-                sampler.sample(session.verify([0] * (length + 1))[-1])
-                checks[length + 1] = time.perf_counter() - started
-            guesses = {}
-            for pace, drafter in zip(self._paces, self.drafters, strict=True):
-                started = time.perf_counter()
-                if made := drafter.propose([], 0, min(4, most), sampler, 0):
-                    guesses[pace] = (len(made), time.perf_counter() - started)
+                made = drafter.propose([], 0, min(4, session.max_length - 1), sampler, 0)
+                taken.append((len(made), time.perf_counter() - started))
         self._costs.decoded(token_s)
-        for count, seconds in checks.items():
-            self._costs.checked(count, seconds)
-        for pace, (count, seconds) in guesses.items():
-            pace.guessed(count, seconds)
+        for pace, (count, seconds) in zip(self._paces, taken, strict=True):
+            if count:
+                pace.guessed(count, seconds)
+
+    def _learn_checks(self, session: Session, sampler: Sampler) -> None:
+        """Compile the passes over several tokens with one way of choosing, and time them.
+
+        What they cache lies behind the session's tokens, where the next ones come.
+        """
+        self._known.add(_kind(sampler.sampling))
+        room = session.max_length - session.position
+        for length in (length for length in LENGTHS if length < room):
+            for _ in range(2):  # the first compiles
+                started = time.perf_counter()
+                last = self._judge(session, [0] * (length + 1), sampler, 0, careful=False)[-1]
+                self._choice(last, None, sampler, 0, session)
+                seconds = time.perf_counter() - started
+            self._costs.checked(length + 1, seconds)
 
     def decode(
         self, session: Session, token: int, sampler: Sampler, most: int
@@ -128,12 +112,14 @@ class Drafting:
         end = min(session.position + most, session.max_length)
         # In these, what a step would round otherwise is decided by steps.
         careful = session.deterministic and sampler.sampling.greedy
+        if session.decodes_ahead and _kind(sampler.sampling) not in self._known:
+            self._learn_checks(session, sampler)
         exact = session.position  # up to here, keys and values are a step's own
         while session.position < end:
             started = began = time.perf_counter()
-            pace, guesses = self._guess(session, token, sampler, seed, end)
+            asked, pace, guesses = self._guess(session, token, sampler, seed, end)
             if not guesses and session.decodes_ahead and not careful:
-                stretch = min(_STRETCH, end - session.position)
+                stretch = min(1 if asked else _STRETCH, end - session.position)
                 with closing(session.decode(token, sampler, stretch, seed)) as alone:
                     for token in alone:
                         self._costs.decoded(time.perf_counter() - started)
@@ -141,7 +127,7 @@ class Drafting:
                         started = time.perf_counter()
                 continue
             guessed = time.perf_counter()
-            rows = session.verify([token, *guesses])
+            rows = self._judge(session, [token, *guesses], sampler, seed, careful=careful)
             if not guesses and exact == session.position:
                 exact += 1
             self.counts.rounds += bool(guesses)
@@ -170,30 +156,41 @@ class Drafting:
 
     def _guess(
         self, session: Session, token: int, sampler: Sampler, seed: int, end: int
-    ) -> tuple[Pace | None, list[int]]:
-        """The first drafter's guesses that there are for what follows `token`, and its pace."""
-        most = end - session.position - 1
+    ) -> tuple[bool, Pace | None, list[int]]:
+        """Whether a drafter was asked; the pace of the first with guesses, and its guesses."""
+        most, asked = end - session.position - 1, False
         for pace, drafter in zip(self._paces, self.drafters, strict=True):
             wanted = pace.length(most) if self._length is None else min(self._length, most)
             if (length := _length(wanted)) == 0:
                 continue
-            started = time.perf_counter()
+            asked, started = True, time.perf_counter()
             made = drafter.propose(session.tokens, token, length, sampler, seed)
             if made := made[: _length(len(made))]:
                 pace.guessed(len(made), time.perf_counter() - started)
-                return pace, made
-        return None, []
+                return True, pace, made
+        return asked, None, []
+
+    def _judge(
+        self, session: Session, tokens: list[int], sampler: Sampler, seed: int, *, careful: bool
+    ) -> Sequence[Tensor | int]:
+        """After each of T tokens that may follow, its logits [vocab_size] or what was chosen."""
+        choices = None
+        if len(tokens) > 1 and not careful:
+            choices = session.choices(tokens, sampler, seed)
+        return choices or list(session.verify(tokens))
 
     def _choice(
-        self, row: Tensor, guess: int | None, sampler: Sampler, seed: int, session: Session
+        self, row: Tensor | int, guess: int | None, sampler: Sampler, seed: int, session: Session
     ) -> int:
-        """The token after the session's last, from its logits [vocab_size]."""
-        token = sampler.sample(row, session.tokens, at_position(seed, session.position))
+        """The token after the session's last, from its logits [vocab_size] where not chosen yet."""
+        token = row
+        if isinstance(token, Tensor):
+            token = sampler.sample(token, session.tokens, at_position(seed, session.position))
         if self.acceptance is None or guess is None:
             return token
         if self._assumed.random() < self.acceptance:
             return guess
-        return token if token != guess else (token + 1) % row.numel()
+        return token if token != guess else (token + 1) % session.decoder.config.vocab_size
 
 
 def _length(most: int) -> int:
@@ -201,8 +198,20 @@ def _length(most: int) -> int:
     return max((length for length in LENGTHS if length <= most), default=0)
 
 
-def _is_tie(row: Tensor, sampler: Sampler, session: Session) -> bool:
+def _kind(sampling: Sampling) -> tuple[bool, ...]:
+    """What a GPU's graph of a choice depends on."""
+    drawn = not sampling.greedy
+    return (
+        drawn and sampling.top_k > 0,
+        drawn and sampling.top_p < 1,
+        drawn and sampling.min_p > 0,
+        sampling.repetition_penalty != 1,
+    )
+
+
+def _is_tie(row: Tensor | int, sampler: Sampler, session: Session) -> bool:
     """Whether rounding may decide which of the logits [vocab_size] is the largest."""
+    assert isinstance(row, Tensor)
     logits = penalised(row, session.tokens, sampler.sampling.repetition_penalty)
     first, second = logits.topk(2).values.tolist()
     spread = float(logits[logits.isfinite()].std())

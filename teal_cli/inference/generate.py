@@ -10,7 +10,7 @@ from functools import partial
 from typing import Literal
 
 from teal_cli.errors import UsageError
-from teal_cli.inference.drafting import DraftCounts
+from teal_cli.inference.guesses import DraftCounts
 from teal_cli.inference.sampling import Chances, Sampler
 from teal_cli.inference.session import Interrupted, Session, common_prefix
 from teal_cli.progress import Reporter

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from teal_cli.errors import UsageError, whole
 from teal_cli.faults import is_out_of_memory
+from teal_cli.inference.guesses import Guesser
 from teal_cli.inference.launches import stored_launches
 from teal_cli.inference.sampling import Sampler, at_position, not_finite
-from teal_cli.inference.step import ChoosingStep, DecoderStep, Step, step_tensors
+from teal_cli.inference.step import (
+    ChoosingStep,
+    DecoderStep,
+    Step,
+    step_tensors,
+)
+from teal_cli.inference.verification import Verification
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter, Silent, Task
 from teal_cli.sparsity.setting import DENSE, Setting
 from teal_cli.sparsity.shape import ModelShape
 from teal_cli.sparsity.skips import Skips
-
-if TYPE_CHECKING:
-    from teal_cli.inference.drafting import Drafting
 
 Backend = Literal["auto", "reference"]
 
@@ -45,7 +49,7 @@ class Session:
     `drafting`, which a dense session can have, `generate` lets it guess tokens.
     """
 
-    drafting: Drafting | None = None
+    drafting: Guesser | None = None
 
     def __init__(
         self,
@@ -81,7 +85,9 @@ class Session:
         self._step = self._fastest = _choose_step(
             decoder, self.cache, backend, deterministic, reporter or Silent()
         )
-        self._several: Callable[[Sequence[int], int], Tensor] | None = None
+        self._verification = Verification(
+            decoder, self.cache, reporter or Silent(), on_device=self.decodes_ahead
+        )
         self.use(setting)
 
     @property
@@ -169,11 +175,17 @@ class Session:
         if len(tokens) == 1:
             self._steps += 1
             return self._step(tokens[0], self.position)[None]
-        if self._several is None:
-            self._several = _several_tokens(
-                self.decoder, self.cache, fused=self.backend == "triton"
-            )
-        return self._several(tokens, self.position)
+        return self._verification.logits(tokens, self.position)
+
+    def choices(self, tokens: Sequence[int], sampler: Sampler, seed: int) -> list[int] | None:
+        """What is chosen after each of T tokens that may follow; None where the host chooses.
+
+        As `verify` otherwise; each is the choice that `decode` makes, if the tokens before are.
+
+        Raises:
+            TealError: the logits are not finite.
+        """
+        return self._verification.choices(tokens, self.tokens, sampler, seed)
 
     def accept(self, token: int) -> None:
         """Append a token that `verify` has computed."""
@@ -328,23 +340,6 @@ def _choose_step(
                 "decoding in plain torch, which sparsity does not make faster"
             )
     return DecoderStep(decoder, cache)
-
-
-def _several_tokens(
-    decoder: Decoder, cache: KVCache, *, fused: bool
-) -> Callable[[Sequence[int], int], Tensor]:
-    """What computes the logits [T, vocab_size] of T tokens from a position on, dense."""
-
-    def plain(tokens: Sequence[int], position: int) -> Tensor:
-        hidden = decoder.forward(torch.tensor(tokens), cache=cache, position=position)
-        return decoder.logits(hidden)
-
-    if not fused:
-        return plain
-    from teal_kernels.gpu import ROWS, VerifyStep
-
-    step = VerifyStep(step_tensors(decoder, cache))
-    return lambda tokens, position: (step if len(tokens) <= ROWS else plain)(tokens, position)
 
 
 def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter: Reporter) -> Step:

@@ -78,4 +78,4 @@ def test_lengths_follow_what_is_accepted() -> None:
     mean = [length for length in run(0.6, guess=0.2, further=0.05)[1] if length]
     assert sum(mean) / len(mean) < 3
     assert not any(run(0.9, guess=0.0, further=1.0)[1])
-    assert Pace(Costs()).length(8) == 0  # before a token's time is known
+    assert Pace(Costs()).length(7) == 0  # before a token's time is known

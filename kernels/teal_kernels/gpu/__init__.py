@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from teal_kernels.gpu.choices import RowChoices
 from teal_kernels.gpu.launch import Launch
 from teal_kernels.gpu.step import DecodeStep
-from teal_kernels.gpu.verify import ROWS, VerifyStep
+from teal_kernels.gpu.verify import VerifyStep
 
-__all__ = ["ROWS", "DecodeStep", "Launch", "VerifyStep"]
+__all__ = ["DecodeStep", "Launch", "RowChoices", "VerifyStep"]
