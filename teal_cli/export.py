@@ -70,10 +70,10 @@ def export(
             "a quantized model is not exported: the folder's tensors are transformers' own",
             hint="Leave --quantize out.",
         )
-    if config.departures or config.model_type not in _CLASSES:
+    if config.model_type not in _CLASSES:
         raise UnsupportedError(f"models of type {config.model_type!r} are not exported")
     shapes = hf_shapes(config)
-    names = [part for name in tensor_shapes(config) for part in parts(name)]
+    names = [part for name in tensor_shapes(config) for part in parts(name, fused=config.fused)]
     shards = plan_shards(
         {name: Stored(shapes[name], checkpoint.dtype) for name in names}, SHARD_BYTES
     )
