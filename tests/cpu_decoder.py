@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
-from teal_kernels.tensors import StepTensors
+from teal_kernels.tensors import RecoveryVectors, StepTensors
 from torch import Tensor
 
 
@@ -91,19 +91,48 @@ class Small:
             down=self.random(self.inner, self.hidden),
         )
 
+    def vectors(self) -> RecoveryVectors:
+        """Random ones of this decoder's sizes, as large as what they are added to."""
+        layers, kv = len(self.layers), self.kv_heads * self.head_dim
+        widths = {"qkv": self.heads * self.head_dim + 2 * kv, "o": self.hidden}
+        widths |= {"gate_up": 2 * self.inner, "down": self.hidden}
+
+        def norms(*shape: int) -> Tensor:
+            return 1 + torch.randn(shape, generator=self.generator) / 2
+
+        return RecoveryVectors(
+            **{
+                name: torch.randn(layers, width, generator=self.generator)
+                for name, width in widths.items()
+            },
+            input_layernorm=norms(layers, self.hidden),
+            post_attention_layernorm=norms(layers, self.hidden),
+            norm=norms(self.hidden),
+        )
+
     def step(self, **options: Any) -> Any:
         from teal_kernels.cpu import DecodeStep
 
-        tensors = StepTensors(
-            layers=self.layers,
-            embed_tokens=self.embed_tokens,
-            norm=self.norm,
-            lm_head=self.lm_head,
-            keys=self.keys,
-            values=self.values,
-            cos=self.cos,
-            sin=self.sin,
-            query_scales=self.query_scales,
+        return DecodeStep(self.tensors(), **options)
+
+    def tensors(self, device: str = "cpu") -> StepTensors:
+        """What a step is bound to; copies of it on another device."""
+
+        def layer(own: Layer) -> Layer:
+            moved = {name: None if x is None else x.to(device) for name, x in vars(own).items()}
+            return Layer(**moved)
+
+        assert self.rotary is not None
+        return StepTensors(
+            layers=[layer(own) for own in self.layers],
+            embed_tokens=self.embed_tokens.to(device),
+            norm=self.norm.to(device),
+            lm_head=self.lm_head.to(device),
+            keys=self.keys.to(device),
+            values=self.values.to(device),
+            cos=self.cos.to(device),
+            sin=self.sin.to(device),
+            query_scales=self.query_scales.to(device),
             num_attention_heads=self.heads,
             rms_norm_eps=self.eps,
             sliding_windows=self.windows,
@@ -112,7 +141,6 @@ class Small:
             residual_multiplier=self.multipliers[1],
             logits_multiplier=self.multipliers[2],
         )
-        return DecodeStep(tensors, **options)
 
 
 class Oracle:
@@ -126,6 +154,8 @@ class Oracle:
         self.small = small
         self.thresholds = torch.full((len(small.layers), 7), -torch.inf)
         self.kept = torch.zeros(len(small.layers), 7, dtype=torch.int64)
+        self.vectors: RecoveryVectors | None = None
+        self.slack = 4e-6  # of what is cached, beyond its rounding
 
     def __call__(self, token: int, position: int) -> Tensor:
         """Logits; to be called after the step under test, whose cache it checks and reads."""
@@ -134,17 +164,18 @@ class Oracle:
         hidden = small.embed_tokens[token].double() * embedding
         for index, layer in enumerate(small.layers):
             hidden = hidden + residual * self._attention(index, layer, hidden, position)
-            x = self._norm(hidden, layer.post_attention_layernorm)
+            x = self._norm(hidden, self._weight("post_attention_layernorm", index))
             gate, up = self._project(index, (4, 5), x, layer.gate_up, small.inner, small.inner)
             act = gate / (1 + (-gate).exp()) * up
             added = self._project(index, (6,), act, layer.down, small.hidden)[0]
             hidden = hidden + residual * added
-        return _wide(small.lm_head) @ self._norm(hidden, small.norm) * logits
+        norm = small.norm if self.vectors is None else self.vectors.norm
+        return _wide(small.lm_head) @ self._norm(hidden, norm) * logits
 
     def _attention(self, index: int, layer: Layer, hidden: Tensor, position: int) -> Tensor:
         small, d = self.small, self.small.head_dim
         q_size, kv_size = small.heads * d, small.kv_heads * d
-        x = self._norm(hidden, layer.input_layernorm)
+        x = self._norm(hidden, self._weight("input_layernorm", index))
         parts = self._project(index, (0, 1, 2), x, layer.qkv, q_size, kv_size, kv_size)
         if layer.qkv_bias is not None:
             biases = layer.qkv_bias.double().split((q_size, kv_size, kv_size))
@@ -176,11 +207,22 @@ class Oracle:
         *sizes: int,
     ) -> list[Tensor]:
         parts = []
-        for name, columns in zip(names, _wide(weight).split(sizes, dim=1), strict=True):
+        learnt = torch.zeros(sum(sizes))
+        if self.vectors is not None:
+            matrix = {0: "qkv", 3: "o", 4: "gate_up", 6: "down"}[names[0]]
+            learnt = getattr(self.vectors, matrix)[index]
+        wide, biases = _wide(weight).split(sizes, dim=1), learnt.double().split(sizes)
+        for name, columns, bias in zip(names, wide, biases, strict=True):
             keep = x.abs() > self.thresholds[index, name].double()
             self.kept[index, name] += keep.sum()
-            parts.append((x * keep) @ columns)
+            parts.append((x * keep) @ columns + bias)
         return parts
+
+    def _weight(self, name: str, index: int) -> Tensor:
+        """The layer's own norm, or the one that was learnt."""
+        own: Tensor = getattr(self.small.layers[index], name)
+        learnt = None if self.vectors is None else getattr(self.vectors, name)[index]
+        return own if learnt is None else learnt
 
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         assert weight is not None
@@ -199,7 +241,7 @@ class Oracle:
 
     def _compare(self, cached: Tensor, exact: Tensor) -> None:
         error = (cached.double() - exact).abs()
-        bound = torch.finfo(cached.dtype).eps / 2 * exact.abs() + 4e-6
+        bound = torch.finfo(cached.dtype).eps / 2 * exact.abs() + self.slack
         assert bool((error <= bound).all()), f"cache off by {float(error.max()):.3g}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
@@ -102,6 +103,33 @@ class StepTensors:
     def head_dim(self) -> int:
         """D."""
         return self.keys.shape[3]
+
+    def vectors(self, recovery: RecoveryVectors | None = None) -> RecoveryVectors:
+        """Biases of all projections and weights of all norms, float32, as a step uses them.
+
+        Args:
+            recovery: its biases are added to the model's own, its norms take the place of theirs;
+                None is the model's own alone, zeros where it has no bias.
+        """
+        device = self.embed_tokens.device
+
+        def biases(name: str) -> Tensor:
+            own = (getattr(layer, f"{name}_bias", None) for layer in self.layers)
+            none = torch.zeros(sum(self.widths(name)), device=device)
+            rows = torch.stack([none if bias is None else bias.float() for bias in own])
+            return rows if recovery is None else rows + getattr(recovery, name).to(rows)
+
+        def norms(name: str) -> Tensor:
+            own = torch.stack([getattr(layer, name).float() for layer in self.layers])
+            return own if recovery is None else getattr(recovery, name).to(own).contiguous()
+
+        norm = self.norm if recovery is None else recovery.norm
+        return RecoveryVectors(
+            **{name: biases(name) for name in MATRICES},
+            input_layernorm=norms("input_layernorm"),
+            post_attention_layernorm=norms("post_attention_layernorm"),
+            norm=norm.to(device, torch.float32).contiguous(),
+        )
 
     def widths(self, name: str) -> tuple[int, ...]:
         """Columns of the projections that stand side by side in a matrix."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from cpu_decoder import Oracle, Small
 from projection_cases import DTYPES
 from teal_kernels.cpu import step as step_module
+from teal_kernels.tensors import RecoveryVectors
 
 VARIANTS = [
     pytest.param({}, id="plain"),
@@ -50,8 +52,15 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(np, "empty", poisoned)
 
 
-def check(small: Small, thresholds: list[float] | None, threads: int) -> None:
+def check(
+    small: Small,
+    thresholds: list[float] | None,
+    threads: int,
+    vectors: RecoveryVectors | None = None,
+) -> None:
     step, oracle = small.step(threads=threads), Oracle(small)
+    oracle.vectors = vectors
+    step.set_vectors(vectors)
     if thresholds is not None:
         oracle.thresholds = torch.tensor([thresholds] * len(small.layers))
         step.set_thresholds(oracle.thresholds)
@@ -79,6 +88,41 @@ def test_dtypes(dtype: torch.dtype, thresholds: list[float] | None) -> None:
     check(Small(dtype=dtype, bias=True, qk_norm=True, windows=(None, 5)), thresholds, 2)
 
 
+@pytest.mark.parametrize("threads", [1, 3], ids="threads-{}".format)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"bias": True, "multipliers": (3.0, 0.4, 0.3)}, id="biases"),
+        pytest.param({"hidden": 20, "inner": 7, "vocab": 3}, id="narrower-than-a-vector"),
+        pytest.param({"qk_norm": True, "head_dim": 16, "rotary": (0, 16)}, id="qk-norm"),
+    ],
+)
+def test_vectors_of_recovery(variant: dict[str, Any], dtype: torch.dtype, threads: int) -> None:
+    small = Small(dtype=dtype, **variant)
+    check(small, [0.7, 0.5, 0.9, 0.3, 0.6, 0.4, 0.2], threads, small.vectors())
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-biases", "biases"])
+def test_vectors_are_swapped_between_tokens(bias: bool) -> None:
+    small = Small(bias=bias)
+    step, oracle, first, second = small.step(threads=2), Oracle(small), *_two(small)
+    for position, vectors in enumerate((None, first, second, first, None, second)):
+        step.set_vectors(vectors)
+        oracle.vectors = vectors
+        torch.testing.assert_close(
+            step(position, position).double(), oracle(position, position), rtol=1e-5, atol=1e-5
+        )
+
+
+def _two(small: Small) -> tuple[RecoveryVectors, RecoveryVectors]:
+    """Two sets of vectors, the second with biases for o alone."""
+    first, second = small.vectors(), small.vectors()
+    none = {name: torch.zeros_like(getattr(second, name)) for name in ("qkv", "gate_up", "down")}
+    return first, dataclasses.replace(second, **none)
+
+
 MATRICES = ("qkv", "o", "gate_up", "down")
 # Groups by matrix; 0 is int8, and groups of 8 are summed as exactly as floats are.
 EXACT = [
@@ -96,6 +140,7 @@ def test_quantized(groups: dict[str, int], lm_head: bool, thresholds: list[float
     )  # fmt: skip
     small.quantize(groups, lm_head=lm_head)
     check(small, thresholds, 2)
+    check(small, thresholds, 2, small.vectors())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3], ids="threads-{}".format)
@@ -110,7 +155,11 @@ def test_int4(group: int, threads: int) -> None:
         for name in MATRICES:
             setattr(layer, name, getattr(from_layer, name).dequantize().contiguous())
     step, exact = small.step(threads=threads), wide.step(threads=threads)
+    vectors = small.vectors()
     for position in range(small.length):
+        if position == 6:
+            for one in (step, exact):
+                one.set_vectors(vectors)
         logits, expected = step(position * 17 % 40, position), exact(position * 17 % 40, position)
         # Products of x and a scale are rounded to 16 bits.
         assert float((logits - expected).norm() / expected.norm()) < 5e-4

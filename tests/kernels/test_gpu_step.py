@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_decoder import Oracle, Small
 from step_families import BASE, FAMILIES
 from teal_kernels import reference
 from torch import Tensor
@@ -79,6 +80,39 @@ def test_step_equals_the_decoder(family: str, thresholds: str | None, device: st
     assert not step.kept.any()
 
 
+@pytest.mark.parametrize("kind", ["floats", "deterministic", "int8", "int4"])
+def test_vectors_of_recovery(kind: str, device: str) -> None:
+    """Swapped between tokens, against float64; what was set for the next token is no more used."""
+    from teal_kernels.gpu import DecodeStep, Launch
+
+    whole = kind.startswith("int")
+    small = Small(
+        hidden=40 if whole else 45, inner=72 if whole else 51, head_dim=12,
+        bias=kind == "floats", multipliers=(2.0, 0.4, 0.3),
+    )  # fmt: skip
+    if whole:
+        small.quantize(dict.fromkeys(("qkv", "o", "gate_up", "down"), 64 * (kind == "int4")))
+    tensors = small.tensors(device)
+    step, oracle = DecodeStep(tensors, deterministic=kind == "deterministic"), Oracle(small)
+    _launch_all_as(step, Launch(32, 64, 1, slots=16, more=8))
+    # With int4 what follows may fall on the other side of a threshold.
+    level = 0.0 if kind == "int4" else 0.3
+    oracle.slack = 1e-2 if kind == "int4" else oracle.slack
+    oracle.thresholds.fill_(level)
+    step.set_thresholds(oracle.thresholds)
+    first, second = small.vectors(), small.vectors()
+    for position, vectors in enumerate((first, None, second, first)):
+        step.set_vectors(vectors)
+        oracle.vectors = vectors
+        logits = step(position, position).cpu().double()
+        small.keys, small.values = tensors.keys.cpu(), tensors.values.cpu()
+        expected = oracle(position, position)
+        if kind == "int4":  # a tile's sums keep 11 bits
+            assert (logits - expected).norm() < 1e-2 * expected.norm()
+        else:
+            _close(logits, expected)
+
+
 @pytest.mark.parametrize("window", [None, 5, 64, 70], ids=str)
 @pytest.mark.parametrize("position", [0, 15, 63, 64, 65, 130])
 def test_attention(position: int, window: int | None, device: str) -> None:
@@ -141,7 +175,7 @@ def test_projections_with_their_inputs(tile: dict[str, int], device: str) -> Non
     x = reference.rms_norm(chain.h, layer.post_attention_layernorm, config.rms_norm_eps)
     chain.project("gate_up", 0)
     _close(chain.gate_up, reference.sparse_project(x, layer.gate_up, (0, 97, 194), levels[4:6]))
-    assert not chain.qkv.any()
+    assert torch.equal(chain.qkv, layer.qkv_bias)  # from which the next layer's sums start
 
     x = reference.gated_activation(chain.gate_up)
     expected = chain.h + reference.sparse_project(x, layer.down, (0, 60), levels[6:])
@@ -372,6 +406,7 @@ def test_what_is_not_a_number_reaches_the_logits(
         cache.values[0, 1, 4, 2] = broken
     else:
         decoder.weights.layers[0].qkv_bias[-1] = broken
+        step.set_vectors(None)
     other = decoder.new_cache(40)
     other.keys.copy_(cache.keys)
     other.values.copy_(cache.values)

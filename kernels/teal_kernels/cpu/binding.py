@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from teal_kernels.cpu import vectors
-from teal_kernels.cpu.structures import VECTORS, Matrix, Model, Scratch, Shared
+from teal_kernels.cpu.structures import Matrix, Model, Scratch, Shared
 from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
-from teal_kernels.tensors import MATRICES, StepTensors
+from teal_kernels.tensors import MATRICES, RecoveryVectors, StepTensors
 
+_VECTORS = ("input_layernorm", "qkv_bias", "q_norm", "k_norm", "o_bias", "post_attention_layernorm")
 _DTYPES = {
     torch.float16: vectors.HALF,
     torch.bfloat16: vectors.BFLOAT,
@@ -43,13 +44,13 @@ def check(tensors: StepTensors) -> None:
 def _weights(tensors: StepTensors) -> Iterator[Tensor | QuantizedMatrix | QuantizedRows]:
     yield from (tensors.embed_tokens, tensors.norm, tensors.lm_head, tensors.keys, tensors.values)
     for layer in tensors.layers:
-        for name in (*VECTORS, *MATRICES):
+        for name in (*_VECTORS, *MATRICES):
             if (weight := getattr(layer, name)) is not None:
                 yield weight
 
 
-def model_of(tensors: StepTensors) -> Model:
-    """Sizes and addresses; the tensors are the caller's to keep.
+def model_of(tensors: StepTensors, own: RecoveryVectors) -> Model:
+    """Sizes and addresses; the tensors, and the model's own vectors, are the caller's to keep.
 
     Raises:
         ValueError: a matrix is stored in different ways in different layers.
@@ -59,7 +60,6 @@ def model_of(tensors: StepTensors) -> Model:
     rows = head.rows if isinstance(head, QuantizedRows) else head
     tables = (tensors.cos, tensors.sin, tensors.query_scales)
     cos, sin, query_scales = (table.float().contiguous().numpy() for table in tables)
-    table = [[getattr(layer, name) for name in VECTORS] for layer in tensors.layers]
     matrices = {
         name: matrix_of([getattr(layer, name) for layer in tensors.layers], tensors.widths(name))
         for name in MATRICES
@@ -77,12 +77,12 @@ def model_of(tensors: StepTensors) -> Model:
         embedding_multiplier=np.float32(tensors.embedding_multiplier),
         residual_multiplier=np.float32(tensors.residual_multiplier),
         logits_multiplier=np.float32(tensors.logits_multiplier),
-        vectors=np.stack([_addresses(row) for row in table]),
+        vectors=vectors_of(tensors, own),
         **matrices,
         windows=np.array([window or 0 for window in tensors.sliding_windows], dtype=np.int64),
         pairs=np.array([size // 2 for size in tensors.rotary_dims], dtype=np.int64),
         embed_tokens=tensors.embed_tokens.data_ptr(),
-        norm=tensors.norm.data_ptr(),
+        norm=own.norm.data_ptr(),
         lm_head=rows.data_ptr(),
         lm_head_dtype=vectors.INT8 if quantized else _DTYPES[rows.dtype],
         lm_head_scales=head.scales.data_ptr() if isinstance(head, QuantizedRows) else 0,
@@ -92,6 +92,17 @@ def model_of(tensors: StepTensors) -> Model:
         sin=sin,
         query_scales=query_scales,
     )
+
+
+def vectors_of(tensors: StepTensors, used: RecoveryVectors) -> Any:
+    """Addresses of each layer's vectors, from INPUT_NORM to K_NORM; a bias of zeros is none."""
+    table = []
+    for index, layer in enumerate(tensors.layers):
+        norms = (used.input_layernorm[index], used.post_attention_layernorm[index])
+        biases = (getattr(used, name)[index] for name in MATRICES)
+        found = (bias if bias.any() else None for bias in biases)
+        table.append(_addresses([*norms, *found, layer.q_norm, layer.k_norm]))
+    return np.stack(table)
 
 
 def matrix_of(weights: Sequence[Tensor | QuantizedMatrix], widths: Sequence[int]) -> Matrix:

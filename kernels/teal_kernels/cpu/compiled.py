@@ -32,6 +32,8 @@ from teal_kernels.cpu.intrinsics import (
 )
 from teal_kernels.cpu.rows import add_bias, compiled, dot, project_rows, weigh
 from teal_kernels.cpu.structures import (
+    DOWN_BIAS,
+    GATE_UP_BIAS,
     INPUT_NORM,
     K_NORM,
     O_BIAS,
@@ -206,19 +208,19 @@ def _attention_block(team, model, shared, scratch, layer, position, thresholds, 
 
     A thread that has computed some heads goes on to the rows of o that they feed.
     """
-    dtype, vectors, me = model.dtype, model.vectors[layer], team.thread
+    vectors, me = model.vectors[layer], team.thread
     mates, alone = (me, team.threads), (0, 1)
     qkv = shared.wide[:, : (model.heads + 2 * model.kv_heads) * model.head_dim]
-    _norm(dtype, vectors[INPUT_NORM], scratch.hidden, model.eps, scratch.normed)
+    _norm(np.float32, vectors[INPUT_NORM], scratch.hidden, model.eps, scratch.normed)
     project_rows(model.qkv, layer, scratch.normed, 0, model.hidden, thresholds[0:3], qkv[me],
                  scratch, kept[0:3], mates)  # fmt: skip
-    add_bias(dtype, vectors[QKV_BIAS] if me == 0 else 0, qkv[me])
+    add_bias(vectors[QKV_BIAS] if me == 0 else 0, qkv[me])
     _wait(team)
     low, high = _share(model.heads, team)
     _attention(model, scratch, vectors, layer, position, qkv, low, high)
     project_rows(model.o, layer, scratch.inputs, low * model.head_dim, high * model.head_dim,
                  thresholds[3:4], shared.narrow[me], scratch, kept[3:4], alone)  # fmt: skip
-    add_bias(dtype, vectors[O_BIAS] if me == 0 else 0, shared.narrow[me])
+    add_bias(vectors[O_BIAS] if me == 0 else 0, shared.narrow[me])
     _add_parts(team, model, shared, scratch)
 
 
@@ -240,15 +242,18 @@ def _activate(gate_up, start, stop, out):
 def _mlp_block(team, model, shared, scratch, layer, thresholds, kept):
     """hidden += down(silu(gate(norm(hidden))) * up(norm(hidden)))."""
     me, mates, alone = team.thread, (team.thread, team.threads), (0, 1)
+    vectors = model.vectors[layer]
     gate_up, inner = shared.wide[:, : 2 * model.inner], scratch.inputs[: model.inner]
-    _norm(model.dtype, model.vectors[layer, POST_NORM], scratch.hidden, model.eps, scratch.normed)
+    _norm(np.float32, vectors[POST_NORM], scratch.hidden, model.eps, scratch.normed)
     project_rows(model.gate_up, layer, scratch.normed, 0, model.hidden, thresholds[4:6],
                  gate_up[me], scratch, kept[4:6], mates)  # fmt: skip
+    add_bias(vectors[GATE_UP_BIAS] if me == 0 else 0, gate_up[me])
     _wait(team)
     low, high = _share(model.inner, team)
     _activate(gate_up, low, high, inner)
     project_rows(model.down, layer, inner, low, high, thresholds[6:7], shared.narrow[me], scratch,
                  kept[6:7], alone)  # fmt: skip
+    add_bias(vectors[DOWN_BIAS] if me == 0 else 0, shared.narrow[me])
     _add_parts(team, model, shared, scratch)
 
 
@@ -291,7 +296,7 @@ def decode(team, model, shared, scratch, token, position, thresholds, kept):
         levels, counts = thresholds[layer], kept[layer]
         _attention_block(team, model, shared, scratch, layer, position, levels, counts)
         _mlp_block(team, model, shared, scratch, layer, levels, counts)
-    _norm(model.dtype, model.norm, scratch.hidden, model.eps, scratch.normed)
+    _norm(np.float32, model.norm, scratch.hidden, model.eps, scratch.normed)
     _logits(team, model, scratch.normed, shared.logits)
 
 

@@ -53,11 +53,11 @@ def weigh(dtype, base, stride, factors, count, out):
 
 
 @compiled
-def add_bias(dtype, bias, part):
-    """part += the bias at an address, if there is one."""
+def add_bias(bias, part):
+    """part += the float32 bias at an address, if there is one."""
     if bias != 0:
         for i in range(len(part)):
-            part[i] += load(dtype, bias, i)
+            part[i] += load(np.float32, bias, i)
 
 
 @compiled

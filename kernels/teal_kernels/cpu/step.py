@@ -14,7 +14,7 @@ from teal_kernels.cpu import binding, compiled, team
 from teal_kernels.cpu.code_cache import check_cpu
 from teal_kernels.cpu.structures import Team
 from teal_kernels.quantized import QuantizedMatrix
-from teal_kernels.tensors import PROJECTIONS, StepTensors
+from teal_kernels.tensors import PROJECTIONS, RecoveryVectors, StepTensors
 
 # Of the seven projections, those of whose input a thread lists only the channels it computed.
 _OWN_CHANNELS = np.array([False, False, False, True, False, False, True])
@@ -42,7 +42,8 @@ class DecodeStep:
         """
         binding.check(tensors)
         self._tensors = tensors  # the model holds no more than their addresses
-        self._model = binding.model_of(tensors)
+        self._vectors = tensors.vectors()
+        self._model = binding.model_of(tensors, self._vectors)
         shape = (len(tensors.layers), PROJECTIONS)
         self._thresholds = np.full(shape, -np.inf, dtype=np.float32)
         self._kept = np.zeros(shape, dtype=np.int64)
@@ -62,6 +63,14 @@ class DecodeStep:
     def set_thresholds(self, thresholds: Tensor | None) -> None:
         """Keep what exceeds thresholds [layers, 7] float32; None keeps everything."""
         self._thresholds[:] = -np.inf if thresholds is None else thresholds.cpu().numpy()
+
+    def set_vectors(self, vectors: RecoveryVectors | None) -> None:
+        """Add these biases from now on and use these norms; None is the model's own."""
+        self._vectors = self._tensors.vectors(vectors)
+        self._model = self._model._replace(
+            vectors=binding.vectors_of(self._tensors, self._vectors),
+            norm=self._vectors.norm.data_ptr(),
+        )
 
     @property
     def kept(self) -> Tensor:

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-# A layer's tensors that are no matrices, in the order in which Model.vectors has their addresses.
-VECTORS = (
-    "input_layernorm",
-    "qkv_bias",
-    "q_norm",
-    "k_norm",
-    "o_bias",
-    "post_attention_layernorm",
-)
-INPUT_NORM, QKV_BIAS, Q_NORM, K_NORM, O_BIAS, POST_NORM = range(len(VECTORS))
+# A layer's tensors that are no matrices, in the order in which Model.vectors has their addresses:
+# float32, but for the norms of queries and keys.
+INPUT_NORM, POST_NORM, QKV_BIAS, O_BIAS, GATE_UP_BIAS, DOWN_BIAS, Q_NORM, K_NORM = range(8)
 
 
 class Team(NamedTuple):
@@ -40,7 +33,7 @@ class Matrix(NamedTuple):
 class Model(NamedTuple):
     """A decoder. Weights are addresses of contiguous tensors; 0 is an absent one."""
 
-    dtype: Any  # of vectors, the embedding and the cache: HALF, BFLOAT or FLOAT
+    dtype: Any  # of the embedding, the cache and norms of heads: HALF, BFLOAT or FLOAT
     hidden: int
     inner: int
     heads: int
@@ -52,7 +45,7 @@ class Model(NamedTuple):
     embedding_multiplier: Any  # float32
     residual_multiplier: Any  # float32
     logits_multiplier: Any  # float32
-    vectors: Any  # int64 [layers, 6], addresses in the order of VECTORS
+    vectors: Any  # int64 [layers, 8], addresses from INPUT_NORM to K_NORM
     qkv: Matrix
     o: Matrix
     gate_up: Matrix
@@ -60,7 +53,7 @@ class Model(NamedTuple):
     windows: Any  # int64 [layers], sliding windows; 0 is none
     pairs: Any  # int64 [layers], pairs of a head's channels that rope rotates
     embed_tokens: int  # [vocab, hidden]
-    norm: int
+    norm: int  # float32
     lm_head: int  # [vocab, hidden]
     lm_head_dtype: Any
     lm_head_scales: int  # float32 [vocab] for INT8, else 0

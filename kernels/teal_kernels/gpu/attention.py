@@ -13,7 +13,6 @@ from teal_kernels.gpu.handover import _read, _wait
 @triton.jit
 def _heads(
     qkv_ptr,
-    bias_ptr,
     norm_ptr,
     cos,
     sin,
@@ -22,7 +21,6 @@ def _heads(
     mask,
     eps,
     HEAD_DIM: tl.constexpr,
-    BIAS: tl.constexpr,
     QK_NORM: tl.constexpr,
     offs_1,
     offs_2,
@@ -31,13 +29,8 @@ def _heads(
 
     They are normed and rotated.
     """
-    columns_1 = columns[:, None] + offs_1[None, :]
-    columns_2 = columns[:, None] + offs_2[None, :]
-    first = _read(qkv_ptr + columns_1, mask)
-    second = _read(qkv_ptr + columns_2, mask)
-    if BIAS:
-        first += tl.load(bias_ptr + columns_1, mask=mask, other=0.0).to(tl.float32)
-        second += tl.load(bias_ptr + columns_2, mask=mask, other=0.0).to(tl.float32)
+    first = _read(qkv_ptr + columns[:, None] + offs_1[None, :], mask)
+    second = _read(qkv_ptr + columns[:, None] + offs_2[None, :], mask)
     if QK_NORM:
         square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
         scale = 1.0 / tl.sqrt(square / HEAD_DIM + eps)
@@ -98,7 +91,6 @@ def attention_kernel(
     maxima_ptr,
     sums_ptr,
     qkv_ptr,
-    bias_ptr,
     q_norm_ptr,
     k_norm_ptr,
     cos_ptr,
@@ -114,7 +106,6 @@ def attention_kernel(
     HEAD_DIM: tl.constexpr,
     ROTARY: tl.constexpr,
     STRIDE_COS: tl.constexpr,
-    BIAS: tl.constexpr,
     QK_NORM: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -161,20 +152,18 @@ def attention_kernel(
 
         columns = (kv_head * GROUP + offs_g) * HEAD_DIM
         q1, q2 = _heads(
-            qkv_ptr, bias_ptr, q_norm_ptr, cos, sin, columns, mask_d,
-            mask_g[:, None] & mask_d[None, :], eps, HEAD_DIM, BIAS, QK_NORM, offs_1, offs_2,
+            qkv_ptr, q_norm_ptr, cos, sin, columns, mask_d,
+            mask_g[:, None] & mask_d[None, :], eps, HEAD_DIM, QK_NORM, offs_1, offs_2,
         )  # fmt: skip
         q1 = (q1 * scale).to(DOT)
         q2 = (q2 * scale).to(DOT)
         k_columns = (HEADS + kv_head) * HEAD_DIM + tl.zeros((1,), tl.int32)
         k1, k2 = _heads(
-            qkv_ptr, bias_ptr, k_norm_ptr, cos, sin, k_columns, mask_d,
-            mask_d[None, :], eps, HEAD_DIM, BIAS, QK_NORM, offs_1, offs_2,
+            qkv_ptr, k_norm_ptr, cos, sin, k_columns, mask_d,
+            mask_d[None, :], eps, HEAD_DIM, QK_NORM, offs_1, offs_2,
         )  # fmt: skip
         v_columns = (HEADS + KV_HEADS + kv_head) * HEAD_DIM + offs_v
         v = _read(qkv_ptr + v_columns, mask_v)
-        if BIAS:
-            v += tl.load(bias_ptr + v_columns, mask=mask_v, other=0.0).to(tl.float32)
 
         dtype = keys_ptr.dtype.element_ty
         k1 = k1.to(dtype)

@@ -24,7 +24,7 @@ from teal_kernels.gpu.launch import (
 from teal_kernels.gpu.sample import Choice, Chooser
 from teal_kernels.gpu.stored import Stored
 from teal_kernels.quantized import QuantizedRows
-from teal_kernels.tensors import MATRICES, PROJECTIONS, StepTensors, bits_of
+from teal_kernels.tensors import MATRICES, PROJECTIONS, RecoveryVectors, StepTensors, bits_of
 
 
 class Chain:
@@ -85,17 +85,30 @@ class Chain:
         # Device buffers, so that another sparsity needs no new capture.
         self.thresholds = buffer(layers, PROJECTIONS)
         self.kept = buffer(layers, PROJECTIONS, dtype=torch.int32)
+        self.biases = {name: buffer(layers, sum(t.widths(name))) for name in MATRICES}
+        self.norms, self.norm = buffer(layers, 2, t.hidden_size), buffer(t.hidden_size)
+        self.set_vectors(None)
         self.chooser = Chooser(
             self._launch, self.logits, self.token, self.position, self.kept, t.length
         )
+
+    def set_vectors(self, vectors: RecoveryVectors | None) -> None:
+        """Add these biases from the next token on and use these norms; None is the model's own."""
+        used = self.tensors.vectors(vectors)
+        for name, biases in self.biases.items():
+            biases.copy_(getattr(used, name))
+        self.norms[:, 0].copy_(used.input_layernorm)
+        self.norms[:, 1].copy_(used.post_attention_layernorm)
+        self.norm.copy_(used.norm)
 
     def launch_all(self, choice: Choice | None) -> None:
         """Launch a step for every position below `reach`; None leaves the token unchosen."""
         hidden, embed = self.tensors.hidden_size, self.tensors.embed_tokens
         block = min(1024, triton.next_power_of_2(hidden))
+        programs = triton.cdiv(hidden, block)
         self._launch(
             decode.embed_kernel,
-            (triton.cdiv(hidden, block),),
+            (programs,),
             4,
             h_ptr=self.h,
             token_ptr=self.token,
@@ -107,6 +120,7 @@ class Chain:
             scales=self.scales.numel(),
             BLOCK=block,
             BLOCK_S=triton.next_power_of_2(self.scales.numel()),
+            **_later(self.qkv, self.biases["qkv"][0], programs),
         )
         for index in range(len(self.tensors.layers)):
             self.project("qkv", index)
@@ -146,7 +160,7 @@ class Chain:
             launch.num_warps,
             logits_ptr=self.logits,
             h_ptr=self.h,
-            norm_ptr=t.norm,
+            norm_ptr=self.norm,
             w_ptr=rows,
             scales_ptr=scales,
             eps=t.rms_norm_eps,
@@ -170,7 +184,6 @@ class Chain:
             maxima_ptr=self.maxima,
             sums_ptr=self.sums,
             qkv_ptr=self.qkv,
-            bias_ptr=layer.qkv_bias,
             q_norm_ptr=layer.q_norm,
             k_norm_ptr=layer.k_norm,
             cos_ptr=t.cos,
@@ -186,7 +199,6 @@ class Chain:
             HEAD_DIM=t.head_dim,
             ROTARY=t.rotary_dims[index],
             STRIDE_COS=t.cos.stride(0),
-            BIAS=layer.qkv_bias is not None,
             QK_NORM=layer.q_norm is not None,
             WINDOW=t.sliding_windows[index] or 0,
             CHUNK=self.chunk,
@@ -198,10 +210,12 @@ class Chain:
         )
 
     def _norm_project(self, name: str, index: int) -> None:
-        t, layer = self.tensors, self.tensors.layers[index]
-        norm, out, second, zero = layer.input_layernorm, self.qkv, 0, None
+        t, programs = self.tensors, math.prod(self._grid(name, index))
+        second, out, later = 0, self.qkv, _later(None, None, programs)
         if name == "gate_up":
-            norm, out, second, zero = layer.post_attention_layernorm, self.gate_up, 1, self.qkv
+            # Of the layer after; what the last one sets, the embedding sets again.
+            biases = self.biases["qkv"][index + 1 - len(t.layers)]
+            second, out, later = 1, self.gate_up, _later(self.qkv, biases, programs)
         n0, n1, n2 = (*self._columns(name, index), 0)[:3]
         self._project(
             decode.norm_project_kernel,
@@ -210,18 +224,18 @@ class Chain:
             y_ptr=out,
             h_ptr=self.h,
             scale_ptr=self.scales[index, second:],
-            norm_ptr=norm,
+            norm_ptr=self.norms[index, second],
             eps=t.rms_norm_eps,
             H=t.hidden_size,
             N0=n0,
             N1=n1,
             N2=n2,
             BLOCK_H=triton.next_power_of_2(t.hidden_size),
-            **self._cleared(zero, name, index),
+            **later,
         )
 
     def _combine_project(self, index: int) -> None:
-        t, layer = self.tensors, self.tensors.layers[index]
+        t, programs = self.tensors, math.prod(self._grid("o", index))
         self._project(
             decode.combine_project_kernel,
             "o",
@@ -231,16 +245,15 @@ class Chain:
             maxima_ptr=self.maxima,
             sums_ptr=self.sums,
             position_ptr=self.position,
-            bias_ptr=layer.o_bias,
+            bias_ptr=self.biases["o"][index],
             N=self._columns("o", index)[0],
             HEADS=t.num_attention_heads,
             HEAD_DIM=t.head_dim,
-            BIAS=layer.o_bias is not None,
             MULTIPLIER=t.residual_multiplier,
             WINDOW=t.sliding_windows[index] or 0,
             CHUNK=self.chunk,
             SPLITS=triton.next_power_of_2(triton.cdiv(self.reach, self.chunk)),
-            **self._cleared(self.gate_up, "o", index),
+            **_later(self.gate_up, self.biases["gate_up"][index], programs),
         )
 
     def _activate_project(self, index: int) -> None:
@@ -250,6 +263,7 @@ class Chain:
             index,
             y_ptr=self.h,
             gate_up_ptr=self.gate_up,
+            bias_ptr=self.biases["down"][index],
             INNER=self.tensors.intermediate_size,
             N=self._columns("down", index)[0],
             MULTIPLIER=self.tensors.residual_multiplier,
@@ -289,13 +303,13 @@ class Chain:
         inputs = getattr(self.tensors.layers[index], name).shape[0]
         return launch.grid(inputs, *self.tensors.widths(name))
 
-    def _cleared(self, buffer: Tensor | None, name: str, index: int) -> dict[str, Any]:
-        """A buffer that a projection clears, in equal parts of a power of two elements."""
-        if buffer is None:
-            return {"zero_ptr": None, "zero_size": 0, "ZERO": 0}
-        programs = math.prod(self._grid(name, index))
-        share = max(32, triton.next_power_of_2(triton.cdiv(buffer.numel(), programs)))
-        return {"zero_ptr": buffer, "zero_size": buffer.numel(), "ZERO": share}
+
+def _later(buffer: Tensor | None, biases: Tensor | None, programs: int) -> dict[str, Any]:
+    """An accumulator that a kernel starts for a later one, in equal parts of a power of two."""
+    size = 0 if buffer is None else buffer.numel()
+    share = max(32, triton.next_power_of_2(triton.cdiv(size, programs))) if size else 0
+    names = ("later_ptr", "later_bias_ptr", "later_size", "LATER")
+    return dict(zip(names, (buffer, biases, size, share), strict=True))
 
 
 def _from_table(tensors: StepTensors) -> dict[float, StepLaunches]:

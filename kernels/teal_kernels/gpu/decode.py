@@ -21,9 +21,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from teal_kernels.gpu.handover import _add, _fixed, _read, _wait, _zero
-from teal_kernels.gpu.products import _pack, _sum_int8, _words
-from teal_kernels.gpu.tiles import Matrix, Tile, _accumulate, _columns, _fetch_ahead
+from teal_kernels.gpu.handover import _fixed, _later_biases, _read, _start_later, _wait
+from teal_kernels.gpu.products import _sum_int8, _words
+from teal_kernels.gpu.tiles import Matrix, Tile, _accumulate, _columns, _fetch_ahead, _first_bias
 
 # Rows of small tables, aligned or not by layer: one compilation serves all layers.
 _ROWS_OF_TABLES = ["thresholds_ptr", "kept_ptr", "scale_ptr"]
@@ -63,9 +63,13 @@ def embed_kernel(
     token_ptr,
     embed_ptr,
     scales_ptr,
+    later_ptr,
+    later_bias_ptr,
+    later_size,
     H,
     stride,
     scales,
+    LATER: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -73,6 +77,9 @@ def embed_kernel(
 ):
     """h [H] float32 = the token's row of embed [V, H], scaled; the norms' scales are cleared."""
     _wait(PDL)
+    # After the wait: what stands before a step may have set new ones.
+    offs_later, biases = _later_biases(later_bias_ptr, later_size, LATER)
+    _start_later(later_ptr, offs_later, biases, later_size)
     if tl.program_id(0) == 0:
         offs_s = tl.arange(0, BLOCK_S)
         tl.store(scales_ptr + offs_s, tl.zeros((BLOCK_S,), tl.float32), mask=offs_s < scales)
@@ -94,8 +101,9 @@ def norm_project_kernel(
     w_scales_ptr,
     thresholds_ptr,
     kept_ptr,
-    zero_ptr,
-    zero_size,
+    later_ptr,
+    later_bias_ptr,
+    later_size,
     eps,
     H,
     N0: tl.constexpr,
@@ -103,7 +111,7 @@ def norm_project_kernel(
     N2: tl.constexpr,
     STRIDE_K: tl.constexpr,
     GROUP: tl.constexpr,
-    ZERO: tl.constexpr,
+    LATER: tl.constexpr,
     BLOCK_H: tl.constexpr,
     AHEAD: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -119,9 +127,12 @@ def norm_project_kernel(
     offs_k = row + tl.arange(0, BLOCK_K)
     threshold = tl.load(thresholds_ptr + block)
     _fetch_ahead(w_ptr, row, H, start, end, STRIDE_K, AHEAD, PROGRAMS, BLOCK_N)
-    gain = tl.load(norm_ptr + offs_k, mask=offs_k < H, other=0.0).to(tl.float32)
+    gain = tl.load(norm_ptr + offs_k, mask=offs_k < H, other=0.0)
+    if LATER > 0:
+        offs_later, biases = _later_biases(later_bias_ptr, later_size, LATER)
     _wait(PDL)
-    _zero(zero_ptr, zero_size, ZERO)
+    if LATER > 0:
+        _start_later(later_ptr, offs_later, biases, later_size)
     if row < H:  # always; see the module's docstring
         h = _read(h_ptr + offs_k, offs_k < H)
         x = h * gain * _inverse_rms(h_ptr, scale_ptr, eps, H, BLOCK_H, PROGRAMS)
@@ -130,7 +141,7 @@ def norm_project_kernel(
         _accumulate(
             y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
             Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr + block, first,
-            row, offs_k < H, start, end, WORDS, 1.0,
+            row, offs_k < H, start, end, WORDS, None, 1.0,
         )  # fmt: skip
 
 
@@ -142,6 +153,7 @@ def activate_project_kernel(
     grid_ptr,
     groups,
     w_scales_ptr,
+    bias_ptr,
     thresholds_ptr,
     kept_ptr,
     INNER,
@@ -163,13 +175,14 @@ def activate_project_kernel(
     offs_k = row + tl.arange(0, BLOCK_K)
     threshold = tl.load(thresholds_ptr)
     _fetch_ahead(w_ptr, row, INNER, start, N, STRIDE_K, AHEAD, PROGRAMS, BLOCK_N)
+    bias = _first_bias(bias_ptr, row, start, N, BLOCK_N, GROUP)
     _wait(PDL)
     if row < INNER:  # always; see the module's docstring
         x = _activated(gate_up_ptr, offs_k, INNER)
         _accumulate(
             y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
             Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr, start == 0,
-            row, offs_k < INNER, start, N, _words(GROUP, BLOCK_N, 0, 0), MULTIPLIER,
+            row, offs_k < INNER, start, N, _words(GROUP, BLOCK_N, 0, 0), bias, MULTIPLIER,
         )  # fmt: skip
 
 
@@ -187,19 +200,19 @@ def combine_project_kernel(
     bias_ptr,
     thresholds_ptr,
     kept_ptr,
-    zero_ptr,
-    zero_size,
+    later_ptr,
+    later_bias_ptr,
+    later_size,
     N,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BIAS: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     STRIDE_K: tl.constexpr,
     GROUP: tl.constexpr,
-    ZERO: tl.constexpr,
+    LATER: tl.constexpr,
     AHEAD: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -231,15 +244,10 @@ def combine_project_kernel(
     mask_h = head < HEADS
     heads = offs_s[:, None] * HEADS + head[None, :]
     mask_sh = seen[:, None] & mask_h[None, :]
+    bias = _first_bias(bias_ptr, row, start, N, BLOCK_N, GROUP)
+    offs_later, biases = _later_biases(later_bias_ptr, later_size, LATER)
     _wait(PDL)
-    _zero(zero_ptr, zero_size, ZERO)
-    if BIAS:  # noqa: SIM102 - known when it is compiled, unlike the other
-        if tl.program_id(1) == 0:
-            PACK: tl.constexpr = _pack(GROUP)
-            offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
-            mask_n = offs_n < N * PACK
-            bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-            _add(y_ptr + offs_n, bias * MULTIPLIER, mask_n)
+    _start_later(later_ptr, offs_later, biases, later_size)
     if row < K:  # always; see the module's docstring
         maxima = tl.load(maxima_ptr + heads, mask=mask_sh, other=float("-inf"))
         sums = tl.load(sums_ptr + heads, mask=mask_sh, other=0.0)
@@ -252,7 +260,7 @@ def combine_project_kernel(
         _accumulate(
             y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
             Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr, start == 0,
-            row, mask_k, start, N, _words(GROUP, BLOCK_N, 0, 0), MULTIPLIER,
+            row, mask_k, start, N, _words(GROUP, BLOCK_N, 0, 0), bias, MULTIPLIER,
         )  # fmt: skip
 
 

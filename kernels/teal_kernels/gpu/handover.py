@@ -2,8 +2,8 @@
 # Triton reads annotations of a kernel's parameters as types of its own.
 """What one kernel of the step leaves to the next: the wait for it, and its sums.
 
-Accumulators are float32, or int64 in fixed point, and added to by relaxed atomics; each is zeroed
-by an earlier kernel of the chain.
+Accumulators are float32, or int64 in fixed point, and added to by relaxed atomics; each is set to
+the biases of what is added to it by an earlier kernel of the chain.
 """
 
 from __future__ import annotations
@@ -62,11 +62,17 @@ def _add(ptr, value, mask):
 
 
 @triton.jit
-def _zero(zero_ptr, zero_size, ZERO: tl.constexpr):
-    """Clear this program's part of a buffer that a later kernel adds to."""
-    if ZERO > 0:
-        pid = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        offs = pid * ZERO + tl.arange(0, ZERO)
-        tl.store(
-            zero_ptr + offs, tl.zeros((ZERO,), zero_ptr.dtype.element_ty), mask=offs < zero_size
-        )
+def _later_biases(later_bias_ptr, later_size, LATER: tl.constexpr):
+    """This program's part of the biases from which a later kernel's sums start.
+
+    To be loaded before the wait, so that nothing after it waits for them.
+    """
+    pid = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    offs = pid * LATER + tl.arange(0, LATER)
+    return offs, tl.load(later_bias_ptr + offs, mask=offs < later_size, other=0.0)
+
+
+@triton.jit
+def _start_later(later_ptr, offs, biases, later_size):
+    """Set this program's part of the accumulator that a later kernel adds to."""
+    tl.store(later_ptr + offs, _fixed(later_ptr, biases), mask=offs < later_size)

@@ -11,7 +11,7 @@ from torch import Tensor
 from teal_kernels.gpu.chain import Chain
 from teal_kernels.gpu.launch import StepLaunches, regime_of
 from teal_kernels.gpu.sample import Choice
-from teal_kernels.tensors import StepTensors
+from teal_kernels.tensors import RecoveryVectors, StepTensors
 
 # Positions that the first graphs of a step cover; each further set covers twice as many.
 FIRST_REACH = 1024
@@ -65,6 +65,10 @@ class DecodeStep:
             self.chain.thresholds.fill_(-torch.inf)
         else:
             self.chain.thresholds.copy_(thresholds)
+
+    def set_vectors(self, vectors: RecoveryVectors | None) -> None:
+        """Add these biases from the next token on and use these norms; None is the model's own."""
+        self.chain.set_vectors(vectors)
 
     def expect(self, sparsity: float) -> None:
         """Use the launches that are fastest at about this sparsity; any give the right result."""
@@ -158,12 +162,11 @@ class DecodeStep:
     def clean(self) -> None:
         """Make good what a step that was broken off has left, if there is one.
 
-        Of all that kernels add to, the rest is cleared within a step before it is added to. Tokens
-        and positions are set by `start`, and what was cached is written anew with its position.
+        All that kernels add to is started within a step before it is added to. Tokens and positions
+        are set by `start`, and what was cached is written anew with its position.
         """
         if self._begun is None:
             return
-        self.chain.qkv.zero_()
         self.chain.kept.copy_(self.chain.chooser.counts_before(self._begun))
         self._begun = None
 

@@ -163,6 +163,14 @@ def _gather(x, bits, counts, row, first, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def _first_bias(bias_ptr, row, start, end, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The biases of a tile's columns, for the first of the programs that add to them; else 0."""
+    PACK: tl.constexpr = _pack(GROUP)
+    offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
+    return tl.load(bias_ptr + offs_n, mask=offs_n < tl.where(row == 0, end * PACK, 0), other=0.0)
+
+
+@triton.jit
 def _accumulate(
     y_ptr,
     x,
@@ -176,9 +184,12 @@ def _accumulate(
     start,
     end,
     WORDS: tl.constexpr,
+    bias,
     MULTIPLIER: tl.constexpr,
 ):
-    """Add a multiple of a tile's product to y; rows with abs(x) <= threshold are never loaded.
+    """Add a tile's product to y, or a multiple of it and a bias [columns of the tile].
+
+    Channels with abs(x) <= threshold are never loaded.
 
     NaN is not dropped, so that it reaches the logits and is noticed there.
 
@@ -219,6 +230,8 @@ def _accumulate(
     mask_n = offs_n < end * PACK
     if matrix.GROUP >= 0:
         y *= tl.load(matrix.scales_ptr + offs_n, mask=mask_n, other=0.0)
+    if bias is not None:
+        y += bias
     _add(y_ptr + offs_n, y * MULTIPLIER, mask_n)
     if count:
         tl.atomic_add(kept_ptr, kept, sem="relaxed")
