@@ -13,6 +13,7 @@ import typer
 
 from teal_cli.errors import UsageError
 from teal_cli.suggestions import quoted
+from teal_cli.threads import usable
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 Quantize = Literal["int8", "int8+head", "int4", "int4+head", "int4-128", "int4-128+head"]
@@ -59,6 +60,18 @@ def _check_sparsities(text: str | None) -> str | None:
     if text is not None:
         parse_sparsities(text)
     return text
+
+
+def _check_threads(threads: int | None) -> int | None:
+    cores = usable()
+    if threads is not None and threads > cores:
+        raise UsageError(
+            f"{threads} threads are more than the {cores} core{'' if cores == 1 else 's'} that this"
+            " process may use",
+            hint="Threads wait for each other, so that each needs a core of its own: choose"
+            " --threads, or TEAL_THREADS, up to that.",
+        )
+    return threads
 
 
 def complete_stored(incomplete: str) -> list[str]:
@@ -123,6 +136,17 @@ QuantizeOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="'auto', 'cpu', 'cuda' or 'cuda:N'.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        envvar="TEAL_THREADS",
+        callback=_check_threads,
+        help="Threads that compute on a CPU. [default: OMP_NUM_THREADS, else one a core, of those"
+        " that affinity and a container's quota leave]",
+    ),
+]
 # The value is the text as typed, checked; `parse_sparsities` turns it into numbers.
 SparsitiesOption = Annotated[
     str,

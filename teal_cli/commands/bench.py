@@ -21,6 +21,7 @@ from teal_cli.options import (
     QuantizeOption,
     RevisionOption,
     SeedOption,
+    ThreadsOption,
     TokenOption,
     parse_sparsities,
 )
@@ -106,6 +107,7 @@ def bench(
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     seed: SeedOption = 0,
     revision: RevisionOption = None,
     token: TokenOption = None,
@@ -138,10 +140,12 @@ def bench(
     from teal_cli.model.quantization import quantization
     from teal_cli.report import files
     from teal_cli.store import models
+    from teal_cli.threads import use_threads
 
     files.check_table(output)
     files.check_figure(plot)
     target_device = pick_device(device)
+    use_threads(threads)
     baselines = tuple(dict.fromkeys(name.value for name in baseline or ()))
     settings = bench.Settings(
         sparsities, tokens, prompt_tokens, repeats, baselines, seed, deterministic

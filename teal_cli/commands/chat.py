@@ -22,6 +22,7 @@ from teal_cli.options import (
     OfflineOption,
     QuantizeOption,
     RevisionOption,
+    ThreadsOption,
     TokenOption,
     parse_sparsity,
 )
@@ -202,6 +203,7 @@ def chat(
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     revision: RevisionOption = None,
     token: TokenOption = None,
     offline: OfflineOption = False,
@@ -233,6 +235,7 @@ def chat(
     from teal_cli.inference.sampling import Sampling
     from teal_cli.inference.session import Session
     from teal_cli.store import models, paths
+    from teal_cli.threads import use_threads
 
     options = {
         "temperature": temperature,
@@ -244,6 +247,7 @@ def chat(
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     Sampling(**given)  # refuse a bad value before anything is downloaded
     target_device = pick_device(device)
+    use_threads(threads)
     quick = method in (None, "uniform")  # an answer first; another method takes a calibration
     checkpoint = pipeline.ensure_checkpoint(
         models.resolve(model, revision),

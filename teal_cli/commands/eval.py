@@ -21,6 +21,7 @@ from teal_cli.options import (
     Quantize,
     RevisionOption,
     SparsitiesOption,
+    ThreadsOption,
     TokenOption,
     parse_sparsities,
 )
@@ -124,6 +125,7 @@ def evaluate(
     dtype: DtypeOption = None,
     quantize: QuantizationsOption = None,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     revision: RevisionOption = None,
     token: TokenOption = None,
     offline: OfflineOption = False,
@@ -162,12 +164,14 @@ def evaluate(
     from teal_cli.inference.device import pick_device
     from teal_cli.report import files
     from teal_cli.store import models
+    from teal_cli.threads import use_threads
 
     files.check_table(output)
     files.check_figure(plot)
     if specs:
         require_lm_eval()
     target_device = pick_device(device)
+    use_threads(threads)
     where: dict[str, Any] = {"device": device, "offline": offline, "reporter": reporter}
     checkpoint = partial(
         pipeline.ensure_checkpoint, models.resolve(model, revision), dtype=dtype, token=token
