@@ -27,6 +27,7 @@ def decoding(tested: Subject, settings: Settings, reporter: Reporter) -> BenchRe
         tested.setting_for,
         lambda: bandwidth.measure_bandwidth(decoder.device),
         reporter,
+        tested.gguf,
     )
     card = result.cost_card(
         decoder.config,

@@ -37,6 +37,7 @@ class Subject:
     description: dict[str, Any]
     prompt: list[int]
     setting_for: SettingFor
+    gguf: Path | None = None  # the file that the model was converted from
 
 
 def model_subject(
@@ -45,6 +46,7 @@ def model_subject(
     method: str | None,
     settings: Settings,
     device: torch.device,
+    gguf: Path | None = None,
 ) -> Subject:
     """A model with its own weights, a prompt of text, and thresholds from its profile.
 
@@ -71,6 +73,7 @@ def model_subject(
         description,
         tokens[: settings.prompt_tokens],
         lambda session, sparsity: made[sparsity],
+        gguf,
     )
 
 

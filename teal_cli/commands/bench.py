@@ -32,6 +32,7 @@ class BaselineName(str, Enum):
 
     transformers = "transformers"
     compile = "compile"
+    llama_cpp = "llama.cpp"
 
 
 RandomWeightsOption = Annotated[
@@ -53,8 +54,9 @@ BaselineOption = Annotated[
     list[BaselineName] | None,
     typer.Option(
         "--baseline",
-        help="Measure this too: transformers' generate at its fastest, or the same decoder in"
-        " plain torch under torch.compile. Can be given twice.",
+        help="Measure this too: transformers' generate at its fastest, the same decoder in plain"
+        " torch under torch.compile, or llama.cpp by its llama-bench, from the PATH or"
+        " TEAL_LLAMA_BENCH. Can be given several times.",
     ),
 ]
 OutputOption = Annotated[
@@ -139,7 +141,7 @@ def bench(
     from teal_cli.inference.device import pick_device
     from teal_cli.model.quantization import quantization
     from teal_cli.report import files
-    from teal_cli.store import models
+    from teal_cli.store import hub, models
     from teal_cli.threads import use_threads
 
     files.check_table(output)
@@ -164,8 +166,9 @@ def bench(
     if random_weights:
         tested = subject.random_subject(model, floats, settings, target_device, reporter, kind)
     else:
+        ref = models.resolve(model, revision)
         checkpoint = pipeline.ensure_checkpoint(
-            models.resolve(model, revision),
+            ref,
             dtype=dtype,
             quantize=quantize,
             thresholds=None if kernels or tune else "best",
@@ -184,7 +187,8 @@ def bench(
         profile = pipeline.ensure_profile(
             checkpoint, device=device, offline=offline, reporter=reporter
         )
-        tested = subject.model_subject(checkpoint, profile, method, settings, target_device)
+        gguf = hub.gguf_of(ref) if BaselineName.llama_cpp.value in baselines else None
+        tested = subject.model_subject(checkpoint, profile, method, settings, target_device, gguf)
     found = run.decoding(tested, settings, reporter)
     deliver(BenchReport(found), output, json=json)
     deliver_figure(draw, found, plot)
