@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from teal_cli import console
+from teal_cli import console, process
 from teal_cli.chat.prompt import only_prompt
 from teal_cli.errors import UsageError
 from teal_cli.options import (
@@ -226,16 +226,22 @@ def chat(
         raise UsageError("--stop needs a text")
     reporter = console.reporter()
 
-    from teal_cli import pipeline
-    from teal_cli.chat.answers import answer, document
-    from teal_cli.chat.loop import talk
-    from teal_cli.chat.state import Chat
-    from teal_cli.inference.defaults import chat_defaults, left_out, sampling_defaults, stop_texts
-    from teal_cli.inference.device import pick_device
-    from teal_cli.inference.sampling import Sampling
-    from teal_cli.inference.session import Session
-    from teal_cli.store import models, paths
-    from teal_cli.threads import use_threads
+    with process.uncollected():
+        from teal_cli import pipeline
+        from teal_cli.chat.answers import answer, document
+        from teal_cli.chat.loop import talk
+        from teal_cli.chat.state import Chat
+        from teal_cli.inference.defaults import (
+            chat_defaults,
+            left_out,
+            sampling_defaults,
+            stop_texts,
+        )
+        from teal_cli.inference.device import pick_device
+        from teal_cli.inference.sampling import Sampling
+        from teal_cli.inference.session import Session
+        from teal_cli.store import models, paths
+        from teal_cli.threads import use_threads
 
     options = {
         "temperature": temperature,
@@ -278,16 +284,18 @@ def chat(
             checkpoint, quick=quick, device=device, offline=offline, reporter=reporter
         )
 
-    converse = _conversation(checkpoint, sampling, template, think)
+    with process.uncollected():
+        converse = _conversation(checkpoint, sampling, template, think)
     target = defaults.sparsity if sparsity is None else sparsity
     if target > 0:
         profile()  # made before the weights take up memory
-    session = Session(
-        checkpoint.load(target_device),
-        max_length=context or min(limit, _DEFAULT_CONTEXT),
-        deterministic=deterministic,
-        reporter=reporter,
-    )
+    with process.uncollected():
+        session = Session(
+            checkpoint.load(target_device),
+            max_length=context or min(limit, _DEFAULT_CONTEXT),
+            deterministic=deterministic,
+            reporter=reporter,
+        )
     chat = Chat(
         model=checkpoint.name,
         weights=checkpoint.folder.name,
