@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from teal_cli import console, process, usage
+from teal_cli import console, process, threads, usage
 from teal_cli.commands.bench import bench
 from teal_cli.commands.calibrate import calibrate
 from teal_cli.commands.chat import chat
@@ -188,6 +188,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _set_up_libraries() -> None:
+    threads.spin_briefly(os.environ)
     if console.is_verbose():
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         return

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from teal_cli import threads
 from teal_cli.errors import whole
 from teal_cli.store import paths
 from teal_cli.version import __version__
@@ -40,7 +41,16 @@ _OTHER_LIBRARIES = (
 )
 _BACKENDS = {"numba (CPU)": "teal_kernels.cpu", "triton (CUDA)": "teal_kernels.gpu"}
 # Of other variables only the name is shown: a value can be a secret, or hold one.
-_SHOWN = ("HF_HUB_OFFLINE", "NO_COLOR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+_SHOWN = (
+    "HF_HUB_OFFLINE",
+    "NO_COLOR",
+    "OMP_NUM_THREADS",
+    "TEAL_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+    "CUDA_VISIBLE_DEVICES",
+)
 _WIDTH = 88
 _PREFIXES = ("TEAL_", "HF_", "HUGGING", "NUMBA_", "TRITON_", "TORCH", "PYTORCH_")
 
@@ -113,7 +123,7 @@ def _machine() -> list[tuple[str, str]]:
         cpu = torch.device("cpu")
         free = available_memory(cpu)
         memory = "" if free is None else f", {free / 1e9:.1f} GB of memory free"
-        rows = [("CPU", f"{device_name(cpu)}, {torch.get_num_threads()} threads{memory}")]
+        rows = [("CPU", f"{device_name(cpu)}, {_threads()}{memory}")]
         if torch.cuda.is_available():
             rows += [_graphics_card(index) for index in range(torch.cuda.device_count())]
         else:
@@ -125,6 +135,13 @@ def _machine() -> list[tuple[str, str]]:
     except Exception as error:  # a broken installation is what is to be reported
         return [("torch", _failure(error))]
     return rows
+
+
+def _threads() -> str:
+    """How many compute where nobody says otherwise, and why no more."""
+    count, cores, all_cores = threads.default(), threads.usable(), os.cpu_count()
+    limit = "" if cores == all_cores else f", for us {cores}"
+    return f"{count} thread{'' if count == 1 else 's'} of {all_cores} cores{limit}"
 
 
 def _graphics_card(index: int) -> tuple[str, str]:

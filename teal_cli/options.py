@@ -13,6 +13,7 @@ import typer
 
 from teal_cli.errors import UsageError
 from teal_cli.suggestions import quoted
+from teal_cli.threads import usable
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 # Room for a conversation where --context does not say: 1 GB of cache at Llama-3-8B's shape.
@@ -61,6 +62,18 @@ def check_sparsities(text: str | None) -> str | None:
     if text is not None:
         parse_sparsities(text)
     return text
+
+
+def _check_threads(threads: int | None) -> int | None:
+    cores = usable()
+    if threads is not None and threads > cores:
+        raise UsageError(
+            f"{threads} threads are more than the {cores} core{'' if cores == 1 else 's'} that this"
+            " process may use",
+            hint="Threads wait for each other, so that each needs a core of its own: choose"
+            " --threads, or TEAL_THREADS, up to that.",
+        )
+    return threads
 
 
 def complete_stored(incomplete: str) -> list[str]:
@@ -151,6 +164,17 @@ ContextOption = Annotated[
         min=2,
         help="Tokens that the conversation may hold."
         f" [default: the model's, at most {DEFAULT_CONTEXT}]",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        envvar="TEAL_THREADS",
+        callback=_check_threads,
+        help="Threads that compute on a CPU. [default: OMP_NUM_THREADS, else one a core, of those"
+        " that affinity and a container's quota leave]",
     ),
 ]
 # The value is the text as typed, checked; `parse_sparsities` turns it into numbers.

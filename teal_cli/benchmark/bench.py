@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,7 @@ from teal_cli.benchmark.bandwidth import Bandwidth
 from teal_cli.benchmark.compiled import compiled_decoding
 from teal_cli.benchmark.cost import cache_bytes, require_memory, weight_bytes
 from teal_cli.benchmark.decode import SessionDecoding
+from teal_cli.benchmark.llama_cpp import llama_cpp_decoding
 from teal_cli.benchmark.result import DENSE, Row, Variant, rows
 from teal_cli.benchmark.timing import Decoding, alternate
 from teal_cli.benchmark.transformers_baseline import fastest_transformers
@@ -38,7 +40,7 @@ class Settings:
     tokens: int = 100
     prompt_tokens: int = 32
     repeats: int = 5
-    baselines: tuple[str, ...] = ()  # of "transformers" and "compile"
+    baselines: tuple[str, ...] = ()  # of "transformers", "compile" and "llama.cpp"
     seed: int = 0
     deterministic: bool = False
     draft: str | None = None  # what guesses, at each sparsity, in the place of sparse decoding
@@ -101,6 +103,7 @@ def measure(
     read_memory: Callable[[], Bandwidth],
     reporter: Reporter,
     guessers: Mapping[str, Attach] | None = None,
+    gguf: Path | None = None,
 ) -> tuple[Bandwidth, tuple[Row, ...], tuple[str, ...]]:
     """Measure dense decoding, sparse or with guesses, the baselines and the memory, in turns.
 
@@ -112,6 +115,7 @@ def measure(
         read_memory: measures the memory's bandwidth; once a repeat, the fastest counts.
         reporter: follows the runs.
         guessers: what guesses tokens, by label; then nothing is decoded sparse.
+        gguf: the file that the model comes from, for llama.cpp; None writes one of its shape.
 
     Returns:
         The bandwidth, the rows, and a sentence for every baseline that could not be had.
@@ -154,7 +158,9 @@ def measure(
         )
     for baseline in settings.baselines:
         try:
-            variant, decoding = _baseline(baseline, decoder, prompt, settings.tokens, reporter)
+            variant, decoding = _baseline(
+                baseline, decoder, prompt, settings.tokens, gguf, reporter
+            )
         except TealError as error:
             notes.append(f"no --baseline {baseline}: {error.message}")
             continue
@@ -175,9 +181,20 @@ def measure(
 
 
 def _baseline(
-    baseline: str, decoder: Decoder, prompt: Sequence[int], tokens: int, reporter: Reporter
+    baseline: str,
+    decoder: Decoder,
+    prompt: Sequence[int],
+    tokens: int,
+    gguf: Path | None,
+    reporter: Reporter,
 ) -> tuple[Variant, Decoding]:
     decoding: Decoding
+    if baseline == "llama.cpp":
+        theirs = llama_cpp_decoding(decoder, gguf, len(prompt), tokens, reporter)
+        kind, build = theirs.about()
+        size, read = decoder.dtype.itemsize, theirs.bytes_per_token(decoder.config)
+        variant = Variant(baseline, "baseline", kind, size, build, bytes_per_token=read)
+        return variant, theirs
     if baseline == "transformers":
         decoding, dtype, cache = fastest_transformers(decoder, prompt, tokens, reporter)
         backend = f"generate, {cache} cache"

@@ -36,6 +36,7 @@ class Variant:
     backend: str  # what computes
     target_sparsity: float | None = None
     quantization: Quantization | None = None
+    bytes_per_token: int | None = None  # where it is not a matter of the above
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,8 @@ def rows(
         if variant.kind == "sparse"
     }
     sizes = {
-        variant.label: token_bytes(
+        variant.label: variant.bytes_per_token
+        or token_bytes(
             config,
             itemsize=variant.itemsize,
             kind=variant.quantization,

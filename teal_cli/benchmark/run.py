@@ -28,6 +28,7 @@ def decoding(tested: Subject, settings: Settings, reporter: Reporter) -> BenchRe
         lambda: bandwidth.measure_bandwidth(decoder.device),
         reporter,
         tested.guessers,
+        tested.gguf,
     )
     card = result.cost_card(
         decoder.config,

@@ -40,6 +40,7 @@ class Subject:
     prompt: list[int]
     setting_for: SettingFor
     guessers: Mapping[str, Attach] | None = None  # by label
+    gguf: Path | None = None  # the file that the model was converted from
 
 
 def model_subject(
@@ -48,6 +49,7 @@ def model_subject(
     made: Mapping[float, Setting],
     settings: Settings,
     device: torch.device,
+    gguf: Path | None = None,
 ) -> Subject:
     """A model with its own weights, a prompt of text, and what its profile has for each sparsity.
 
@@ -74,6 +76,7 @@ def model_subject(
         description,
         tokens[: settings.prompt_tokens],
         lambda session, sparsity: made[sparsity],
+        gguf=gguf,
     )
 
 

@@ -23,6 +23,7 @@ from teal_cli.options import (
     RecoverOption,
     RevisionOption,
     SeedOption,
+    ThreadsOption,
     TokenOption,
     parse_sparsities,
 )
@@ -36,6 +37,7 @@ class BaselineName(str, Enum):
 
     transformers = "transformers"
     compile = "compile"
+    llama_cpp = "llama.cpp"
 
 
 RandomWeightsOption = Annotated[
@@ -57,8 +59,9 @@ BaselineOption = Annotated[
     list[BaselineName] | None,
     typer.Option(
         "--baseline",
-        help="Measure this too: transformers' generate at its fastest, or the same decoder in"
-        " plain torch under torch.compile. Can be given twice.",
+        help="Measure this too: transformers' generate at its fastest, the same decoder in plain"
+        " torch under torch.compile, or llama.cpp by its llama-bench, from the PATH or"
+        " TEAL_LLAMA_BENCH. Can be given several times.",
     ),
 ]
 OutputOption = Annotated[
@@ -124,6 +127,7 @@ def bench(
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     seed: SeedOption = 0,
     revision: RevisionOption = None,
     token: TokenOption = None,
@@ -156,11 +160,13 @@ def bench(
     from teal_cli.inference.device import pick_device
     from teal_cli.model.quantization import quantization
     from teal_cli.report import files
-    from teal_cli.store import models
+    from teal_cli.store import hub, models
+    from teal_cli.threads import use_threads
 
     files.check_table(output)
     files.check_figure(plot)
     target_device = pick_device(device)
+    use_threads(threads)
     baselines = tuple(dict.fromkeys(name.value for name in baseline or ()))
     settings = bench.Settings(
         sparsities,
@@ -218,7 +224,8 @@ def bench(
                 wanted, ref, checkpoint, highest, context=settings.length, on=target_device,
                 quick=False, token=token, **where,
             )  # fmt: skip
-        tested = subject.model_subject(checkpoint, profile, made, settings, target_device)
+        gguf = hub.gguf_of(ref) if BaselineName.llama_cpp.value in baselines else None
+        tested = subject.model_subject(checkpoint, profile, made, settings, target_device, gguf)
         if guesser is not None:
             tested = drafts.on_model(guesser, tested, settings, method, reporter)
     found = run.decoding(tested, settings, reporter)

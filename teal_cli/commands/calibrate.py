@@ -22,6 +22,7 @@ from teal_cli.options import (
     OfflineOption,
     QuantizeOption,
     RevisionOption,
+    ThreadsOption,
     TokenOption,
     check_sparsities,
     parse_sparsities,
@@ -126,6 +127,7 @@ def calibrate(
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     revision: RevisionOption = None,
     token: TokenOption = None,
     offline: OfflineOption = False,
@@ -154,7 +156,9 @@ def calibrate(
     from teal_cli import pipeline
     from teal_cli.sparsity import stored
     from teal_cli.store import models
+    from teal_cli.threads import use_threads
 
+    use_threads(threads)
     ref = models.resolve(model, revision)
     where: dict[str, Any] = {"device": device, "offline": offline, "reporter": console.reporter()}
     checkpoint = pipeline.ensure_checkpoint(

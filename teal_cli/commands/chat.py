@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from teal_cli import console
+from teal_cli import console, process
 from teal_cli.chat.prompt import only_prompt
 from teal_cli.errors import UsageError
 from teal_cli.options import (
@@ -28,6 +28,7 @@ from teal_cli.options import (
     RevisionOption,
     SparsityOption,
     TemplateOption,
+    ThreadsOption,
     TokenOption,
 )
 
@@ -178,6 +179,7 @@ def chat(
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     revision: RevisionOption = None,
     token: TokenOption = None,
     offline: OfflineOption = False,
@@ -202,15 +204,22 @@ def chat(
         raise UsageError("--stop needs a text")
     reporter = console.reporter()
 
-    from teal_cli import drafts, pipeline
-    from teal_cli.chat.answers import answer, document
-    from teal_cli.chat.loop import talk
-    from teal_cli.chat.state import Chat
-    from teal_cli.inference.defaults import chat_defaults, left_out, sampling_defaults, stop_texts
-    from teal_cli.inference.device import pick_device
-    from teal_cli.inference.sampling import Sampling
-    from teal_cli.inference.session import Session
-    from teal_cli.store import models, paths
+    with process.uncollected():
+        from teal_cli import drafts, pipeline
+        from teal_cli.chat.answers import answer, document
+        from teal_cli.chat.loop import talk
+        from teal_cli.chat.state import Chat
+        from teal_cli.inference.defaults import (
+            chat_defaults,
+            left_out,
+            sampling_defaults,
+            stop_texts,
+        )
+        from teal_cli.inference.device import pick_device
+        from teal_cli.inference.sampling import Sampling
+        from teal_cli.inference.session import Session
+        from teal_cli.store import models, paths
+        from teal_cli.threads import use_threads
 
     options = {
         "temperature": temperature,
@@ -222,6 +231,7 @@ def chat(
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     Sampling(**given)  # refuse a bad value before anything is downloaded
     target_device = pick_device(device)
+    use_threads(threads)
     wanted = None if draft is None else drafts.Wanted.parse(draft)
     ref = models.resolve(model, revision)
     where: Any = {"device": device, "token": token, "offline": offline, "reporter": reporter}
@@ -252,7 +262,8 @@ def chat(
             checkpoint, quick=quick, device=device, offline=offline, reporter=reporter
         )
 
-    converse = _conversation(checkpoint, sampling, template, think)
+    with process.uncollected():
+        converse = _conversation(checkpoint, sampling, template, think)
     target = defaults.sparsity if sparsity is None else sparsity
     room = context or min(limit, DEFAULT_CONTEXT)
     guesser = None
@@ -262,14 +273,15 @@ def chat(
         )
     elif target > 0:
         profile()  # made before the weights take up memory
-    session = Session(
-        checkpoint.load(target_device),
-        max_length=room,
-        deterministic=deterministic,
-        reporter=reporter,
-    )
-    if guesser is not None:
-        guesser.attach(session, guesser.setting(method), reporter=reporter)
+    with process.uncollected():
+        session = Session(
+            checkpoint.load(target_device),
+            max_length=room,
+            deterministic=deterministic,
+            reporter=reporter,
+        )
+        if guesser is not None:
+            guesser.attach(session, guesser.setting(method), reporter=reporter)
     chat = Chat(
         model=checkpoint.name,
         weights=checkpoint.folder.name,

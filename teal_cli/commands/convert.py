@@ -18,6 +18,7 @@ from teal_cli.options import (
     OfflineOption,
     QuantizeOption,
     RevisionOption,
+    ThreadsOption,
     TokenOption,
 )
 
@@ -49,6 +50,7 @@ def convert(
     samples: SamplesOption = None,
     seq_len: SeqLenOption = None,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Convert again even if it is up to date.")
     ] = False,
@@ -78,6 +80,9 @@ def convert(
     from teal_cli import pipeline
     from teal_cli.model.checkpoint import Checkpoint  # imports torch: not before a typo is found
     from teal_cli.model.convert import convert as convert_model
+    from teal_cli.threads import use_threads
+
+    use_threads(threads)
 
     how = pipeline.rounding_for(
         quantize, rounding, text, device=device, offline=offline, reporter=reporter

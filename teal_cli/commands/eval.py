@@ -23,6 +23,7 @@ from teal_cli.options import (
     RecoverOption,
     RevisionOption,
     SparsitiesOption,
+    ThreadsOption,
     TokenOption,
     parse_sparsities,
 )
@@ -130,6 +131,7 @@ def evaluate(
     dtype: DtypeOption = None,
     quantize: QuantizationsOption = None,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     revision: RevisionOption = None,
     token: TokenOption = None,
     offline: OfflineOption = False,
@@ -170,12 +172,14 @@ def evaluate(
     from teal_cli.inference.device import pick_device
     from teal_cli.report import files
     from teal_cli.store import models
+    from teal_cli.threads import use_threads
 
     files.check_table(output)
     files.check_figure(plot)
     if specs:
         require_lm_eval()
     target_device = pick_device(device)
+    use_threads(threads)
     where: dict[str, Any] = {"device": device, "offline": offline, "reporter": reporter}
     ref = models.resolve(model, revision)
     checkpoint = partial(pipeline.ensure_checkpoint, ref, dtype=dtype, token=token)

@@ -191,6 +191,17 @@ class Decoder:
             out[:, start : start + _VOCAB_CHUNK] = F.linear(hidden, rows)
         return scaled(out, 1 / self.config.logits_scaling)
 
+    def logits_gradient(self, gradient: Tensor) -> Tensor:
+        """Gradient at logits [T, vocab_size] → at the final hidden states [T, hidden_size].
+
+        Autograd would keep the head's rows and a copy of the gradient for each chunk of `logits`.
+        """
+        out = gradient.new_zeros(gradient.shape[0], self.config.hidden_size)
+        for start in range(0, self.config.vocab_size, _VOCAB_CHUNK):
+            rows = self._head_rows(start, start + _VOCAB_CHUNK, gradient.dtype)
+            out += gradient[:, start : start + _VOCAB_CHUNK] @ rows
+        return scaled(out, 1 / self.config.logits_scaling)
+
     def _head_rows(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         head = self.weights.lm_head
         if isinstance(head, Tensor):
@@ -300,9 +311,13 @@ def threshold(x: Tensor, level: float | Tensor, dense_rows: int = 0) -> Tensor:
 
     TEAL (arXiv 2408.14690, eq. 1), compared in float32: float16 would round the level.
     """
-    drop = x.abs().float() <= level
-    drop[:dense_rows] = False
-    return torch.where(drop, 0, x)
+    if isinstance(level, Tensor):
+        kept = torch.where(x.abs().float() <= level, 0, x)
+    else:  # one pass instead of four, but it cannot read a level from a device
+        wide = torch.promote_types(x.dtype, torch.float32)
+        kept = F.hardshrink(x.to(wide), level).to(x.dtype)
+    kept[:dense_rows] = x[:dense_rows]
+    return kept
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:

@@ -144,15 +144,18 @@ def _loss_gradient(decoder: Decoder, hidden: Tensor, generator: torch.Generator)
     """Gradient at the last layer's output of a window's cross-entropy with drawn tokens, summed."""
     with torch.enable_grad():
         hidden = hidden.detach().requires_grad_()
-        scores = decoder.logits(decoder.final_norm(hidden)).log_softmax(-1)
-        if not scores.detach().sum().isfinite():
-            raise TealError(
-                "the loss of the dense model is not finite",
-                hint="The weights overflow in this dtype; try --dtype bfloat16 or float32.",
-            )
-        drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
-        loss = scores.gather(1, drawn).sum().neg()
-        (gradient,) = torch.autograd.grad(loss * _LOSS_SCALE, hidden)
+        normed = decoder.final_norm(hidden)
+    chances = decoder.logits(normed.detach()).softmax(-1)
+    if not chances.sum().isfinite():
+        raise TealError(
+            "the loss of the dense model is not finite",
+            hint="The weights overflow in this dtype; try --dtype bfloat16 or float32.",
+        )
+    drawn = torch.multinomial(chances, 1, generator=generator)
+    # Of the cross-entropy at the logits: each token's chance, less 1 for the one that was drawn.
+    slope = chances.scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=chances.dtype))
+    scaled = decoder.logits_gradient(slope.mul_(_LOSS_SCALE).to(normed.dtype))
+    (gradient,) = torch.autograd.grad(normed, hidden, scaled)
     return gradient
 
 

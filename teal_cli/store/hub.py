@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teal_cli.errors import AccessError, MissingError, TealError
-from teal_cli.progress import Reporter
+from teal_cli.progress import Reporter, Silent
 from teal_cli.store import demo, local, paths, snapshot
 from teal_cli.store.listing import NEEDED
 from teal_cli.store.models import DEMO, ModelRef
@@ -105,6 +105,14 @@ def is_here(ref: ModelRef) -> bool:
     if ref.path is not None or snapshot.cached(ref.name, ref.revision) is not None:
         return True
     return ref.name == DEMO and ref.revision is None and demo.is_here()
+
+
+def gguf_of(ref: ModelRef) -> Path | None:
+    """The GGUF file that the model comes from, if it is one and still here; asks no server."""
+    try:
+        return fetch(ref, offline=True, reporter=Silent()).gguf
+    except TealError:
+        return None
 
 
 def _hub_source(ref: ModelRef, folder: Path) -> Source:

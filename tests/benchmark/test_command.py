@@ -96,7 +96,7 @@ def test_kernels_one_by_one(bench: Command, tiny_model: Path, tmp_path: Path) ->
         (("--tokens", "1"), 2, "--tokens"),
         (("--output", "x.txt"), 2, "must end in .json, .csv or .md"),
         (("--plot", "x.gif"), 2, "must end in .png, .pdf or .svg"),
-        (("--baseline", "llama.cpp"), 2, "--baseline"),
+        (("--baseline", "vllm"), 2, "--baseline"),
         (("--method", "magic"), 2, "there is no method 'magic'"),
         (("--kernels", "--baseline", "compile"), 2, "take neither --baseline nor --plot"),
         (("--tune", "--device", "cpu"), 5, "--tune is for the GPU's kernels"),

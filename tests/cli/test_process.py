@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from teal_cli.process import ended_by_signals
+from teal_cli.process import ended_by_signals, uncollected
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 
@@ -199,3 +199,17 @@ def test_ps_shows_no_token(form: list[str], tmp_path: Path) -> None:
     assert "--token" in shown
     assert "models" in shown
     assert given == "hf_SECRET"
+
+
+def test_imports_are_not_searched_for_garbage() -> None:
+    import gc
+
+    frozen = gc.get_freeze_count()
+    try:
+        with pytest.raises(ImportError), uncollected():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ import pytest
 import torch
 from cpu_decoder import Oracle, Small
 from projection_cases import DTYPES
+from teal_kernels.cpu import DecodeStep, team
 from teal_kernels.cpu import step as step_module
+from teal_kernels.cpu.team import syscall_address
 from teal_kernels.tensors import RecoveryVectors
 
 VARIANTS = [
@@ -264,6 +268,57 @@ def test_an_interrupted_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     assert not step.kept.any()
     assert torch.equal(step(1, 0), expected)
+
+
+def come_late(step: DecodeStep, seconds: float, then: Callable[[], None]) -> list[float]:
+    """Let thread 0 come to a step so late, and do something first; the others' CPU time."""
+    decode = step._decode
+    spent: list[float] = []
+
+    def slowly(mate: Any, *arguments: Any) -> None:
+        if mate.thread == 0:
+            time.sleep(seconds)
+            then()
+        started = time.thread_time()
+        decode(mate, *arguments)
+        if mate.thread:
+            spent.append(time.thread_time() - started)
+
+    step._decode = slowly
+    return spent
+
+
+def nothing() -> None:
+    pass
+
+
+@pytest.mark.skipif(not syscall_address(), reason="needs a futex")
+def test_a_thread_that_waits_long_sleeps() -> None:
+    step = Small().step(threads=3)
+    expected = step(3, 0)
+    spent = come_late(step, 0.5, nothing)
+    assert torch.equal(step(3, 0), expected)
+    assert len(spent) == 2
+    assert max(spent) < 0.25  # a thread that spins, or yields to nobody, has used all of it
+
+
+def test_a_sleeping_thread_is_woken_by_an_interruption() -> None:
+    step = Small().step(threads=2)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    come_late(step, 0.1, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        step(3, 0)
+
+
+def test_without_a_futex_threads_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Small().step(threads=3)(3, 0)
+    monkeypatch.setattr(team, "syscall_address", lambda: 0)
+    step = Small().step(threads=3)
+    come_late(step, 0.05, nothing)
+    assert torch.equal(step(3, 0), expected)
 
 
 def test_steps_on_several_threads_do_not_wait_for_each_other() -> None:

@@ -24,6 +24,7 @@ from teal_kernels.cpu.intrinsics import (
     atomic_load,
     borrow,
     exp,
+    futex,
     give_way,
     load,
     pause,
@@ -41,10 +42,12 @@ from teal_kernels.cpu.structures import (
     Q_NORM,
     QKV_BIAS,
 )
+from teal_kernels.cpu.team import ALL, WAIT, WAKE
 
-# Turns that a thread spins for another before it lets the system run something else: some 20 us,
-# more than threads of their own cores are ever apart.
-_SPINS = 1000
+# Turns that a thread spins for another before it sleeps: 30 to 100 us, more than threads of cores
+# of their own are ever apart, and about what it takes to wake one. Where another process has the
+# other's core, all of it is lost.
+_SPINS = 2000
 
 
 def _digest():
@@ -76,14 +79,26 @@ def cache_problem():
 def _wait(team):
     """Return when every thread of the team has come here."""
     team.phase[0] += team.threads
-    atomic_add(team.barrier)
-    spins = 0
-    while atomic_load(team.barrier) < team.phase[0]:
-        spins += 1
-        if spins % _SPINS:
-            pause()
+    everyone, sleepers = team.phase[0], team.barrier + 8
+    if atomic_add(team.barrier, 1) + 1 == everyone:
+        if team.syscall != 0 and atomic_add(sleepers, 0) > 0:
+            futex(team.syscall, team.barrier, WAKE, ALL)
+        return
+    for _ in range(_SPINS):
+        if atomic_load(team.barrier) >= everyone:
+            return
+        pause()
+    # Who sleeps has counted itself before the kernel looks whether somebody came meanwhile.
+    atomic_add(sleepers, 1)
+    while True:
+        arrived = atomic_load(team.barrier)
+        if arrived >= everyone:
+            break
+        if team.syscall != 0:
+            futex(team.syscall, team.barrier, WAIT, arrived)
         else:
             give_way(team.give_way)
+    atomic_add(sleepers, -1)
 
 
 @compiled

@@ -16,6 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from teal_kernels.cpu.team import FUTEX
 from teal_kernels.cpu.vectors import (
     CONTRACT,
     F16,
@@ -151,14 +152,14 @@ def prefetch(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic
-def atomic_add(typingctx: Any, address: Any) -> Any:
-    """Add 1 to the int64 at an address."""
+def atomic_add(typingctx: Any, address: Any, amount: Any) -> Any:
+    """Add to the int64 at an address, in one order for all threads; what it was before."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), I64(1), "seq_cst")
-        return context.get_dummy_value()
+        address = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.atomic_rmw("add", address, args[1], "seq_cst")
 
-    return types.void(types.int64), codegen
+    return types.int64(types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -197,3 +198,21 @@ def give_way(typingctx: Any, function: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
+
+
+@intrinsic
+def futex(typingctx: Any, syscall: Any, address: Any, operation: Any, value: Any) -> Any:
+    """Linux's futex on the lower half of the int64 at an address, by libc's `syscall`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        syscall, address, operation, value = args
+        signature = ir.FunctionType(I64, [I64], var_arg=True)
+        number = I64(FUTEX.get(platform.machine(), 0))
+        no_timeout = I64(0)
+        builder.call(
+            builder.inttoptr(syscall, signature.as_pointer()),
+            [number, address, operation, value, no_timeout],
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen

@@ -157,7 +157,8 @@ class Projection:
 
 def _team(thread: int, threads: int, barrier: Tensor) -> Team:
     phase = np.zeros(1, dtype=np.int64)
-    return Team(thread, threads, barrier.data_ptr(), phase, team.give_way_address())
+    waiting = team.syscall_address(), team.give_way_address()
+    return Team(thread, threads, barrier.data_ptr(), phase, *waiting)
 
 
 def _compile(function: Any, arguments: tuple[Any, ...]) -> Any:

@@ -14,8 +14,9 @@ class Team(NamedTuple):
 
     thread: int
     threads: int
-    barrier: int  # address of an int64, 0 at the start: arrivals so far
+    barrier: int  # address of two int64, 0 at the start: arrivals so far, threads that sleep
     phase: Any  # int64 [1] of this thread, 0 at the start: arrivals that end its last wait
+    syscall: int  # address of libc's function on Linux, or 0
     give_way: int  # address of the C function that yields the core, or 0
 
 

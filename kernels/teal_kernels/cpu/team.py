@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 import threading
 from collections.abc import Callable
@@ -12,8 +13,12 @@ from functools import cache
 
 import torch
 
-# Lets every thread through every barrier that it may yet come to.
-_OPEN = 1 << 62
+# Lets every thread through every barrier that it may yet come to; a futex sees the lower half.
+_OPEN = (1 << 62) - 1
+
+# Linux's system call by machine, and its operations, private to the process.
+FUTEX = {"x86_64": 202, "aarch64": 98}
+WAIT, WAKE, ALL = 128, 129, (1 << 31) - 1
 
 
 def default_threads() -> int:
@@ -32,7 +37,8 @@ def run(work: Callable[[int], None], threads: int, barrier: torch.Tensor) -> Non
     Args:
         work: takes a thread's number; it may wait for the others at the barrier.
         threads: how many.
-        barrier: int64, the arrivals so far, in its first element; is set to 0.
+        barrier: int64, the arrivals so far, in its first element, which is set to 0, and in its
+            second how many threads sleep.
     """
     barrier[0] = 0
     if threads == 1:
@@ -47,8 +53,11 @@ def run(work: Callable[[int], None], threads: int, barrier: torch.Tensor) -> Non
             for other in others:
                 other.result()
         except BaseException:
-            # Ctrl-C, say, before this thread came to the barrier: the others still spin there.
+            # Ctrl-C, say, before this thread came to the barrier: the others still wait there.
             barrier[0] = _OPEN
+            if syscall_address():
+                number = FUTEX[platform.machine()]
+                ctypes.CDLL(None).syscall(number, ctypes.c_void_p(barrier.data_ptr()), WAKE, ALL)
             wait(others)
             raise
 
@@ -56,6 +65,14 @@ def run(work: Callable[[int], None], threads: int, barrier: torch.Tensor) -> Non
 @cache
 def _pool(threads: int, process: int) -> tuple[ThreadPoolExecutor, threading.Lock]:
     return ThreadPoolExecutor(threads - 1, thread_name_prefix="teal"), threading.Lock()
+
+
+@cache
+def syscall_address() -> int:
+    """Address of libc's function for any system call; 0 where we know no futex to call by it."""
+    if sys.platform != "linux" or platform.machine() not in FUTEX or sys.byteorder != "little":
+        return 0
+    return ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value or 0
 
 
 @cache
