@@ -82,9 +82,7 @@ class Session:
         self.deterministic = deterministic or decoder.device.type == "cpu"
         self.tokens: list[int] = []
         self._steps = 0
-        self._step = self._fastest = _choose_step(
-            decoder, self.cache, backend, deterministic, reporter or Silent()
-        )
+        self._step = _choose_step(decoder, self.cache, backend, deterministic, reporter or Silent())
         self._verification = Verification(
             decoder, self.cache, reporter or Silent(), on_device=self.decodes_ahead
         )
@@ -121,12 +119,7 @@ class Session:
         if setting.thresholds is not None and len(setting.thresholds) != layers:
             raise ValueError(f"thresholds of {len(setting.thresholds)} layers, not {layers}")
         self.setting = setting
-        self._step = self._fastest
-        if hasattr(self._step, "set_vectors"):
-            self._step.set_vectors(setting.vectors)
-        elif setting.vectors is not None:  # this step knows none
-            self._step = DecoderStep(self.decoder, self.cache)
-            self._step.set_vectors(setting.vectors)
+        self._step.set_vectors(setting.vectors)
         self._step.set_thresholds(setting.thresholds)
         if isinstance(self._step, ChoosingStep):
             self._step.expect(setting.target_sparsity)
