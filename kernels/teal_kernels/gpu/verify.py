@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from teal_kernels.gpu import verify_kernels as kernels
+from teal_kernels.gpu import verify_products as products
 from teal_kernels.gpu.chain import DOT, launch
 from teal_kernels.gpu.handover import INTERPRETED
 from teal_kernels.gpu.launch import attention_chunk
@@ -170,7 +171,7 @@ class VerifyStep:
             return sums
         block_k, block_n = _TILES[weight.bits]
         self._launch(
-            kernels.product_rows_kernel,
+            products.product_rows_kernel,
             (triton.cdiv(outputs, block_n), parts),
             4,
             parts_ptr=sums,
@@ -286,7 +287,7 @@ class VerifyStep:
                 self.logits.mul_(t.logits_multiplier)
             return
         self._launch(
-            kernels.logits_rows_kernel,
+            products.logits_rows_kernel,
             (triton.cdiv(t.vocab_size, 64),),
             4,
             logits_ptr=self.logits,
