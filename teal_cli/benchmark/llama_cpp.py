@@ -91,7 +91,7 @@ class LlamaCppDecoding:
             )
         except KeyError:
             raise TealError(
-                f"{_NAME} measured something else than it was asked for", hint=_UNKNOWN
+                "llama-bench measured something else than it was asked for", hint=_UNKNOWN
             ) from None
 
     def _measure(self, prompt_tokens: int, tokens: int) -> list[dict[str, Any]]:
@@ -116,7 +116,7 @@ class LlamaCppDecoding:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise TealError(f"{_NAME} takes more than {_SECONDS / 60:g} minutes") from None
+            raise TealError(f"llama-bench takes more than {_SECONDS / 60:g} minutes") from None
         except OSError as error:
             raise TealError(f"{self._program} cannot be run: {error.strerror}") from None
         if ended.returncode:
@@ -158,10 +158,10 @@ def find() -> str:
     """
     if named := os.environ.get(_VARIABLE):
         if (found := shutil.which(named)) is None:
-            raise MissingError(f"{_VARIABLE} names {named}, which is no program")
+            raise MissingError(f"TEAL_LLAMA_BENCH names {named}, which is no program")
         return found
     if (found := shutil.which(_NAME)) is None:
-        raise MissingError(f"{_NAME} is not on the PATH; {_VARIABLE} can name it")
+        raise MissingError("llama-bench is not on the PATH; TEAL_LLAMA_BENCH can name it")
     return found
 
 
@@ -181,7 +181,7 @@ def _records(printed: str) -> list[dict[str, Any]]:
     try:
         found, _ = json.JSONDecoder().raw_decode(printed[printed.index("[") :])
     except ValueError:
-        raise TealError(f"{_NAME} printed no JSON", hint=_UNKNOWN) from None
+        raise TealError("llama-bench printed no JSON", hint=_UNKNOWN) from None
     numbers = ("n_prompt", "n_gen", "avg_ns")
     for record in found:
         if (
@@ -190,7 +190,7 @@ def _records(printed: str) -> list[dict[str, Any]]:
             or any(not isinstance(record[name], int | float) for name in numbers)
             or record["avg_ns"] <= 0
         ):
-            raise TealError(f"{_NAME} printed JSON of another kind", hint=_UNKNOWN)
+            raise TealError("llama-bench printed JSON of another kind", hint=_UNKNOWN)
     if not found:
-        raise TealError(f"{_NAME} measured nothing", hint=_UNKNOWN)
+        raise TealError("llama-bench measured nothing", hint=_UNKNOWN)
     return list(found)

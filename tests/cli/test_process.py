@@ -204,11 +204,15 @@ def test_ps_shows_no_token(form: list[str], tmp_path: Path) -> None:
 def test_imports_are_not_searched_for_garbage() -> None:
     import gc
 
-    frozen = gc.get_freeze_count()
-    try:
-        with pytest.raises(ImportError), uncollected():
+    def fails() -> None:
+        with uncollected():
             assert not gc.isenabled()
             raise ImportError
+
+    frozen = gc.get_freeze_count()
+    try:
+        with pytest.raises(ImportError):
+            fails()
         assert gc.isenabled()
         assert gc.get_freeze_count() > frozen
     finally:
