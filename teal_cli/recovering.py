@@ -17,15 +17,15 @@ from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
 from teal_cli.sparsity import stored, streaming
 from teal_cli.sparsity.profile import Profile
-from teal_cli.sparsity.recover import STEPS, Lesson, check_lesson, recover
+from teal_cli.sparsity.recover import BATCH, STEPS, Lesson, check_lesson, recover
 from teal_cli.sparsity.recovery import TARGETS
 from teal_cli.sparsity.workspace import Workspace
 from teal_cli.store import artifacts
 from teal_cli.text.sample import SampleSettings
 from teal_cli.version import __version__
 
-# A step reads four windows, and a text that is read often is learnt by heart.
-TEXT = SampleSettings(samples=240)
+# As many as the steps read: a text that is read again is learnt by heart.
+TEXT = SampleSettings(samples=STEPS * BATCH)
 
 
 def ensure_recovery(
@@ -104,7 +104,6 @@ def ensure_recovery(
             windows=windows,
             method=method,
             steps=STEPS,
-            seed=settings.seed,
             workspace=Workspace(work_dir, checkpoint.fingerprint),
         )
         provenance = {

@@ -77,7 +77,7 @@ RecoverOption = Annotated[
         "--recover",
         help="Learn vectors that win back what sparsity loses, and add them to the profile:"
         " biases and norms for sparse decoding, from the dense model's own predictions on text"
-        " (240 windows). Weights stay as they are.",
+        " (up to 800 windows). Weights stay as they are.",
     ),
 ]
 TargetsOption = Annotated[

@@ -36,8 +36,6 @@ STEPS = 200
 BATCH = 4  # windows a step
 LEAST_WINDOWS = 16
 
-# Of a text that is read again, this share of the tokens is drawn anew from the dense model.
-_REDRAWN = 0.5
 _WARM_UP = 0.1  # of the steps
 _BETAS = (0.9, 0.95)
 # How much of a step's error in sparsity the next one is asked to make up for.
@@ -61,7 +59,6 @@ class Lesson:
         windows: int64 [N, T].
         method: the allocation's.
         steps: of learning, a target.
-        seed: of the tokens that are drawn.
         workspace: keeps what a killed run has learnt.
     """
 
@@ -70,7 +67,6 @@ class Lesson:
     windows: Tensor
     method: str
     steps: int
-    seed: int
     workspace: Workspace
 
 
@@ -149,7 +145,7 @@ class _Learner:
         optimiser = torch.optim.Adam(weights.values(), lr=1.0, betas=_BETAS)
         saved = Learning(self._key(target, asked), self._lesson.workspace)
         first, asked = saved.load(weights, optimiser, asked)
-        if first:
+        if 0 < first < steps:
             self._reporter.note(f"resuming at step {first + 1} of {steps}")
         label = f"learning at {target:g}"
         with self._reporter.task(label, total=steps, unit="steps") as task:
@@ -214,26 +210,9 @@ class _Learner:
         return {name: unit.clamp_min(1e-12) for name, unit in units.items()}
 
     def _tokens(self, step: int) -> Tensor:
-        """The windows of a step, [BATCH, T]; a text that is read again is another one each time.
-
-        Tokens are drawn from what the dense model says at each position of the text itself.
-        """
+        """The windows of a step, [BATCH, T]; a text that is too short is read again."""
         windows = self._lesson.windows
-        begin = step * BATCH
-        rows = windows[torch.arange(begin, begin + BATCH) % len(windows)]
-        if begin + BATCH <= len(windows):
-            return rows
-        generator = torch.Generator(self._device).manual_seed(hash((self._lesson.seed, step)))
-        rows = rows.to(self._device)
-        drawn = rows.clone()
-        for row, hidden in zip(drawn, self._through(self._teacher, rows)[-1], strict=True):
-            for begin in range(0, len(row) - 1, self._rows):
-                end = min(begin + self._rows, len(row) - 1)
-                logits = self._teacher.logits(self._teacher.final_norm(hidden[begin:end]))
-                said = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-                row[begin + 1 : end + 1] = said[:, 0]
-        redrawn = torch.rand(rows.shape, generator=generator, device=self._device) < _REDRAWN
-        return torch.where(redrawn, drawn, rows)
+        return windows[torch.arange(step * BATCH, (step + 1) * BATCH) % len(windows)]
 
     def _gradients(
         self, tokens: Tensor, asked: float, vectors: RecoveryVectors
@@ -345,8 +324,7 @@ class _Learner:
         """Names what the learning of a target depends on."""
         lesson = self._lesson
         return lesson.workspace.key(
-            f"recover {lesson.method} {target} {asked} {lesson.steps} {lesson.seed} {BATCH} "
-            f"{_REDRAWN}",
+            f"recover {lesson.method} {target} {asked} {lesson.steps} {BATCH}",
             self._model,
             lesson.windows,
             self._profile.thresholds_at(asked, lesson.method),
