@@ -17,9 +17,9 @@ from teal_cli.options import (
     JsonOption,
     MethodOption,
     ModelArgument,
+    NoRecoverOption,
     OfflineOption,
     QuantizeOption,
-    RecoverOption,
     RevisionOption,
     SeedOption,
     TokenOption,
@@ -103,7 +103,7 @@ def bench(
     kernels: KernelsOption = False,
     tune: TuneOption = False,
     method: MethodOption = None,
-    recover: RecoverOption = True,
+    no_recover: NoRecoverOption = False,
     deterministic: DeterministicOption = False,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
@@ -182,7 +182,9 @@ def bench(
         profile = pipeline.ensure_profile(
             checkpoint, device=device, offline=offline, reporter=reporter
         )
-        made = {value: profile.setting(value, method, recover=recover) for value in sparsities}
+        made = {
+            value: profile.setting(value, method, recover=not no_recover) for value in sparsities
+        }
         tested = subject.model_subject(checkpoint, profile, made, settings, target_device)
     found = run.decoding(tested, settings, reporter)
     deliver(BenchReport(found), output, json=json)
