@@ -22,7 +22,7 @@ def command(
     teal_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Any:
     """Runs `teal NAME ...`, where vectors are learnt in two steps."""
-    monkeypatch.setattr(recovering, "STEPS", 2)
+    monkeypatch.setitem(recovering.EFFORT, "cpu", (2, 32))
 
     def named(name: str) -> Command:
         return runner(name, monkeypatch, capsys)
