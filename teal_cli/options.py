@@ -188,11 +188,12 @@ SparsitiesOption = Annotated[
         callback=check_sparsities,
     ),
 ]
-RecoverOption = Annotated[
+NoRecoverOption = Annotated[
     bool,
     typer.Option(
-        "--recover/--no-recover",
-        help="Use the vectors of `teal calibrate --recover`, where the profile has them.",
+        "--no-recover",
+        help="Leave out the vectors of `teal calibrate --recover`, which are used where the"
+        " profile has them.",
     ),
 ]
 MethodOption = Annotated[

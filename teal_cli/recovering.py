@@ -17,15 +17,16 @@ from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
 from teal_cli.sparsity import stored, streaming
 from teal_cli.sparsity.profile import Profile
-from teal_cli.sparsity.recover import STEPS, Lesson, check_lesson, recover
+from teal_cli.sparsity.recover import Lesson, check_lesson, recover
 from teal_cli.sparsity.recovery import TARGETS
 from teal_cli.sparsity.workspace import Workspace
 from teal_cli.store import artifacts
 from teal_cli.text.sample import SampleSettings
 from teal_cli.version import __version__
 
-# A step reads four windows, and a text that is read often is learnt by heart.
-TEXT = SampleSettings(samples=240)
+# Steps a target, and tokens of the window that each reads. On two cores a step of the demo model
+# takes 5 s.
+EFFORT = {"cuda": (200, 2048), "cpu": (50, 512)}
 
 
 def ensure_recovery(
@@ -59,7 +60,10 @@ def ensure_recovery(
     where: dict[str, Any] = {"device": device, "offline": offline, "reporter": reporter}
     profile = pipeline.ensure_profile(checkpoint, **where)
     method = method or profile.default_method
-    settings = dataclasses.replace(TEXT, **given)
+    target_device = pick_device(device)
+    steps, seq_len = EFFORT[target_device.type]
+    # As many windows as the steps read: a text that is read again is learnt by heart.
+    settings = SampleSettings(**{"samples": steps, "seq_len": seq_len, **given})
     corpus, windows = settings.read(
         checkpoint.tokenizer(),
         checkpoint.config.context_length,
@@ -90,28 +94,27 @@ def ensure_recovery(
             reporter.note("up to date: --force learns again")
             reporter.expect(())
             return profile
-        decoder = streaming.load(checkpoint, pick_device(device), reporter)
+        decoder = streaming.load(checkpoint, target_device, reporter)
         teacher, dense = _teacher(checkpoint, decoder, reporter)
         reporter.note(
             f"learning vectors of {checkpoint.name} at {', '.join(f'{t:g}' for t in wanted)} from "
             f"{corpus.name} ({corpus.part}): {len(windows)} windows of {windows.shape[1]} tokens → "
             f"{path}"
         )
-        reporter.expect([STEPS] * len(wanted))
+        reporter.expect([steps] * len(wanted))
         lesson = Lesson(
             decoder=decoder,
             teacher=teacher,
             windows=windows,
             method=method,
-            steps=STEPS,
-            seed=settings.seed,
+            steps=steps,
             workspace=Workspace(work_dir, checkpoint.fingerprint),
         )
         provenance = {
             **source,
             "samples": len(windows),
             "seq_len": windows.shape[1],
-            "steps": STEPS,
+            "steps": steps,
             "dense": dense,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "teal": __version__,

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from teal_kernels.tensors import RecoveryVectors
 from torch import Tensor, nn
 
+from teal_cli import vector_hooks
 from teal_cli.errors import TealError, UnsupportedError, UsageError
 from teal_cli.model.sites import FUSED, PROJECTIONS
 from teal_cli.sparsity.calibrate import SKIPPED_POSITIONS
@@ -25,6 +27,7 @@ def sparsify(
     method: str | None = None,
     *,
     sparse_from: int = SKIPPED_POSITIONS,
+    recover: bool = True,
 ) -> None:
     """Zero the small inputs of every projection of a transformers model, in place.
 
@@ -41,6 +44,7 @@ def sparsify(
         sparse_from: positions before this one stay dense, as in `teal eval`. A token's position
             is the model's `position_ids`: `generate` counts from the first token that is not
             padding, a plain call from the cache's length.
+        recover: use the vectors of `teal calibrate --recover`, where the profile has them.
 
     Raises:
         UnsupportedError: the model has no q, k, v, o, gate, up and down projections.
@@ -51,16 +55,25 @@ def sparsify(
     if not isinstance(profile, Profile):
         profile = _find(profile)
     _check_shape(profile, model)
-    put_thresholds(model, profile.thresholds(sparsity, method), sparse_from=sparse_from)
+    setting = profile.setting(sparsity, method, recover=recover)
+    assert setting.thresholds is not None
+    put_thresholds(model, setting.thresholds, sparse_from=sparse_from, vectors=setting.vectors)
 
 
-def put_thresholds(model: nn.Module, thresholds: Tensor, *, sparse_from: int) -> None:
-    """What `sparsify` does, with the thresholds themselves.
+def put_thresholds(
+    model: nn.Module,
+    thresholds: Tensor,
+    *,
+    sparse_from: int,
+    vectors: RecoveryVectors | None = None,
+) -> None:
+    """What `sparsify` does, with the thresholds and vectors themselves.
 
     Args:
         model: as there.
         thresholds: float32 [num_hidden_layers, 7]; a channel is kept where abs(x) is above.
         sparse_from: as there.
+        vectors: of this model.
 
     Raises:
         UnsupportedError: the model has no q, k, v, o, gate, up and down projections.
@@ -69,8 +82,10 @@ def put_thresholds(model: nn.Module, thresholds: Tensor, *, sparse_from: int) ->
     modules = [_projections(layer) for layer in layers]
     unsparsify(model)
     handles: list[Any] = []
+    dense_rows = []
     for layer, projections, levels in zip(layers, modules, thresholds.tolist(), strict=True):
         rows = _DenseRows(sparse_from)
+        dense_rows.append(lambda rows=rows: rows.mask)
         if sparse_from > 0:
             handles.append(layer.register_forward_pre_hook(rows, with_kwargs=True))
         for module, widths in projections:
@@ -79,6 +94,10 @@ def put_thresholds(model: nn.Module, thresholds: Tensor, *, sparse_from: int) ->
                 handles.append(module.register_forward_pre_hook(_Threshold(own[0], rows)))
             else:
                 handles.append(module.register_forward_hook(_Thresholds(own, widths, rows)))
+    if vectors is not None:
+        base = getattr(model, "model", model)
+        base = getattr(base, "language_model", base)
+        handles += vector_hooks.register(base, layers, vectors, dense_rows)
     setattr(model, _HANDLES, handles)
 
 

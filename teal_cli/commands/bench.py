@@ -18,9 +18,9 @@ from teal_cli.options import (
     JsonOption,
     MethodOption,
     ModelArgument,
+    NoRecoverOption,
     OfflineOption,
     QuantizeOption,
-    RecoverOption,
     RevisionOption,
     SeedOption,
     ThreadsOption,
@@ -122,7 +122,7 @@ def bench(
     kernels: KernelsOption = False,
     tune: TuneOption = False,
     method: MethodOption = None,
-    recover: RecoverOption = True,
+    no_recover: NoRecoverOption = False,
     deterministic: DeterministicOption = False,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
@@ -217,7 +217,10 @@ def bench(
         made: dict[float, Setting] = {}
         if wanted is None:
             profile = pipeline.ensure_profile(checkpoint, **where)
-            made = {value: profile.setting(value, method, recover=recover) for value in sparsities}
+            made = {
+                value: profile.setting(value, method, recover=not no_recover)
+                for value in sparsities
+            }
         else:
             highest = max(sparsities) if wanted.model else None
             guesser = drafts.prepare(

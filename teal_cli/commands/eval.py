@@ -18,9 +18,9 @@ from teal_cli.options import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    NoRecoverOption,
     OfflineOption,
     Quantize,
-    RecoverOption,
     RevisionOption,
     SparsitiesOption,
     ThreadsOption,
@@ -118,7 +118,7 @@ def evaluate(
     model: ModelArgument = None,
     sparsity: SparsitiesOption = _SPARSITIES,
     method: MethodsOption = None,
-    recover: RecoverOption = True,
+    no_recover: NoRecoverOption = False,
     protocol: ProtocolOption = "standard",
     dataset: DatasetOption = None,
     column: ColumnOption = None,
@@ -199,7 +199,7 @@ def evaluate(
     for kind in kinds:
         made = checkpoint(quantize=kind, thresholds="best", **where)
         profile = pipeline.ensure_profile(made, **where)
-        settings = _settings(profile, methods, sparsities, recover=recover)
+        settings = _settings(profile, methods, sparsities, recover=not no_recover)
         forms.append(_form(made, profile, settings, tasks=specs is not None))
     # A task's own dense run is what its sparse ones are compared with.
     reference = forms[0].checkpoint if specs or kinds[0] is None else checkpoint(**where)

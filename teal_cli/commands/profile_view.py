@@ -45,6 +45,9 @@ def print_summary(summary: Summary) -> None:
         _print(heat_map(summary.sparsity.tolist(), panels=2 if two else 1))
         print()
         _print_thresholds(summary)
+        if summary.vectors is not None:
+            print()
+            _print_vectors(summary.vectors)
     print()
     _print([_text(f"{name:<10} {value}") for name, value in _origin(summary)])
 
@@ -132,6 +135,16 @@ def _print_thresholds(summary: Summary) -> None:
     console.print_table(["", "sparsity", "threshold"], rows, title=["median (lowest … highest)"])
 
 
+def _print_vectors(vectors: dict[str, list[float]]) -> None:
+    names = list(vectors)
+    rows = [
+        [str(layer), *(f"{value:.3g}" for value in sizes)]
+        for layer, sizes in enumerate(zip(*vectors.values(), strict=True))
+    ]
+    title = ["size of the vectors: biases, and changes of norms in their own size"]
+    console.print_table(["layer", *names], rows, title=title)
+
+
 def _origin(summary: Summary) -> list[tuple[str, str]]:
     """Where the profile comes from, as names and values."""
     profile = summary.profile
@@ -140,6 +153,9 @@ def _origin(summary: Summary) -> list[tuple[str, str]]:
     if "dataset_part" in known:
         text += f" ({known['dataset_part']})"
     lines = [("methods", ", ".join(profile.methods)), ("dataset", text)]
+    if (found := profile.recovery.get(summary.method)) is not None:
+        learnt = ", ".join(f"{target:g}" for target in found.targets[1:])
+        lines.append(("vectors", f"at {learnt}, from {found.provenance.get('dataset', 'unknown')}"))
     if "tokens" in known:
         shape = f"{known['samples']} windows of {known['seq_len']}"
         lines.append(("tokens", f"{known['tokens']} in {shape}"))

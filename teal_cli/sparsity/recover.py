@@ -4,9 +4,8 @@ What is learnt is a bias on every projection's output and a factor on every norm
 from the KL divergence to the dense model's distribution, under the sparse model's own activations:
 gradients pass through the channels that are kept. The weights stay as they are.
 
-A step takes a few windows through the model, a layer at a time, and back with one layer's graph at
-a time: each layer is computed again from its inputs, so that weights that do not fit a GPU cross to
-it twice a step.
+A step takes one window through the model and back, with one layer's graph at a time, so that memory
+holds little beside the weights; weights that do not fit a GPU cross to it twice a step.
 """
 
 from __future__ import annotations
@@ -32,17 +31,13 @@ from teal_cli.sparsity.recovery import BIASES, FIELDS, Recovery, own_vectors
 from teal_cli.sparsity.skips import SkipCount
 from teal_cli.sparsity.workspace import Workspace
 
-STEPS = 200
-BATCH = 4  # windows a step
 LEAST_WINDOWS = 16
 
-# Of a text that is read again, this share of the tokens is drawn anew from the dense model.
-_REDRAWN = 0.5
 _WARM_UP = 0.1  # of the steps
 _BETAS = (0.9, 0.95)
 # How much of a step's error in sparsity the next one is asked to make up for.
 _CORRECTION = 0.2
-_SETTLING_WINDOWS = 16
+_MEASURED_WINDOWS = 8
 
 # Logits held at a time: 64 MB of float32, a few times.
 _LOGITS_CHUNK = 1 << 24
@@ -60,8 +55,7 @@ class Lesson:
             rounded from.
         windows: int64 [N, T].
         method: the allocation's.
-        steps: of learning, a target.
-        seed: of the tokens that are drawn.
+        steps: of learning, a target; each reads one window.
         workspace: keeps what a killed run has learnt.
     """
 
@@ -70,7 +64,6 @@ class Lesson:
     windows: Tensor
     method: str
     steps: int
-    seed: int
     workspace: Workspace
 
 
@@ -126,15 +119,12 @@ def check_lesson(profile: Profile, method: str, targets: Sequence[float], window
 class _Learner:
     def __init__(self, profile: Profile, lesson: Lesson, reporter: Reporter) -> None:
         self._profile, self._lesson, self._reporter = profile, lesson, reporter
-        self._teacher = lesson.teacher
         # Hidden states and gradients in float32; on a GPU the products are of bfloat16.
         self._model = Decoder(
             lesson.decoder.config, lesson.decoder.weights, compute_dtype=torch.float32
         )
         self._device = self._model.device
         self._product_dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-        self._held_layer = -1
-        self._held: dict[str, Tensor] = {}
         base = own_vectors(lesson.decoder)
         self._base = {name: getattr(base, name).to(self._device) for name in FIELDS}
         self._unit = self._units()
@@ -149,7 +139,7 @@ class _Learner:
         optimiser = torch.optim.Adam(weights.values(), lr=1.0, betas=_BETAS)
         saved = Learning(self._key(target, asked), self._lesson.workspace)
         first, asked = saved.load(weights, optimiser, asked)
-        if first:
+        if 0 < first < steps:
             self._reporter.note(f"resuming at step {first + 1} of {steps}")
         label = f"learning at {target:g}"
         with self._reporter.task(label, total=steps, unit="steps") as task:
@@ -177,7 +167,8 @@ class _Learner:
         vectors = self._vectors(weights)
         for name in FIELDS:
             getattr(vectors, name).requires_grad_()
-        loss, realised = self._gradients(self._tokens(step), asked, vectors)
+        windows = self._lesson.windows  # read again where there are too few
+        loss, realised = self._gradients(windows[step % len(windows)], asked, vectors)
         gradients = {name: getattr(vectors, name).grad for name in FIELDS}
         if not math.isfinite(loss + float(sum(g.abs().sum() for g in gradients.values()))):
             raise TealError(
@@ -198,123 +189,83 @@ class _Learner:
     def _units(self) -> dict[str, Tensor]:
         """A bias counts in its output's root mean square, a norm's weight in what it was."""
         sums = {name: torch.zeros_like(self._base[name]) for name in BIASES}
-        rows = self._lesson.windows[:BATCH]
 
         def project(layer: int, fused: str, x: Tensor, weight: Matrix) -> Tensor:
-            y = self._product(x, self._floats(layer, fused, weight))
-            sums[fused][layer] += y[SKIPPED_POSITIONS:].square().sum(0)
+            y = self._product(x, floats(weight, self._product_dtype))
+            sums[fused][layer] += y[SKIPPED_POSITIONS:].square().mean(0)
             return y
 
+        rows = self._lesson.windows[:_MEASURED_WINDOWS]
         with torch.no_grad():
-            self._through(self._model, rows, project=project)
-        seen = len(rows) * (rows.shape[1] - SKIPPED_POSITIONS)
-        units = {name: (total / seen).sqrt() for name, total in sums.items()}
+            for row in rows:
+                self._model.forward(row, project=project)
+        units = {name: (total / len(rows)).sqrt() for name, total in sums.items()}
         units |= {name: base.abs() for name, base in self._base.items() if name not in BIASES}
         # A norm's weight of 0, or an output that is always 0, stays so.
         return {name: unit.clamp_min(1e-12) for name, unit in units.items()}
 
-    def _tokens(self, step: int) -> Tensor:
-        """The windows of a step, [BATCH, T]; a text that is read again is another one each time.
-
-        Tokens are drawn from what the dense model says at each position of the text itself.
-        """
-        windows = self._lesson.windows
-        begin = step * BATCH
-        rows = windows[torch.arange(begin, begin + BATCH) % len(windows)]
-        if begin + BATCH <= len(windows):
-            return rows
-        generator = torch.Generator(self._device).manual_seed(hash((self._lesson.seed, step)))
-        rows = rows.to(self._device)
-        drawn = rows.clone()
-        for row, hidden in zip(drawn, self._through(self._teacher, rows)[-1], strict=True):
-            for begin in range(0, len(row) - 1, self._rows):
-                end = min(begin + self._rows, len(row) - 1)
-                logits = self._teacher.logits(self._teacher.final_norm(hidden[begin:end]))
-                said = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-                row[begin + 1 : end + 1] = said[:, 0]
-        redrawn = torch.rand(rows.shape, generator=generator, device=self._device) < _REDRAWN
-        return torch.where(redrawn, drawn, rows)
-
     def _gradients(
         self, tokens: Tensor, asked: float, vectors: RecoveryVectors
     ) -> tuple[float, float]:
-        """Add the gradients of the mean KL to the vectors'; that KL, and the realised sparsity."""
-        model = self._model
-        thresholds = self._profile.thresholds_at(asked, self._lesson.method)
-        count = SkipCount(model, thresholds)
-        how: dict[str, Any] = {
-            "vectors": vectors,
-            "sparse_from": SKIPPED_POSITIONS,
-            "project": self._sparse_project(thresholds),
-        }
-        dense = self._through(self._teacher, tokens)[-1]
-        states = self._through(model, tokens, observe=count.observer(SKIPPED_POSITIONS), **how)
-        loss, gradients = self._loss(dense, states.pop(), vectors)
-        for layer in reversed(range(model.config.num_hidden_layers)):
-            for window, hidden in enumerate(states.pop()):
-                with torch.enable_grad():
-                    hidden = hidden.detach().requires_grad_()
-                    out = model.layer(layer, hidden, **how)
-                torch.autograd.backward(out, gradients[window])
-                assert hidden.grad is not None
-                gradients[window] = hidden.grad
+        """Add the gradients of a window's mean KL to the vectors'; it, and the realised sparsity.
+
+        Each layer is computed again from its input, so that one layer's graph is held at a time.
+        """
+        model, teacher = self._model, self._lesson.teacher
+        layers = range(model.config.num_hidden_layers)
+        dense = teacher.embed(tokens)
+        for layer in layers:
+            dense = teacher.layer(layer, dense)
+        count, how = self._sparse(asked, vectors)
+        observe = count.observer(SKIPPED_POSITIONS)
+        states = [model.embed(tokens)]
+        for layer in layers:
+            states.append(model.layer(layer, states[-1], observe=observe, **how))
+        loss, gradient = self._loss(dense, states.pop(), vectors)
+        for layer in reversed(layers):
+            with torch.enable_grad():
+                hidden = states.pop().detach().requires_grad_()
+                out = model.layer(layer, hidden, **how)
+            torch.autograd.backward(out, gradient)
+            gradient = _gradient(hidden)
         return loss, count.skips().realised_sparsity
 
     def _loss(
-        self, dense: list[Tensor], sparse: list[Tensor], vectors: RecoveryVectors
-    ) -> tuple[float, list[Tensor]]:
-        """The mean KL over sparse positions, and its gradients at the last layer's outputs."""
-        total, gradients = 0.0, []
-        positions = sum(len(hidden) - SKIPPED_POSITIONS for hidden in sparse)
-        for ours, theirs in zip(sparse, dense, strict=True):
-            leaf = ours.detach().requires_grad_()
-            for begin in range(SKIPPED_POSITIONS, len(ours), self._rows):
-                end = begin + self._rows
-                final = self._teacher.final_norm(theirs[begin:end])
-                wanted = self._teacher.logits(final).log_softmax(-1)
-                with torch.enable_grad():
-                    final = self._model.final_norm(leaf[begin:end], vectors)
-                    found = self._model.logits(final).log_softmax(-1)
-                    # The divergence's other part has no gradient, but is wanted in its value.
-                    loss = (wanted.exp() * (wanted - found)).sum() / positions
-                torch.autograd.backward(loss)
-                total += float(loss)
-            assert leaf.grad is not None
-            gradients.append(leaf.grad)
-        return total, gradients
+        self, dense: Tensor, sparse: Tensor, vectors: RecoveryVectors
+    ) -> tuple[float, Tensor]:
+        """The mean KL over sparse positions, and its gradient at the last layer's output."""
+        model, teacher, total = self._model, self._lesson.teacher, 0.0
+        sparse = sparse.detach().requires_grad_()
+        rows = max(1, _LOGITS_CHUNK // model.config.vocab_size)
+        for begin in range(SKIPPED_POSITIONS, len(sparse), rows):
+            part = slice(begin, begin + rows)
+            wanted = teacher.logits(teacher.final_norm(dense[part])).log_softmax(-1)
+            with torch.enable_grad():
+                found = model.logits(model.final_norm(sparse[part], vectors)).log_softmax(-1)
+                loss = (wanted.exp() * (wanted - found)).sum() / (len(sparse) - SKIPPED_POSITIONS)
+            torch.autograd.backward(loss)
+            total += float(loss)
+        return total, _gradient(sparse)
 
     def _settled(self, target: float, asked: float, vectors: RecoveryVectors) -> float:
         """What to ask the allocation for, so that the text itself has the target's sparsity."""
         for _ in range(2):
-            thresholds = self._profile.thresholds_at(asked, self._lesson.method)
-            count = SkipCount(self._model, thresholds)
-            for rows in self._lesson.windows[:_SETTLING_WINDOWS].split(BATCH):
-                self._through(
-                    self._model,
-                    rows,
-                    vectors=vectors,
-                    sparse_from=SKIPPED_POSITIONS,
-                    project=self._sparse_project(thresholds),
-                    observe=count.observer(SKIPPED_POSITIONS),
-                )
+            count, how = self._sparse(asked, vectors)
+            for row in self._lesson.windows[:_MEASURED_WINDOWS]:
+                self._model.forward(row, observe=count.observer(SKIPPED_POSITIONS), **how)
             asked += target - count.skips().realised_sparsity
         return asked
 
-    def _through(self, decoder: Decoder, rows: Tensor, **how: Any) -> list[list[Tensor]]:
-        """Every layer's inputs, and the last one's outputs: [T, hidden_size] a window each."""
-        states = [[decoder.embed(row) for row in rows]]
-        keep_all = "vectors" in how
-        for layer in range(decoder.config.num_hidden_layers):
-            outputs = [decoder.layer(layer, hidden, **how) for hidden in states[-1]]
-            states = [*states, outputs] if keep_all else [outputs]
-        return states
+    def _sparse(self, asked: float, vectors: RecoveryVectors) -> tuple[SkipCount, dict[str, Any]]:
+        """A count of what is skipped, and what makes a pass of the decoder sparse.
 
-    def _sparse_project(self, thresholds: Tensor) -> Callable[[int, str, Tensor, Matrix], Tensor]:
-        """Multiplies as sparse positions do, in a way that has gradients."""
+        Products as in the decoder's sparse positions, in a way that has gradients.
+        """
+        thresholds = self._profile.thresholds_at(asked, self._lesson.method)
         levels = thresholds.tolist()
 
         def project(layer: int, fused: str, x: Tensor, weight: Matrix) -> Tensor:
-            whole = self._floats(layer, fused, weight)
+            whole = floats(weight, self._product_dtype)
             own = levels[layer][MATRICES[fused] :]
             bounds = itertools.pairwise(self._model.offsets[fused])
             parts = [
@@ -323,34 +274,26 @@ class _Learner:
             ]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-        return project
-
-    def _floats(self, layer: int, fused: str, weight: Matrix) -> Tensor:
-        """A matrix for products, kept while windows go through its layer."""
-        if self._held_layer != layer:
-            self._held_layer = layer
-            self._held.clear()
-        if fused not in self._held:
-            self._held[fused] = floats(weight, self._product_dtype)
-        return self._held[fused]
+        how = {"vectors": vectors, "sparse_from": SKIPPED_POSITIONS, "project": project}
+        return SkipCount(self._model, thresholds), how
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         return (x.to(weight.dtype) @ weight).to(x.dtype)
-
-    @property
-    def _rows(self) -> int:
-        return max(1, _LOGITS_CHUNK // self._model.config.vocab_size)
 
     def _key(self, target: float, asked: float) -> str:
         """Names what the learning of a target depends on."""
         lesson = self._lesson
         return lesson.workspace.key(
-            f"recover {lesson.method} {target} {asked} {lesson.steps} {lesson.seed} {BATCH} "
-            f"{_REDRAWN}",
+            f"recover {lesson.method} {target} {asked} {lesson.steps}",
             self._model,
             lesson.windows,
             self._profile.thresholds_at(asked, lesson.method),
         )
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def _rate(target: float, part: float) -> float:

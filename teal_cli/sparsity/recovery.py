@@ -62,6 +62,19 @@ class Recovery:
         low, high = self.offsets[after - 1], self.offsets[after]
         return max(target + low + part * (high - low), 0.0)
 
+    def sizes(self, target: float) -> dict[str, list[float]]:
+        """How large a target's vectors are, by layer: biases and changes of norms' weights.
+
+        Root mean squares; a norm's changes count in the weights' own.
+        """
+        found: dict[str, list[float]] = {}
+        own, vectors = self.vectors[0], self.at(target)
+        for name in FIELDS[:-1]:  # the last norm belongs to no layer
+            before = getattr(own, name)
+            size = _rms(getattr(vectors, name) - before)
+            found[name] = (size if name in BIASES else size / _rms(before)).tolist()
+        return found
+
     def learnt(self, target: float, offset: float, vectors: RecoveryVectors) -> Recovery:
         """This, and what was learnt at one target, in the place of what there was."""
         known = dict(zip(self.targets, zip(self.offsets, self.vectors, strict=True), strict=True))
@@ -114,6 +127,10 @@ class Recovery:
             raise ValueError("nothing has been learnt")
         low, high = self.targets[after - 1], self.targets[after]
         return after, min((target - low) / (high - low), 1.0)
+
+
+def _rms(rows: Tensor) -> Tensor:
+    return rows.square().mean(-1).sqrt()
 
 
 def shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

@@ -43,6 +43,7 @@ class Summary:
     sparsity: Tensor  # that the method gives each projection
     thresholds: Tensor
     histograms: tuple[SiteHistogram, ...]
+    vectors: dict[str, list[float]] | None  # sizes by layer, as `Recovery.sizes`; None: it has none
 
     def document(self) -> dict[str, Any]:
         """The summary as data."""
@@ -56,6 +57,7 @@ class Summary:
             "projections": PROJECTIONS,
             "sparsity": self.sparsity.tolist(),
             "thresholds": self.thresholds.tolist(),
+            "vectors": self.vectors,
             "histograms": [dataclasses.asdict(histogram) for histogram in self.histograms],
         }
 
@@ -91,7 +93,11 @@ def summarise(
         sites = SITES if site is None else (site,)
         histograms = tuple(_histogram(profile, thresholds, layer, name) for name in sites)
     allocation = profile.allocation(profile.asked(target, method), method)
-    return Summary(profile, target, method, allocation, thresholds, histograms)
+    recovery = profile.recovery.get(method)
+    vectors = None
+    if recovery is not None and recovery.reaches(target):
+        vectors = recovery.sizes(target)
+    return Summary(profile, target, method, allocation, thresholds, histograms, vectors)
 
 
 def _histogram(profile: Profile, thresholds: Tensor, layer: int, site: str) -> SiteHistogram:

@@ -79,7 +79,7 @@ def test_every_figure_agrees_with_float64(
     windows = torch.randint(VOCAB, (3, 40), generator=torch.Generator().manual_seed(5))
     result = evaluate(decoder, windows, [Setting("half", 0.5, thresholds)], protocol, Silent())
 
-    nll, dense_nll, kl, agreement, shares = [], [], [], [], []
+    nll, dense_nll, kl, agreement, variation, shares = [], [], [], [], [], []
     for window in windows:
         targets = window[protocol.scored_from :]
         rows = slice(protocol.scored_from - 1, -1)
@@ -90,6 +90,7 @@ def test_every_figure_agrees_with_float64(
         nll.append(-sparse.gather(-1, targets[:, None]).mean().item())
         kl.append((dense.exp() * (dense - sparse)).sum(-1).mean().item())
         agreement.append((dense.argmax(-1) == sparse.argmax(-1)).double().mean().item())
+        variation.append((dense.exp() - sparse.exp()).abs().sum(-1).mean().item() / 2)
         shares.append(zeroed)
 
     assert result.windows == 3
@@ -103,6 +104,9 @@ def test_every_figure_agrees_with_float64(
     assert half.perplexity.value == pytest.approx(math.exp(sum(nll) / 3), rel=1e-5)
     assert half.kl.value == pytest.approx(sum(kl) / 3, rel=1e-4)
     assert half.agreement.value == pytest.approx(sum(agreement) / 3, abs=1e-9)
+    assert half.total_variation.value == pytest.approx(sum(variation) / 3, rel=1e-5)
+    assert 0.01 < half.total_variation.value < 1
+    assert half.by_window.total_variation == pytest.approx(variation, rel=1e-5)
     assert half.by_window.nll == pytest.approx(nll, rel=1e-5)
     assert half.by_window.kl == pytest.approx(kl, rel=1e-4)
     by_projection = torch.stack(shares).mean((0, 1))
@@ -124,6 +128,7 @@ def test_thresholds_of_zero_change_nothing(decoder: Decoder) -> None:
     assert exact.nll.value == pytest.approx(result.dense.nll.value, rel=1e-6)
     assert exact.kl.value == pytest.approx(0, abs=1e-6)
     assert exact.agreement.value == 1
+    assert exact.total_variation.value == pytest.approx(0, abs=1e-6)
     assert exact.realised_sparsity == 0
 
 

@@ -41,9 +41,23 @@ def pack(profile: Profile, provenance: Mapping[str, Any]) -> bytes:
         content[f"{method}_steps"] = steps.numpy().astype(numpy.uint16)
     for method, table in profile.offsets.items():
         content[f"{method}_offsets"] = table.float().numpy()
+    if profile.recovery:
+        headers = {method: found.header() for method, found in profile.recovery.items()}
+        for header in headers.values():
+            header["provenance"] = _published(header["provenance"])
+        content["recovery"] = numpy.array(json.dumps(headers))
+    for method, found in profile.recovery.items():
+        content |= {f"{method}_{name}": tensor.numpy() for name, tensor in found.tensors().items()}
     file = io.BytesIO()
     numpy.savez_compressed(file, **content)
     return file.getvalue()
+
+
+def _published(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of a text whose file is nobody else's."""
+    made = {key: value for key, value in provenance.items() if "dataset" not in key}
+    made.pop("settings", None)
+    return {"dataset": "articles of English Wikipedia (built in)", **made}
 
 
 def _values(quantiles: Quantiles) -> Tensor:
@@ -59,7 +73,4 @@ def _values(quantiles: Quantiles) -> Tensor:
 
 if __name__ == "__main__":
     calibrated = Profile.load(Path(sys.argv[1]))
-    made = {key: value for key, value in calibrated.provenance.items() if "dataset" not in key}
-    made.pop("settings", None)
-    about = {"dataset": "articles of English Wikipedia (built in)", **made}
-    Path(sys.argv[2]).write_bytes(pack(calibrated, about))
+    Path(sys.argv[2]).write_bytes(pack(calibrated, _published(calibrated.provenance)))

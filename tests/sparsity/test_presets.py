@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from sparsity.preset_files import pack
+from teal_kernels.tensors import RecoveryVectors
 
 from teal_cli import pipeline
 from teal_cli.errors import TealError
 from teal_cli.model.checkpoint import Checkpoint
+from teal_cli.model.decoder import Decoder
 from teal_cli.model.random_weights import SHAPES
 from teal_cli.model.sites import PROJECTIONS
 from teal_cli.progress import Silent
@@ -20,6 +22,7 @@ from teal_cli.sparsity.calibrate import calibrate
 from teal_cli.sparsity.observe import SKIPPED_POSITIONS, collect
 from teal_cli.sparsity.profile import REFINED_TARGETS, Profile
 from teal_cli.sparsity.quantiles import Quantiles
+from teal_cli.sparsity.recovery import FIELDS, Recovery, own_vectors
 from teal_cli.sparsity.spool import MemoryStates
 from teal_cli.store import demo, hub, models
 from teal_cli.text.corpora import load_corpus
@@ -222,3 +225,26 @@ def test_packing_keeps_thresholds(demo_checkpoint: Checkpoint, tmp_path: Path) -
             torch.testing.assert_close(
                 packed.thresholds(sparsity, method), expected, rtol=1 / 64, atol=1e-7
             )
+
+
+def test_packing_keeps_vectors(
+    decoder: Decoder, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = own_vectors(decoder)
+    vectors = RecoveryVectors(*(getattr(own, name) + 0.5 for name in FIELDS))
+    recovery = Recovery.nothing(decoder, {"dataset": "/mine.txt", "steps": 7})
+    recovery = recovery.learnt(0.5, -0.02, vectors)
+    made = calibrate(decoder, tokens, model="tiny", reporter=Silent())
+    content = pack(made.recovered("uniform", recovery), {"dataset": "pydoc"})
+    (tmp_path / "some--model.npz").write_bytes(content)
+    monkeypatch.setattr(presets, "_FOLDER", tmp_path)
+    packed = presets.preset_for("some/model")
+    assert packed is not None
+    found = packed.recovery["uniform"]
+    assert (found.targets, found.offsets) == ((0.0, 0.5), (0.0, -0.02))
+    assert found.provenance["steps"] == 7
+    assert "/mine.txt" not in str(found.provenance)
+    for name in FIELDS:
+        torch.testing.assert_close(
+            getattr(found.at(0.5), name), getattr(vectors, name), atol=1e-3, rtol=1e-3
+        )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from teal_cli.sparsity.profile import METHODS, Profile
 from teal_cli.sparsity.quantiles import Quantiles
+from teal_cli.sparsity.recovery import FIELDS, Recovery
 from teal_cli.sparsity.shape import ModelShape
 from teal_cli.store.demo import GGUF, GGUF_SHA256
 
@@ -42,13 +43,14 @@ def preset_for(name: str, source: str = "") -> Profile | None:
         return None
     values = torch.from_numpy(data["values"]).double() * torch.from_numpy(data["scale"])[..., None]
     shares = torch.from_numpy(data["shares"]).expand_as(values)
+    shape = ModelShape(
+        num_hidden_layers=values.shape[0],
+        projections=tuple((int(rows), int(columns)) for rows, columns in data["projections"]),
+    )
     return Profile(
         model=name,
         fingerprint=None,
-        shape=ModelShape(
-            num_hidden_layers=values.shape[0],
-            projections=tuple((int(rows), int(columns)) for rows, columns in data["projections"]),
-        ),
+        shape=shape,
         quantiles=Quantiles(shares, values),
         allocations=_allocations(data),
         offsets={
@@ -56,6 +58,7 @@ def preset_for(name: str, source: str = "") -> Profile | None:
             for method in METHODS
             if f"{method}_offsets" in data
         },
+        recovery=_recovery(data, shape),
         provenance=json.loads(str(data["provenance"])) if "provenance" in data else _RELEASE,
     )
 
@@ -67,6 +70,17 @@ def allocations_for(name: str) -> dict[str, Tensor]:
     """
     data = _read(name)
     return {} if data is None else _allocations(data)
+
+
+def _recovery(data: Mapping[str, Any], shape: ModelShape) -> dict[str, Recovery]:
+    """Vectors by method, as a profile's file has them."""
+    headers = json.loads(str(data["recovery"])) if "recovery" in data else {}
+    return {
+        method: Recovery.of(
+            header, {n: torch.from_numpy(data[f"{method}_{n}"]) for n in FIELDS}, shape
+        )
+        for method, header in headers.items()
+    }
 
 
 def _allocations(data: Mapping[str, Any]) -> dict[str, Tensor]:
