@@ -20,6 +20,9 @@ class Drafter(Protocol):
 
     name: str
 
+    def read(self, tokens: Sequence[int]) -> None:
+        """Get to know a prompt, so that no guess takes that time."""
+
     def propose(
         self, tokens: Sequence[int], token: int, most: int, sampler: Sampler, seed: int
     ) -> list[int]:
@@ -43,16 +46,21 @@ class Lookup:
         self._text: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # where each n-gram was followed last
 
-    def propose(
-        self, tokens: Sequence[int], token: int, most: int, sampler: Sampler, seed: int
-    ) -> list[int]:
-        """What followed the last few tokens where they stood last; see `Drafter`."""
-        text = [*tokens, token]
+    def read(self, tokens: Sequence[int]) -> None:
+        """Note what followed what in the prompt."""
+        text = [*tokens]
         if text[: len(self._text)] != self._text:
             self._text, self._after = [], {}
         for i in range(max(len(self._text), _NGRAM), len(text)):
             self._after[tuple(text[i - _NGRAM : i])] = i
         self._text = text
+
+    def propose(
+        self, tokens: Sequence[int], token: int, most: int, sampler: Sampler, seed: int
+    ) -> list[int]:
+        """What followed the last few tokens where they stood last; see `Drafter`."""
+        self.read([*tokens, token])
+        text = self._text
         start = self._after.get(tuple(text[-_NGRAM:]))
         if start is None:
             return []
@@ -83,25 +91,28 @@ class ModelDrafter:
         self._vocab_size = min(vocab_size, session.decoder.config.vocab_size)
         self._shares_cache = shares_cache
 
+    def read(self, tokens: Sequence[int]) -> None:
+        """Compute the keys and values of a prompt, unless they are shared."""
+        own = self.session
+        own.rewind(common_prefix(own.tokens, tokens))
+        unread = tokens[own.position :]
+        fits = len(tokens) < own.max_length and max(unread, default=0) < self._vocab_size
+        if self._shares_cache:
+            own.tokens += unread
+        elif len(unread) > LENGTHS[-1] and fits:
+            own.prefill(unread)
+
     def propose(
         self, tokens: Sequence[int], token: int, most: int, sampler: Sampler, seed: int
     ) -> list[int]:
         """What the cheaper model says; none beyond its context; see `Drafter`."""
         own = self.session
+        self.read(tokens)
         most = min(most, own.max_length - len(tokens))
-        if most < 1:
-            return []
-        own.rewind(common_prefix(own.tokens, tokens))
         unread = tokens[own.position :]
-        if max([*unread, token]) >= self._vocab_size:
+        if most < 1 or len(unread) > LENGTHS[-1] or max([*unread, token]) >= self._vocab_size:
             return []
-        if unread:
-            if self._shares_cache:
-                own.tokens += unread
-            elif len(unread) > LENGTHS[-1]:
-                own.prefill(unread)
-            else:  # what was said since the last round
-                for said in unread:
-                    own.step(said)
+        for said in unread:  # since the last round
+            own.step(said)
         with closing(own.decode(token, sampler, most, seed)) as guesses:
             return list(takewhile(lambda guess: guess < self._vocab_size, guesses))

@@ -115,6 +115,10 @@ class Drafting:
         if session.decodes_ahead and _kind(sampler.sampling) not in self._known:
             self._learn_checks(session, sampler)
         exact = session.position  # up to here, keys and values are a step's own
+        most = end - session.position - 1
+        for own, drafter in zip(self._paces, self.drafters, strict=True):
+            if self._length or own.length(most):
+                drafter.read(session.tokens)
         while session.position < end:
             started = began = time.perf_counter()
             asked, pace, guesses = self._guess(session, token, sampler, seed, end)

@@ -107,6 +107,8 @@ def test_text_that_repeats_is_looked_up() -> None:
     assert lookup.propose([*text, 8, 9, 9], 9, 3, sampler, 0) == [1, 2, 8]  # another continuation
     assert lookup.propose([5, 1, 2, 7, 1, 2, 7, 1], 2, 5, sampler, 0) == [7, 1, 2, 7, 1]
     assert lookup.propose([1], 2, 4, sampler, 0) == []
+    lookup.read([1, 2, 3, 4])
+    assert lookup.propose([1, 2, 3, 4, 1, 2], 3, 1, sampler, 0) == [4]
 
 
 def test_a_page_that_is_copied_with_a_change_is_guessed(decoder: Decoder) -> None:
@@ -155,6 +157,9 @@ class Wrong:
     """Guesses what the model does not."""
 
     name = "wrong"
+
+    def read(self, tokens: Any) -> None:
+        pass
 
     def propose(self, tokens: Any, token: int, most: int, *_: Any) -> list[int]:
         return [(token + i) % 5 for i in range(most)]
