@@ -185,6 +185,7 @@ def document(chat: Chat, answer: Answer) -> dict[str, Any]:
         "backend": chat.session.backend,
         "sparsity": chat.sparsity,
         "method": (chat.method or chat.profile().default_method) if chat.sparsity else None,
+        "recovered": chat.session.setting.vectors is not None,
         "realised_sparsity": stats.realised_sparsity,
         "sampling": asdict(chat.conversation.sampler.sampling),
         "answer": answer.text,
