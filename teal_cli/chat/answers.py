@@ -187,6 +187,7 @@ def document(chat: Chat, answer: Answer) -> dict[str, Any]:
         "backend": chat.session.backend,
         "sparsity": sparsity,
         "method": (chat.method or chat.profile().default_method) if sparsity else None,
+        "recovered": chat.setting_in_force.vectors is not None,
         "realised_sparsity": stats.realised_sparsity,
         "draft": _draft(chat, stats),
         "sampling": asdict(chat.conversation.sampler.sampling),

@@ -29,7 +29,7 @@ class FakeProfile:
     def __init__(self) -> None:
         self.asked: list[tuple[float, str | None]] = []
 
-    def setting(self, sparsity: float, method: str | None) -> Setting:
+    def setting(self, sparsity: float, method: str | None, *, recover: bool = True) -> Setting:
         self.asked.append((sparsity, method))
         levels = torch.full((CONFIG.num_hidden_layers, 7), sparsity)
         return Setting(method or self.default_method, sparsity, levels)

@@ -135,6 +135,21 @@ def realised(decoder: Decoder, windows: Tensor, setting: Any) -> float:
     return count.skips().realised_sparsity
 
 
+def test_thresholds_are_set_for_the_vectors(
+    decoder: Decoder, windows: Tensor, profile: Profile
+) -> None:
+    vectors = random_vectors(decoder, 0.3)
+    learner = learning._Learner(profile, lesson(decoder, windows), QUIET)
+    with torch.no_grad():
+        asked = learner._settled(0.5, 0.45, vectors)
+    setting = dataclasses.replace(
+        profile.setting(0.5, METHOD),
+        thresholds=profile.thresholds_at(asked, METHOD),
+        vectors=vectors,
+    )
+    assert realised(decoder, windows[:8], setting) == pytest.approx(0.5, abs=0.003)
+
+
 def equal(a: Recovery, b: Recovery) -> bool:
     pairs = zip(a.tensors().values(), b.tensors().values(), strict=True)
     same = (torch.equal(x, y) for x, y in pairs)

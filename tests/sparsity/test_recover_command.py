@@ -140,8 +140,11 @@ def test_eval_and_chat_use_them_unless_told_otherwise(
     assert "sensitivity, recovered" in out
     assert "total variation" in out
 
-    code, _, said = command("chat")(tiny_model, "hello", "-s", "0.5", "--max-tokens", "3")
-    assert code == 0, said
+    for flags in ((), ("--no-recover",)):
+        options = (tiny_model, "hello", "-s", "0.5", "--max-tokens", "3", "--json")
+        code, out, said = command("chat")(*options, *flags)
+        assert code == 0, said
+        assert json.loads(out)["recovered"] == (not flags)
 
 
 def test_show_has_their_size_by_layer(learn: Command, tiny_model: Path, command: Any) -> None:
