@@ -87,6 +87,17 @@ def load(typingctx: Any, dtype: Any, base: Any, index: Any) -> Any:
 
 
 @intrinsic
+def load_address(typingctx: Any, base: Any, index: Any) -> Any:
+    """The address at an index from an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = builder.add(args[0], builder.mul(args[1], I64(8)))
+        return builder.load(builder.inttoptr(at, I64.as_pointer()))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
 def store(typingctx: Any, dtype: Any, base: Any, index: Any, value: Any) -> Any:
     """Round a float32 to the nearest of a float dtype (ties to even) and store it at an index."""
     stored = STORED[dtype.instance_type]
