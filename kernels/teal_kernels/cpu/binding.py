@@ -124,7 +124,7 @@ def shared_of(model: Model, threads: int) -> Shared:
     return Shared(
         wide=np.empty((threads, max(qkv, 2 * model.inner)), dtype=np.float32),
         narrow=np.empty((threads, model.hidden), dtype=np.float32),
-        logits=np.empty(model.vocab, dtype=np.float32),
+        logits=np.empty(0, dtype=np.float32),  # new ones for each token
     )
 
 

@@ -26,7 +26,6 @@ from teal_kernels.cpu.vectors import (
     I64,
     STORED,
     call,
-    fetch,
     load_vector,
     offset_of,
     store_vector,
@@ -148,17 +147,6 @@ def exp(typingctx: Any, x: Any) -> Any:
         return builder.fmul(total, builder.bitcast(builder.shl(power, I32(23)), F32))
 
     return types.float32(types.float32), codegen
-
-
-@intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Fetch the cache line at an address, which may lie outside of what is ours."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        fetch(builder, args[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
 
 
 @intrinsic

@@ -17,25 +17,33 @@ from teal_kernels.cpu.intrinsics import address_of, load, load_address, store
 from teal_kernels.cpu.sums import (
     add_codes,
     add_rows,
-    dot_vectors,
+    dot_rows,
     in_order,
     scale_factors,
     weigh_rows,
 )
-from teal_kernels.cpu.vectors import BLOCK, HALF, INT4, ROWS, WIDTH
+from teal_kernels.cpu.vectors import AHEAD, BLOCK, DOTS, HALF, INT4, ROWS, WIDTH
 
 # Division as in numpy: Python's, which raises, would keep loops from being vectorised.
 compiled = njit(nogil=True, error_model="numpy")
 
 
 @compiled
-def dot(dtype, row, x, size):
-    """The product of a row of weights and a float32 vector, both addresses."""
-    vectors = size // WIDTH
-    total = dot_vectors(dtype, row, x, vectors)
-    for i in range(vectors * WIDTH, size):
-        total += load(dtype, row, i) * load(np.float32, x, i)
-    return total
+def dots(dtype, base, stride, x, size, out):
+    """out = the products of rows of `size` weights, `stride` bytes apart, with float32 x.
+
+    base, x: addresses; stride: what a row takes, at least.
+    """
+    columns = 64 // address_of(dtype, 0, 1)
+    lines, whole = size // columns, len(out) // DOTS * DOTS
+    ahead, to = DOTS * stride * (1 + AHEAD // (DOTS * stride)), out.ctypes.data
+    for i in range(0, whole, DOTS):
+        dot_rows(dtype, base + i * stride, stride, ahead, x, lines, to + 4 * i)
+    for i in range(len(out)):
+        if i >= whole:
+            out[i] = 0
+        for column in range(lines * columns if i < whole else 0, size):
+            out[i] += load(dtype, base + i * stride, column) * load(np.float32, x, column)
 
 
 @compiled
@@ -168,6 +176,7 @@ def project_rows(matrix, layer, x, start, stop, thresholds, part, scratch, kept,
     offsets, (thread, threads) = matrix.offsets, team
     layout = (matrix.stride, matrix.group, _groups(matrix))
     rows, factors = scratch.rows.ctypes.data, scratch.factors.ctypes.data
+    lead = ROWS * (1 + AHEAD // (ROWS * matrix.stride))
     room = (scratch.pairs.ctypes.data, scratch.steps.ctypes.data, scratch.sums.ctypes.data)
     p = 0
     while p < len(thresholds):
@@ -187,7 +196,7 @@ def project_rows(matrix, layer, x, start, stop, thresholds, part, scratch, kept,
         for i in range(len(scratch.sums)):
             scratch.sums[i] = 0
         for r in range(low, high, ROWS):
-            ahead = min(r + ROWS, high - ROWS)  # another thread's are not for us to fetch
+            ahead = min(r + lead, high - ROWS)  # another thread's are not for us to fetch
             _add_block(
                 matrix.dtype, layout, rows + 8 * r, rows + 8 * ahead, factors + 4 * r,
                 offsets[p], len(mine), mine.ctypes.data, room,

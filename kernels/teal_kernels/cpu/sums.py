@@ -13,12 +13,14 @@ from numba.extending import intrinsic
 from teal_kernels.cpu.vectors import (
     BLOCK,
     CONTRACT,
+    DOTS,
     F32,
     I1,
     I16,
     I32,
     I64,
     ROWS,
+    SUMS,
     WIDTH,
     by_width,
     call,
@@ -250,26 +252,46 @@ def in_order(typingctx: Any, address: Any, columns: Any) -> Any:
 
 
 @intrinsic
-def dot_vectors(typingctx: Any, dtype: Any, row: Any, x: Any, vectors: Any) -> Any:
-    """The sum of row[i] * x[i], float32 x, both by address, over `vectors` times WIDTH values."""
-    row_step, x_step = WIDTH * dtype.instance_type.bitwidth // 8, WIDTH * 4
+def dot_rows(
+    typingctx: Any, dtype: Any, base: Any, stride: Any, ahead: Any, x: Any, lines: Any, to: Any
+) -> Any:
+    """DOTS float32 at `to` = the products of DOTS rows with float32 x, over `lines` cache lines.
+
+    base, stride: address of the first row, and bytes from one row to the next.
+    ahead: bytes from a weight to the one that is fetched into the cache beside it.
+    x: address of the float32.
+    """
+    kind = dtype.instance_type
+    columns = 64 * 8 // kind.bitwidth  # of a line
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, row, x, vectors = args
-        total = cgutils.alloca_once_value(builder, constant(many(F32, WIDTH), 0.0))
-        with cgutils.for_range(builder, vectors) as loop:
-            at = builder.add(row, builder.mul(loop.index, I64(row_step)))
-            weights = load_vector(builder, at, dtype.instance_type, WIDTH)
-            at = builder.add(x, builder.mul(loop.index, I64(x_step)))
-            product = builder.fmul(
-                weights, load_vector(builder, at, types.float32, WIDTH), flags=CONTRACT
-            )
-            builder.store(builder.fadd(builder.load(total), product, flags=CONTRACT), total)
-        reduce = f"llvm.vector.reduce.fadd.v{WIDTH}f32"
-        lanes = [F32(0.0), builder.load(total)]
-        return call(builder, reduce, F32, lanes, fastmath=("reassoc",))
+        _, base, stride, ahead, x, lines, to = args
+        sums = many(F32, SUMS)
+        starts = [builder.add(base, builder.mul(stride, I64(i))) for i in range(DOTS)]
+        totals = [cgutils.alloca_once_value(builder, constant(sums, 0.0)) for _ in starts]
+        with cgutils.for_range(builder, lines) as loop:
+            offset = builder.mul(loop.index, I64(64))
+            for start in starts:
+                fetch(builder, builder.add(builder.add(start, offset), ahead))
+            for column in range(0, columns, SUMS):
+                at = builder.mul(
+                    builder.add(builder.mul(loop.index, I64(columns)), I64(column)), I64(4)
+                )
+                values = load_vector(builder, builder.add(x, at), types.float32, SUMS)
+                at = builder.add(offset, I64(column * kind.bitwidth // 8))
+                for start, total in zip(starts, totals, strict=True):
+                    weights = load_vector(builder, builder.add(start, at), kind, SUMS)
+                    product = builder.fmul(weights, values, flags=CONTRACT)
+                    added = builder.fadd(builder.load(total), product, flags=CONTRACT)
+                    builder.store(added, total)
+        for i, total in enumerate(totals):
+            lanes = [F32(0.0), builder.load(total)]
+            name = f"llvm.vector.reduce.fadd.{suffix(SUMS)}"
+            total = call(builder, name, F32, lanes, fastmath=("reassoc",))
+            store_vector(builder, total, builder.add(to, I64(4 * i)))
+        return context.get_dummy_value()
 
-    return types.float32(dtype, types.int64, types.int64, types.int64), codegen
+    return types.void(dtype, *[types.int64] * 6), codegen
 
 
 @intrinsic

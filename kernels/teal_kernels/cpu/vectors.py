@@ -20,6 +20,10 @@ HALF, BFLOAT, FLOAT, INT8, INT4 = np.float16, np.uint16, np.float32, np.int8, np
 WIDTH = 32
 # Rows that are added at a time.
 ROWS = 8
+# Bytes of weights that are on their way while others are added, at least.
+AHEAD = 6144
+# Rows whose products with the same vector are summed at a time, and the partial sums of each.
+DOTS, SUMS = 4, 16
 # The least columns that one step takes of INT4: eight, in 32 bits, a lane.
 BLOCK = 64
 
