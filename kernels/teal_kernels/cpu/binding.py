@@ -140,7 +140,7 @@ def shared_of(model: Model, threads: int) -> Shared:
     return Shared(
         wide=np.empty((threads, max(qkv, 2 * model.inner)), dtype=np.float32),
         narrow=np.empty((threads, model.hidden), dtype=np.float32),
-        logits=np.empty(model.vocab, dtype=np.float32),
+        logits=np.empty(0, dtype=np.float32),  # new ones for each token
     )
 
 
@@ -161,14 +161,13 @@ def scratch_of(model: Model) -> Scratch:
 def survivors(inputs: int, matrices: Sequence[Matrix]) -> Scratch:
     """Room for the surviving channels of one projection, and for nothing else."""
     none = np.empty(0, dtype=np.float32)
-    rows, groups = inputs + 2 * vectors.ROWS, max(map(_groups, matrices))
+    rows, groups = inputs + vectors.ROWS, max(map(_groups, matrices))
     return Scratch(
         hidden=none,
         normed=none,
         inputs=none,
         rows=np.empty(rows, dtype=np.int64),
         factors=np.empty(rows, dtype=np.float32),
-        scaled=np.empty(vectors.ROWS * groups, dtype=np.float32),
         steps=np.empty(groups, dtype=np.float32),
         pairs=np.empty(vectors.ROWS // 2 * groups, dtype=np.int32),
         sums=np.empty(groups, dtype=np.float32),

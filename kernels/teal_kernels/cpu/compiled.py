@@ -28,10 +28,9 @@ from teal_kernels.cpu.intrinsics import (
     give_way,
     load,
     pause,
-    prefetch,
     store,
 )
-from teal_kernels.cpu.rows import add_bias, compiled, dot, project_rows, weigh
+from teal_kernels.cpu.rows import add_bias, compiled, dots, project_rows, weigh
 from teal_kernels.cpu.structures import (
     DOWN_BIAS,
     GATE_UP_BIAS,
@@ -151,10 +150,10 @@ def _attend(model, scratch, keys, values, first, position, out):
     keys, values = keys + first * row_bytes, values + first * row_bytes
     count, scores, scale = position + 1 - first, scratch.scores, model.query_scales[position]
     top = np.float32(-np.inf)
+    query = scratch.query.ctypes.data
+    dots(model.dtype, keys, row_bytes, query, model.head_dim, scores[:count])
     for i in range(count):
-        row = keys + i * row_bytes
-        scores[i] = dot(model.dtype, row, scratch.query.ctypes.data, model.head_dim) * scale
-    for i in range(count):
+        scores[i] *= scale
         if scores[i] > top:
             top = scores[i]
     for i in range(count):
@@ -184,9 +183,10 @@ def _write_cache(model, scratch, vectors, qkv, group, at, position, cos, sin):
 
 @compiled
 def _attention(model, scratch, vectors, layer, position, qkv, low, high):
-    """Heads `low` to `high` into scratch.inputs: norm, rotate, write to the cache, attend.
+    """The heads of channels `low` to `high` into scratch.inputs: norm, rotate, cache, attend.
 
-    Threads that share a key-value head write the same bytes to the same place.
+    Threads that share a head compute all of it; those that share a key-value head write the same
+    bytes to the same place.
     """
     size, window = model.head_dim, model.windows[layer]
     first = 0 if window == 0 else max(0, position + 1 - window)
@@ -194,7 +194,7 @@ def _attention(model, scratch, vectors, layer, position, qkv, low, high):
     pairs = model.pairs[layer]
     cos, sin = model.cos[position, :pairs], model.sin[position, :pairs]
     written = -1
-    for head in range(low, high):
+    for head in range(low // size, (high + size - 1) // size):
         group = head // (model.heads // model.kv_heads)
         at = (layer * model.kv_heads + group) * head_bytes
         if group != written:
@@ -231,24 +231,24 @@ def _attention_block(team, model, shared, scratch, layer, position, thresholds, 
                  scratch, kept[0:3], mates)  # fmt: skip
     add_bias(vectors[QKV_BIAS] if me == 0 else 0, qkv[me])
     _wait(team)
-    low, high = _share(model.heads, team)
+    low, high = _share(model.heads * model.head_dim, team)
     _attention(model, scratch, vectors, layer, position, qkv, low, high)
-    project_rows(model.o, layer, scratch.inputs, low * model.head_dim, high * model.head_dim,
-                 thresholds[3:4], shared.narrow[me], scratch, kept[3:4], alone)  # fmt: skip
+    project_rows(model.o, layer, scratch.inputs, low, high, thresholds[3:4], shared.narrow[me],
+                 scratch, kept[3:4], alone)  # fmt: skip
     add_bias(vectors[O_BIAS] if me == 0 else 0, shared.narrow[me])
     _add_parts(team, model, shared, scratch)
 
 
 @compiled
-def _activate(gate_up, start, stop, out):
+def _activate(gate_up, me, start, stop, out):
     """out[start:stop] = SiLU(gate) * up, both summed up over all threads' parts."""
-    gate = gate_up[0, start:stop]  # no other thread reads these columns of it
-    up = gate_up[0, len(out) + start : len(out) + stop]
+    gate, up = gate_up[me, start:stop], gate_up[me, len(out) + start : len(out) + stop]
     mine = out[start:stop]
-    for thread in range(1, len(gate_up)):
-        for i in range(len(mine)):
-            gate[i] += gate_up[thread, start + i]
-            up[i] += gate_up[thread, len(out) + start + i]
+    for thread in range(len(gate_up)):
+        if thread != me:  # what no other thread reads is summed up in the thread's own part
+            for i in range(len(mine)):
+                gate[i] += gate_up[thread, start + i]
+                up[i] += gate_up[thread, len(out) + start + i]
     for i in range(len(mine)):
         mine[i] = gate[i] / (np.float32(1) + exp(-gate[i])) * up[i]
 
@@ -265,7 +265,7 @@ def _mlp_block(team, model, shared, scratch, layer, thresholds, kept):
     add_bias(vectors[GATE_UP_BIAS] if me == 0 else 0, gate_up[me])
     _wait(team)
     low, high = _share(model.inner, team)
-    _activate(gate_up, low, high, inner)
+    _activate(gate_up, me, low, high, inner)
     project_rows(model.down, layer, inner, low, high, thresholds[6:7], shared.narrow[me], scratch,
                  kept[6:7], alone)  # fmt: skip
     add_bias(vectors[DOWN_BIAS] if me == 0 else 0, shared.narrow[me])
@@ -277,12 +277,11 @@ def _logits(team, model, normed, logits):
     """The thread's share of logits [vocab]: the lm_head's rows times `normed`."""
     row_bytes = address_of(model.lm_head_dtype, 0, model.hidden)
     start, stop = _share(model.vocab, team)
-    for i in range(start, stop):
-        row = model.lm_head + i * row_bytes
-        for line in range(2 * row_bytes, 3 * row_bytes, 64):  # two rows ahead is 5 % faster
-            prefetch(row + line)
-        logit = dot(model.lm_head_dtype, row, normed.ctypes.data, model.hidden)
-        logits[i] = logit * model.logits_multiplier
+    rows, x = model.lm_head + start * row_bytes, normed.ctypes.data
+    dots(model.lm_head_dtype, rows, row_bytes, x, model.hidden, logits[start:stop])
+    if model.logits_multiplier != 1:
+        for i in range(start, stop):
+            logits[i] *= model.logits_multiplier
     if model.lm_head_scales != 0:
         for i in range(start, stop):
             logits[i] *= load(np.float32, model.lm_head_scales, i)

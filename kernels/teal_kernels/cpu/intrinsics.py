@@ -27,7 +27,6 @@ from teal_kernels.cpu.vectors import (
     I64,
     STORED,
     call,
-    fetch,
     load_vector,
     offset_of,
     store_vector,
@@ -88,6 +87,17 @@ def load(typingctx: Any, dtype: Any, base: Any, index: Any) -> Any:
 
 
 @intrinsic
+def load_address(typingctx: Any, base: Any, index: Any) -> Any:
+    """The address at an index from an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = builder.add(args[0], builder.mul(args[1], I64(8)))
+        return builder.load(builder.inttoptr(at, I64.as_pointer()))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
 def store(typingctx: Any, dtype: Any, base: Any, index: Any, value: Any) -> Any:
     """Round a float32 to the nearest of a float dtype (ties to even) and store it at an index."""
     stored = STORED[dtype.instance_type]
@@ -138,17 +148,6 @@ def exp(typingctx: Any, x: Any) -> Any:
         return builder.fmul(total, builder.bitcast(builder.shl(power, I32(23)), F32))
 
     return types.float32(types.float32), codegen
-
-
-@intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Fetch the cache line at an address, which may lie outside of what is ours."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        fetch(builder, args[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
 
 
 @intrinsic

@@ -13,29 +13,37 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from teal_kernels.cpu.intrinsics import address_of, load, store
+from teal_kernels.cpu.intrinsics import address_of, load, load_address, store
 from teal_kernels.cpu.sums import (
     add_codes,
     add_rows,
-    dot_vectors,
+    dot_rows,
     in_order,
     scale_factors,
     weigh_rows,
 )
-from teal_kernels.cpu.vectors import BLOCK, HALF, INT4, ROWS, WIDTH
+from teal_kernels.cpu.vectors import AHEAD, BLOCK, DOTS, HALF, INT4, ROWS, WIDTH
 
 # Division as in numpy: Python's, which raises, would keep loops from being vectorised.
 compiled = njit(nogil=True, error_model="numpy")
 
 
 @compiled
-def dot(dtype, row, x, size):
-    """The product of a row of weights and a float32 vector, both addresses."""
-    vectors = size // WIDTH
-    total = dot_vectors(dtype, row, x, vectors)
-    for i in range(vectors * WIDTH, size):
-        total += load(dtype, row, i) * load(np.float32, x, i)
-    return total
+def dots(dtype, base, stride, x, size, out):
+    """out = the products of rows of `size` weights, `stride` bytes apart, with float32 x.
+
+    base, x: addresses; stride: what a row takes, at least.
+    """
+    columns = 64 // address_of(dtype, 0, 1)
+    lines, whole = size // columns, len(out) // DOTS * DOTS
+    ahead, to = DOTS * stride * (1 + AHEAD // (DOTS * stride)), out.ctypes.data
+    for i in range(0, whole, DOTS):
+        dot_rows(dtype, base + i * stride, stride, ahead, x, lines, to + 4 * i)
+    for i in range(len(out)):
+        if i >= whole:
+            out[i] = 0
+        for column in range(lines * columns if i < whole else 0, size):
+            out[i] += load(dtype, base + i * stride, column) * load(np.float32, x, column)
 
 
 @compiled
@@ -64,8 +72,8 @@ def add_bias(bias, part):
 def _compact(x, start, stop, threshold, matrix, layer, rows, factors):
     """List the channels of x[start:stop] but those with abs(x) <= threshold, so that NaN stays.
 
-    They are listed as addresses of rows, and values, and filled up to whole blocks, and a block to
-    fetch ahead, with a row that counts for nothing.
+    They are listed as addresses of rows, and values, and filled up to whole blocks with a row that
+    counts for nothing.
     """
     count, base = 0, matrix.addresses[layer]
     for i in range(start, stop):
@@ -73,56 +81,62 @@ def _compact(x, start, stop, threshold, matrix, layer, rows, factors):
         factors[count] = x[i]
         count += not abs(x[i]) <= threshold
     last = rows[max(count - 1, 0)]
-    for i in range(count, (count + ROWS - 1) // ROWS * ROWS + ROWS):
+    for i in range(count, (count + ROWS - 1) // ROWS * ROWS):
         rows[i] = last
         factors[i] = 0
     return count
 
 
 @compiled
-def _add_integers(matrix, rows, factors, first, columns, to, scratch):
-    """Add ROWS rows of INT4: codes times scales to `to`, offsets to scratch.sums."""
-    group = matrix.group
-    groups = (matrix.offsets[-1] + group - 1) // group
-    at, starts = matrix.stride - 4 * groups, rows.ctypes.data
-    scaled, pairs, steps = scratch.scaled, scratch.pairs.ctypes.data, scratch.steps.ctypes.data
-    scale_factors(starts, at, factors.ctypes.data, groups, scaled.ctypes.data, pairs, steps)
-    blocks = _blocks(group, first, columns)
-    add_codes(starts, first, group, groups, pairs, steps, blocks, to)
-    for i in range(blocks * BLOCK, columns):
+def _add_integers(layout, rows, ahead, factors, first, columns, to, room):
+    """Add ROWS rows of INT4: codes times scales to `to`, offsets to the room's sums."""
+    (stride, group, groups), (pairs, steps, sums) = layout, room
+    at, whole = stride - 4 * groups, _in_blocks(group, first, columns)
+    scale_factors(rows, ahead, at, factors, groups, pairs, steps)
+    add_codes(rows, ahead, first, group, groups, pairs, steps, whole, to)
+    for i in range(whole, columns):
         total = load(np.float32, to, i)
         for k in range(ROWS):
-            factor = scaled[k * groups + (first + i) // group]
-            total += factor * load(INT4, rows[k], first + i)
+            row = load_address(rows, k)
+            product = load(np.float32, factors, k) * load(HALF, row + at, (first + i) // group)
+            total += product * load(INT4, row, first + i)
         store(np.float32, to, i, total)
-    at += 2 * groups
-    add_rows(HALF, starts, at, factors.ctypes.data, groups, scratch.sums.ctypes.data)
+    add_rows(HALF, rows, ahead, at + 2 * groups, factors, groups, sums)
 
 
 @compiled
-def _blocks(group, first, columns):
-    """How often BLOCK of the columns of INT4 from `first` on are taken at once."""
-    return 0 if group % BLOCK or first % BLOCK else columns // BLOCK
+def _groups(matrix):
+    """Groups in a row of INT4, else 0."""
+    return (matrix.offsets[-1] + matrix.group - 1) // matrix.group if matrix.group != 0 else 0
 
 
-def _add_block(dtype, matrix, rows, factors, first, columns, to, scratch):
+@compiled
+def _in_blocks(group, first, columns):
+    """How many of the columns of INT4 from `first` on are taken in blocks."""
+    return 0 if group % BLOCK or first % BLOCK else columns // BLOCK * BLOCK
+
+
+def _add_block(dtype, layout, rows, ahead, factors, first, columns, to, room):
     """Add ROWS rows, times their factors, from column `first` on, to `columns` float32 at `to`.
 
-    rows: addresses of 2 * ROWS rows. The second half is fetched while the first is added: no
-    hardware prefetcher can guess which rows survive.
+    Everything is a number or an address: this is called too often to be handed named tuples.
+
+    layout: stride, group and groups of the matrix.
+    rows, ahead: addresses of ROWS addresses of rows. Those ahead are fetched while the first are
+        added: no hardware prefetcher can guess which rows survive.
+    room: addresses of a thread's pairs, steps and sums.
     """
 
 
 @overload(_add_block)
-def _typed_add_block(dtype, matrix, rows, factors, first, columns, to, scratch):
+def _typed_add_block(dtype, layout, rows, ahead, factors, first, columns, to, room):
     """Choose when numba compiles, so that no dtype compiles what only another needs."""
 
-    def integers(dtype, matrix, rows, factors, first, columns, to, scratch):
-        _add_integers(matrix, rows, factors, first, columns, to, scratch)
+    def integers(dtype, layout, rows, ahead, factors, first, columns, to, room):
+        _add_integers(layout, rows, ahead, factors, first, columns, to, room)
 
-    def values(dtype, matrix, rows, factors, first, columns, to, scratch):
-        at = address_of(dtype, 0, first)
-        add_rows(dtype, rows.ctypes.data, at, factors.ctypes.data, columns, to)
+    def values(dtype, layout, rows, ahead, factors, first, columns, to, room):
+        add_rows(dtype, rows, ahead, address_of(dtype, 0, first), factors, columns, to)
 
     return integers if dtype.instance_type is types.uint8 else values
 
@@ -132,8 +146,7 @@ def _finish(matrix, layer, first, part, scratch):
     """Bring sums of integers, which start at column `first`, into order and to scale."""
     group, last = matrix.group, first + len(part)
     if group != 0:
-        for block in range(_blocks(group, first, len(part))):
-            in_order(part.ctypes.data + block * BLOCK * 4)
+        in_order(part.ctypes.data, _in_blocks(group, first, len(part)))
         for g in range(first // group, (last + group - 1) // group):
             offset = scratch.sums[g]
             for i in range(max(first, g * group) - first, min(last, (g + 1) * group) - first):
@@ -161,6 +174,10 @@ def project_rows(matrix, layer, x, start, stop, thresholds, part, scratch, kept,
         team: (thread, threads); (0, 1) for all that survive.
     """
     offsets, (thread, threads) = matrix.offsets, team
+    layout = (matrix.stride, matrix.group, _groups(matrix))
+    rows, factors = scratch.rows.ctypes.data, scratch.factors.ctypes.data
+    lead = ROWS * (1 + AHEAD // (ROWS * matrix.stride))
+    room = (scratch.pairs.ctypes.data, scratch.steps.ctypes.data, scratch.sums.ctypes.data)
     p = 0
     while p < len(thresholds):
         q = p + 1  # neighbours with the same threshold are one matrix
@@ -179,9 +196,10 @@ def project_rows(matrix, layer, x, start, stop, thresholds, part, scratch, kept,
         for i in range(len(scratch.sums)):
             scratch.sums[i] = 0
         for r in range(low, high, ROWS):
+            ahead = min(r + lead, high - ROWS)  # another thread's are not for us to fetch
             _add_block(
-                matrix.dtype, matrix, scratch.rows[r : r + 2 * ROWS], scratch.factors[r : r + ROWS],
-                offsets[p], len(mine), mine.ctypes.data, scratch,
+                matrix.dtype, layout, rows + 8 * r, rows + 8 * ahead, factors + 4 * r,
+                offsets[p], len(mine), mine.ctypes.data, room,
             )  # fmt: skip
         _finish(matrix, layer, offsets[p], mine, scratch)
         p = q

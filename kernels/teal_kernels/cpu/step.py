@@ -12,7 +12,7 @@ from torch import Tensor
 
 from teal_kernels.cpu import binding, compiled, team
 from teal_kernels.cpu.code_cache import check_cpu
-from teal_kernels.cpu.structures import Team
+from teal_kernels.cpu.structures import Shared, Team
 from teal_kernels.quantized import QuantizedMatrix
 from teal_kernels.tensors import PROJECTIONS, RecoveryVectors, StepTensors
 
@@ -46,14 +46,13 @@ class DecodeStep:
         self._model = binding.model_of(tensors, self._vectors)
         shape = (len(tensors.layers), PROJECTIONS)
         self._thresholds = np.full(shape, -np.inf, dtype=np.float32)
-        self._kept = np.zeros(shape, dtype=np.int64)
         count = threads or team.default_threads()
-        self._counts = np.zeros((count, *shape), dtype=np.int64)  # of one step
+        self._kept = np.zeros((count, *shape), dtype=np.int64)
         self._shared = binding.shared_of(self._model, count)
         self._barrier = torch.zeros(16, dtype=torch.int64)  # a cache line of its own
         self._teams = [_team(thread, count, self._barrier) for thread in range(count)]
         self._scratch = [binding.scratch_of(self._model) for _ in range(count)]
-        self._decode = _compile(compiled.decode, self._arguments(0, 0, 0))
+        self._decode = _compile(compiled.decode, self._arguments(0, self._shared, 0, 0))
 
     @property
     def threads(self) -> int:
@@ -75,7 +74,8 @@ class DecodeStep:
     @property
     def kept(self) -> Tensor:
         """Channels kept since the counts were cleared, [layers, 7] int64."""
-        return torch.from_numpy(self._kept.copy())
+        # Every thread lists the survivors of qkv and gate_up, but of o and down its own.
+        return torch.from_numpy(np.where(_OWN_CHANNELS, self._kept.sum(0), self._kept[0]))
 
     def clear_counts(self) -> None:
         """Start counting anew."""
@@ -93,23 +93,27 @@ class DecodeStep:
                 f"token {token} at position {position} is outside {vocab} tokens "
                 f"or {length} positions"
             )
-        self._counts[:] = 0
-        team.run(
-            lambda thread: self._decode(*self._arguments(thread, token, position)),
-            self.threads,
-            self._barrier,
-        )
-        # Every thread lists the survivors of qkv and gate_up, but of o and down its own.
-        self._kept += np.where(_OWN_CHANNELS, self._counts.sum(0), self._counts[0])
-        return torch.from_numpy(self._shared.logits.copy())
+        # After a token's weights nothing is left in the cache: what is done here is kept short.
+        before, logits = self._kept.copy(), np.empty(vocab, dtype=np.float32)
+        shared = self._shared._replace(logits=logits)
+        try:
+            team.run(
+                lambda thread: self._decode(*self._arguments(thread, shared, token, position)),
+                self.threads,
+                self._barrier,
+            )
+        except BaseException:
+            self._kept[:] = before
+            raise
+        return torch.from_numpy(logits)
 
-    def _arguments(self, thread: int, token: int, position: int) -> tuple[Any, ...]:
+    def _arguments(self, thread: int, shared: Shared, token: int, position: int) -> tuple[Any, ...]:
         """What `compiled.decode` takes on one thread."""
         mate = self._teams[thread]
         mate.phase[0] = 0
         return (
-            mate, self._model, self._shared, self._scratch[thread], token, position,
-            self._thresholds, self._counts[thread],
+            mate, self._model, shared, self._scratch[thread], token, position,
+            self._thresholds, self._kept[thread],
         )  # fmt: skip
 
 

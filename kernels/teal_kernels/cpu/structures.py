@@ -79,11 +79,10 @@ class Scratch(NamedTuple):
     hidden: Any  # float32 [hidden], the residual stream; every thread has the same
     normed: Any  # float32 [hidden]
     inputs: Any  # float32 [widest of o and down]; a thread fills the channels that it computes
-    rows: Any  # int64 [longest input + 2 * ROWS], addresses of the surviving channels' weights
+    rows: Any  # int64 [longest input + ROWS], addresses of the surviving channels' weights
     factors: Any  # float32, the same size, the channels' values
-    scaled: Any  # float32 [ROWS, most groups of a row of INT4], values times scales
-    steps: Any  # float32 [most groups], what one unit of `pairs` stands for
-    pairs: Any  # int32 [ROWS / 2, most groups], `scaled` in 16 bits, two rows each
+    steps: Any  # float32 [most groups of a row of INT4], what one unit of `pairs` stands for
+    pairs: Any  # int32 [ROWS / 2, most groups], values times scales in 16 bits, two rows each
     sums: Any  # float32 [most groups], the sum of values times offsets
     scores: Any  # float32 [length]
     query: Any  # float32 [head_dim]

@@ -6,7 +6,7 @@ Vectors are written out in LLVM's terms, which every target understands: on x86 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,14 @@ HALF, BFLOAT, FLOAT, INT8, INT4 = np.float16, np.uint16, np.float32, np.int8, np
 WIDTH = 32
 # Rows that are added at a time.
 ROWS = 8
-# float32 in a register; all machines of today can do eight with one instruction or with two.
-LANES = 8
-# Columns that one step takes of INT4: eight, in 32 bits, a lane.
-BLOCK = 8 * LANES
+# Bytes of weights that are on their way while others are added, at least.
+AHEAD = 6144
+# Rows whose products with the same vector are summed at a time, and the partial sums of each.
+DOTS, SUMS = 4, 16
+# The least columns that one step takes of INT4: eight, in 32 bits, a lane.
+BLOCK = 64
 
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 STORED = {
     types.float16: F16,
@@ -35,6 +37,15 @@ STORED = {
     types.uint32: I32,
 }
 CONTRACT = ("contract",)  # allow a multiply and an add to become one fused instruction
+
+
+def registers(context: Any) -> tuple[int, ...]:
+    """Lanes of 32 bits of the registers that are worth using, the widest first.
+
+    All machines of today can do eight with one instruction or with two.
+    """
+    _, _, features = context.codegen().magic_tuple()
+    return (16, 8) if "+avx512bw" in features.split(",") else (8,)
 
 
 def many(element: Any, width: int) -> Any:
@@ -103,9 +114,9 @@ def suffix(width: int) -> str:
 
 
 def by_width(
-    builder: Any, count: Any, widths: tuple[int, ...], body: Callable[[Any, int], None]
+    builder: Any, count: Any, widths: Sequence[int], body: Callable[[Any, int], None]
 ) -> None:
-    """IR: call body(index, width) over `count` values, the widest first; the last width is 1."""
+    """IR: call body(index, width) over `count` values: the widest first, the last for the rest."""
     done = I64(0)
     for width in widths:
         times = builder.sdiv(builder.sub(count, done), I64(width))
