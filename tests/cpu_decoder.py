@@ -88,7 +88,15 @@ class Small:
     def step(self, **options: Any) -> Any:
         from teal_kernels.cpu import DecodeStep
 
-        tensors = StepTensors(
+        return DecodeStep(self.tensors(), **options)
+
+    def prefill(self, **options: Any) -> Any:
+        from teal_kernels.cpu import Prefill
+
+        return Prefill(self.tensors(), **options)
+
+    def tensors(self) -> StepTensors:
+        return StepTensors(
             layers=self.layers,
             embed_tokens=self.embed_tokens,
             norm=self.norm,
@@ -101,7 +109,6 @@ class Small:
             rms_norm_eps=self.eps,
             sliding_windows=self.windows,
         )
-        return DecodeStep(tensors, **options)
 
 
 class Oracle:
@@ -111,8 +118,10 @@ class Oracle:
     is rounded the other way is no error, but would grow into one.
     """
 
-    def __init__(self, small: Small) -> None:
+    def __init__(self, small: Small, error: float = 4e-6) -> None:
+        """`error` is what a cached value may be off, besides its rounding."""
         self.small = small
+        self.error = error
         self.thresholds = torch.full((len(small.layers), 7), -torch.inf)
         self.kept = torch.zeros(len(small.layers), 7, dtype=torch.int64)
 
@@ -181,7 +190,7 @@ class Oracle:
 
     def _compare(self, cached: Tensor, exact: Tensor) -> None:
         error = (cached.double() - exact).abs()
-        bound = torch.finfo(cached.dtype).eps / 2 * exact.abs() + 4e-6
+        bound = torch.finfo(cached.dtype).eps / 2 * exact.abs() + self.error
         assert bool((error <= bound).all()), f"cache off by {float(error.max()):.3g}"
 
 
