@@ -223,7 +223,8 @@ def run(session: Session, prompt: list[int], **options: object) -> tuple[list[in
     return [token.id for token in tokens if isinstance(token, Token)], finish
 
 
-def test_generation_ends_for_each_reason(decoder: Decoder) -> None:
+def test_generation_ends_for_each_reason(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "_STRETCH", 1)  # asked before every layer
     session = Session(decoder, max_length=40)
     tokens, finish = run(session, PROMPT, max_new_tokens=6)
     assert (len(tokens), finish.reason) == (6, "length")

@@ -70,6 +70,8 @@ UNITS = [
 @pytest.mark.parametrize(("units", "tolerance"), UNITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype: torch.dtype, units: bool, tolerance: float) -> None:
+    if units and dtype == torch.float32:
+        pytest.skip("float32 is more than two bfloat16")
     small = Small(dtype=dtype, hidden=300, bias=True, qk_norm=True, windows=(None, 5), length=45)
     check(small, 2, tolerance, units=units)
 

@@ -44,10 +44,10 @@ class Prefill:
         count = threads or team.default_threads()
         self._barrier = torch.zeros(16, dtype=torch.int64)  # a cache line of its own
         self._teams = [_team(thread, count, self._barrier) for thread in range(count)]
-        if units is None:
-            units = tensors.embed_tokens.dtype != torch.float32 and amx.usable()
-        elif units and not amx.usable():
+        able = tensors.embed_tokens.dtype != torch.float32 and amx.usable()
+        if units and not able:
             raise ValueError("AMX cannot be used here")
+        units = able if units is None else units
         self._tokens = _tokens(model, units)
         self._rooms = [_room(model) for _ in range(count)]
         rows = np.empty((0, model.hidden), dtype=np.float32)
