@@ -115,6 +115,11 @@ class Small:
 
         return DecodeStep(self.tensors(), **options)
 
+    def prefill(self, **options: Any) -> Any:
+        from teal_kernels.cpu import Prefill
+
+        return Prefill(self.tensors(), **options)
+
     def tensors(self, device: str = "cpu") -> StepTensors:
         """What a step is bound to; copies of it on another device."""
 
@@ -150,12 +155,13 @@ class Oracle:
     is rounded the other way is no error, but would grow into one.
     """
 
-    def __init__(self, small: Small) -> None:
+    def __init__(self, small: Small, error: float = 4e-6) -> None:
+        """`error` is what a cached value may be off, besides its rounding."""
         self.small = small
+        self.error = error
         self.thresholds = torch.full((len(small.layers), 7), -torch.inf)
         self.kept = torch.zeros(len(small.layers), 7, dtype=torch.int64)
         self.vectors: RecoveryVectors | None = None
-        self.slack = 4e-6  # of what is cached, beyond its rounding
 
     def __call__(self, token: int, position: int) -> Tensor:
         """Logits; to be called after the step under test, whose cache it checks and reads."""
@@ -241,7 +247,7 @@ class Oracle:
 
     def _compare(self, cached: Tensor, exact: Tensor) -> None:
         error = (cached.double() - exact).abs()
-        bound = torch.finfo(cached.dtype).eps / 2 * exact.abs() + self.slack
+        bound = torch.finfo(cached.dtype).eps / 2 * exact.abs() + self.error
         assert bool((error <= bound).all()), f"cache off by {float(error.max()):.3g}"
 
 

@@ -16,7 +16,9 @@ from teal_cli.inference.launches import stored_launches
 from teal_cli.inference.sampling import Sampler, at_position, not_finite
 from teal_cli.inference.step import (
     ChoosingStep,
+    DecoderPrefill,
     DecoderStep,
+    Prefill,
     Step,
     step_tensors,
 )
@@ -33,6 +35,9 @@ Backend = Literal["auto", "reference"]
 # Positions that prefill takes at a time. A CPU's attention may hold the scores, near 1 GB at 32
 # heads and 8192 positions; a GPU's does not, and there the layers' widest activations count.
 _PREFILL_CHUNK = {"cpu": 1024, "cuda": 2048}
+
+# Tokens times layers between two questions whether to go on: under a second on two slow cores.
+_STRETCH = 256
 
 # Where the fused step of a device is, and what it is written in.
 _FUSED_STEPS = {"cuda": ("teal_kernels.gpu", "triton"), "cpu": ("teal_kernels.cpu", "numba")}
@@ -82,9 +87,11 @@ class Session:
         self.deterministic = deterministic or decoder.device.type == "cpu"
         self.tokens: list[int] = []
         self._steps = 0
-        self._step = _choose_step(decoder, self.cache, backend, deterministic, reporter or Silent())
+        self._step, self._prefill = _choose_kernels(
+            decoder, self.cache, backend, deterministic, reporter or Silent()
+        )
         self._verification = Verification(
-            decoder, self.cache, reporter or Silent(), on_device=self.decodes_ahead
+            decoder, self.cache, self._prefill, reporter or Silent(), on_device=self.decodes_ahead
         )
         self.use(setting)
 
@@ -136,7 +143,7 @@ class Session:
 
         Args:
             tokens: at least one.
-            interrupted: asked before each layer of each chunk.
+            interrupted: asked before a few layers of each chunk.
             reporter: follows the chunks, where there are several.
 
         Raises:
@@ -156,7 +163,7 @@ class Session:
         with follower.task("Reading", len(ids), "tokens") as task:
             for chunk in chunks:
                 hidden = self._prefill_chunk(chunk, interrupted, task)
-        return self.decoder.logits(self.decoder.final_norm(hidden[-1:]))[0]
+        return self._prefill.logits(hidden[-1:])[0]
 
     @torch.inference_mode()
     def verify(self, tokens: Sequence[int]) -> Tensor:
@@ -188,12 +195,14 @@ class Session:
         """Append tokens [T]; return what the last layer gives, [T, hidden_size]."""
         hidden = self.decoder.embed(chunk)
         layers = self.decoder.config.num_hidden_layers
-        for layer in range(layers):
+        stride = max(1, _STRETCH // len(chunk))
+        for first in range(0, layers, stride):
             if interrupted():
                 raise Interrupted
-            hidden = self.decoder.layer(layer, hidden, cache=self.cache, position=self.position)
+            last = min(first + stride, layers)
+            hidden = self._prefill.layers(hidden, self.position, first, last)
             # So many tokens' worth of work is done, after a part of the layers for all of them.
-            task.advance(len(chunk) * (layer + 1) // layers - len(chunk) * layer // layers)
+            task.advance(len(chunk) * last // layers - len(chunk) * first // layers)
         self.tokens += chunk.tolist()
         return hidden
 
@@ -318,13 +327,13 @@ def common_prefix(seen: Sequence[int], wanted: Sequence[int]) -> int:
     return length
 
 
-def _choose_step(
+def _choose_kernels(
     decoder: Decoder, cache: KVCache, backend: Backend, deterministic: bool, reporter: Reporter
-) -> Step:
-    """The fused step of the decoder's device where it can be had, the decoder itself otherwise."""
+) -> tuple[Step, Prefill]:
+    """The fused kernels of the decoder's device where they can be had, otherwise the decoder."""
     if backend == "auto":
         try:
-            return _fused_step(decoder, cache, deterministic, reporter)
+            return _fused_kernels(decoder, cache, deterministic, reporter)
         except Exception as error:  # a broken numba, Triton or LLVM fails in any way it likes
             if is_out_of_memory(error):
                 raise
@@ -332,18 +341,24 @@ def _choose_step(
                 f"the compiled kernels cannot be used here ({whole(error)}); "
                 "decoding in plain torch, which sparsity does not make faster"
             )
-    return DecoderStep(decoder, cache)
+    return DecoderStep(decoder, cache), DecoderPrefill(decoder, cache)
 
 
-def _fused_step(decoder: Decoder, cache: KVCache, deterministic: bool, reporter: Reporter) -> Step:
+def _fused_kernels(
+    decoder: Decoder, cache: KVCache, deterministic: bool, reporter: Reporter
+) -> tuple[Step, Prefill]:
     name, language = _FUSED_STEPS[decoder.device.type]
     module = importlib.import_module(name)
     options: dict[str, Any] = {}
     if language == "triton":
         options["launches"] = stored_launches(decoder, reporter)
         options["deterministic"] = deterministic
-    step: Step = module.DecodeStep(step_tensors(decoder, cache), **options)
+    tensors = step_tensors(decoder, cache)
+    step: Step = module.DecodeStep(tensors, **options)
     step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches
-    if language == "numba" and (problem := module.cache_problem()) is not None:
-        reporter.note(problem)
-    return step
+    prefill: Prefill = DecoderPrefill(decoder, cache)
+    if language == "numba":
+        prefill = module.Prefill(tensors)
+        if (problem := module.cache_problem()) is not None:
+            reporter.note(problem)
+    return step, prefill

@@ -1,5 +1,5 @@
-"""How one token is decoded: what a session asks of a step, what a fused one is bound to, and the
-step in plain torch."""
+"""How tokens are read and decoded: what a session asks of prefill and of a step, what fused ones
+are bound to, and both in plain torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ from torch import Tensor
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
 from teal_cli.sparsity.skips import SkipCount
+
+
+class Prefill(Protocol):
+    """How several tokens are read at once, dense: the fused kernels or the plain decoder."""
+
+    def layers(self, hidden: Tensor, position: int, first: int, last: int) -> Tensor:
+        """Hidden [T, hidden_size] after layers `first` to `last`; their T positions are cached.
+
+        `hidden` may be overwritten.
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the last layer gives, [T, hidden_size] → logits [T, vocab_size] float32."""
 
 
 class Step(Protocol):
@@ -95,6 +108,22 @@ def step_tensors(decoder: Decoder, cache: KVCache) -> StepTensors:
         residual_multiplier=config.residual_multiplier,
         logits_multiplier=1 / config.logits_scaling,
     )
+
+
+class DecoderPrefill:
+    """Reads several tokens with the plain decoder, in torch."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        self._decoder = decoder
+        self._cache = cache
+
+    def layers(self, hidden: Tensor, position: int, first: int, last: int) -> Tensor:
+        for index in range(first, last):
+            hidden = self._decoder.layer(index, hidden, cache=self._cache, position=position)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._decoder.logits(self._decoder.final_norm(hidden))
 
 
 class DecoderStep:

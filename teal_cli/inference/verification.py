@@ -14,7 +14,7 @@ from teal_cli.errors import whole
 from teal_cli.faults import is_out_of_memory
 from teal_cli.inference.pace import LENGTHS
 from teal_cli.inference.sampling import Sampler, not_finite
-from teal_cli.inference.step import step_tensors
+from teal_cli.inference.step import Prefill, step_tensors
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
@@ -49,18 +49,26 @@ class Verification:
     """
 
     def __init__(
-        self, decoder: Decoder, cache: KVCache, reporter: Reporter, *, on_device: bool
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        prefill: Prefill,
+        reporter: Reporter,
+        *,
+        on_device: bool,
     ) -> None:
         """Bind to a model and a cache.
 
         Args:
             decoder: the model.
             cache: where keys and values are written.
+            prefill: reads several tokens where no GPU does.
             reporter: told when the kernels cannot be used.
             on_device: whether a GPU's kernels compute, and choose tokens.
         """
         self._decoder = decoder
         self._cache = cache
+        self._prefill = prefill
         self._reporter = reporter
         self._on_device = on_device
 
@@ -68,8 +76,9 @@ class Verification:
         """Logits [T, vocab_size] float32 after each of T tokens, the first one at `position`."""
         if self._on_device and self._kernels is not None:
             return self._kernels(tokens, position)
-        hidden = self._decoder.forward(torch.tensor(tokens), cache=self._cache, position=position)
-        return self._decoder.logits(hidden)
+        hidden = self._decoder.embed(torch.tensor(tokens))
+        layers = self._decoder.config.num_hidden_layers
+        return self._prefill.logits(self._prefill.layers(hidden, position, 0, layers))
 
     def choices(
         self, tokens: Sequence[int], before: Sequence[int], sampler: Sampler, seed: int

@@ -10,6 +10,7 @@ import pytest
 from inference.script import Script
 
 from teal_cli.errors import TealError, UsageError
+from teal_cli.inference import session as session_module
 from teal_cli.inference.conversation import Conversation, Dropped
 from teal_cli.inference.generate import Finish
 from teal_cli.inference.sampling import Sampler, Sampling
@@ -135,6 +136,7 @@ def test_a_prompt_that_was_stopped_before_its_answer_is_forgotten(
     ask(conversation, "Hi")
     before = conversation.messages
     monkeypatch.setattr(Script, "prefill", Session.prefill)
+    monkeypatch.setattr(session_module, "_STRETCH", 1)  # asked before every layer
     seen = len(session.tokens)
     calls = iter([False, False, True])
     said, finish = ask(conversation, "Hey", interrupted=lambda: next(calls))

@@ -16,7 +16,7 @@ from teal_cli.inference import session as session_module
 from teal_cli.inference.generate import Finish, Token, generate
 from teal_cli.inference.sampling import Sampler, Sampling, penalised
 from teal_cli.inference.session import Session
-from teal_cli.inference.step import DecoderStep
+from teal_cli.inference.step import DecoderPrefill, DecoderStep
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.sites import PROJECTIONS, SITE_OF
 from teal_cli.progress import Silent
@@ -116,7 +116,9 @@ def test_the_kernels_are_told_the_target(
             told.append(sparsity)
 
     monkeypatch.setattr(
-        session_module, "_choose_step", lambda decoder, cache, *rest: Choosing(decoder, cache)
+        session_module,
+        "_choose_kernels",
+        lambda decoder, cache, *rest: (Choosing(decoder, cache), DecoderPrefill(decoder, cache)),
     )
     session = Session(decoder, max_length=40, setting=Setting("greedy", 0.65, thresholds))
     session.use(DENSE)
@@ -221,7 +223,8 @@ def run(session: Session, prompt: list[int], **options: object) -> tuple[list[in
     return [token.id for token in tokens if isinstance(token, Token)], finish
 
 
-def test_generation_ends_for_each_reason(decoder: Decoder) -> None:
+def test_generation_ends_for_each_reason(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "_STRETCH", 1)  # asked before every layer
     session = Session(decoder, max_length=40)
     tokens, finish = run(session, PROMPT, max_new_tokens=6)
     assert (len(tokens), finish.reason) == (6, "length")

@@ -97,7 +97,7 @@ def test_vectors_of_recovery(kind: str, device: str) -> None:
     _launch_all_as(step, Launch(32, 64, 1, slots=16, more=8))
     # With int4 what follows may fall on the other side of a threshold.
     level = 0.0 if kind == "int4" else 0.3
-    oracle.slack = 1e-2 if kind == "int4" else oracle.slack
+    oracle.error = 1e-2 if kind == "int4" else oracle.error
     oracle.thresholds.fill_(level)
     step.set_thresholds(oracle.thresholds)
     first, second = small.vectors(), small.vectors()
