@@ -23,6 +23,10 @@ VARIANTS = [
     pytest.param({"hidden": 20, "inner": 7, "vocab": 3}, id="narrower-than-a-vector"),
     pytest.param({"hidden": 560, "inner": 1100, "head_dim": 96, "length": 5}, id="several-blocks"),
     pytest.param({"head_dim": 160, "length": 150}, id="wide-heads"),
+    pytest.param({"rotary": (6, 6)}, id="partial-rope"),
+    pytest.param({"rotary": (0, 10), "qk_norm": True}, id="a-layer-without-rope"),
+    pytest.param({"multipliers": (6.0, 0.22, 0.25), "bias": True}, id="multipliers"),
+    pytest.param({"growth": 0.1}, id="growing-scores"),
 ]
 
 
@@ -43,7 +47,7 @@ def check(small: Small, threads: int, tolerance: float = 1e-5, **options: Any) -
     position = 0
     for size in (1, 2, 6, small.length):
         part = tokens[position : position + size]
-        hidden = small.embed_tokens[part].float()
+        hidden = small.embed_tokens[part].float() * small.multipliers[0]
         for layer in range(len(small.layers)):
             prefill.layers(hidden, position, layer, layer + 1)
         for row, logits in enumerate(prefill.logits(hidden)):
