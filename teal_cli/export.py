@@ -83,7 +83,7 @@ def export(
     folder = folder.resolve()
     reporter.note(f"exporting {checkpoint.name}, {total_bytes / 1e9:.2f} GB → {folder}")
     artifacts.check_free_space(folder, total_bytes)
-    with artifacts.lock(folder, reporter), artifacts.atomic_dir(folder) as temporary:
+    with artifacts.atomic_dir(folder) as temporary:
         for file in checkpoint.folder.iterdir():
             if file.suffix != ".safetensors" and file.name not in (MANIFEST, "config.json"):
                 shutil.copyfile(file, temporary / file.name)

@@ -74,7 +74,5 @@ def export(
             raise stored.no_profile(stored.arguments(checkpoint))
         profile = found[0]
         setting = profile.setting(target, method)
-    write(
-        checkpoint, folder, setting, profile, max_sequences=max_sequences, reporter=reporter
-    )
+    write(checkpoint, folder, setting, profile, max_sequences=max_sequences, reporter=reporter)
     console.print_path(folder.resolve())

@@ -68,7 +68,7 @@ class TealLinearMethod(UnquantizedLinearMethod):
             layer, input_size_per_partition, output_partition_sizes, *sizes, **attributes
         )
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Turn the weights so that a channel is a row; a CPU's dense product has its own copy."""
         rows = layer.weight.data.t().contiguous()
         thresholds = torch.tensor(self._thresholds, dtype=torch.float32, device=rows.device)
@@ -88,9 +88,7 @@ class TealLinearMethod(UnquantizedLinearMethod):
         layer.register_buffer("teal_rows", rows, persistent=False)
         _layers[rows.data_ptr()] = _Layer(sparse, dense, self._max_sequences)
 
-    def apply(
-        self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]."""
         result: Tensor = torch.ops.teal.linear(x, layer.teal_rows, bias)
         return result

@@ -11,3 +11,7 @@ def test_dequantizing_in_the_interpreter() -> None:
 
 def test_the_step_in_the_interpreter() -> None:
     assert not run_interpreted("kernels/test_gpu_step.py")
+
+
+def test_the_projection_that_stands_alone_in_the_interpreter() -> None:
+    assert not run_interpreted("kernels/test_gpu_linear.py")

@@ -105,7 +105,7 @@ class DecodeStep:
 
 
 class Projection:
-    """A matrix of every layer on its own, multiplied as a step does: to be measured and tested."""
+    """A matrix of every layer on its own, multiplied as a step does."""
 
     def __init__(self, weights: Sequence[Tensor | QuantizedMatrix], widths: Sequence[int]) -> None:
         """Bind to weights [K, N], one a layer, contiguous and on the CPU.
@@ -123,6 +123,7 @@ class Projection:
         self._scratch = [binding.survivors(inputs, [self._matrix]) for _ in range(count)]
         self._parts = np.empty((count, outputs), dtype=np.float32)
         self._kept = np.zeros((count, len(widths)), dtype=np.int64)
+        self._project: Any = None  # machine code, from the first call on
 
     def __call__(self, layer: int, x: Tensor, thresholds: Tensor) -> Tensor:
         """`reference.sparse_project` with a layer's weights: x [K] float32, thresholds [P] float32.
@@ -141,7 +142,7 @@ class Projection:
                 self._scratch[thread], self._kept[thread],
             )  # fmt: skip
 
-        project = _compile(compiled.project, arguments(0))
+        project = self._project = self._project or _compile(compiled.project, arguments(0))
         team.run(lambda thread: project(*arguments(thread)), len(self._teams), self._barrier)
         return torch.from_numpy(y)
 

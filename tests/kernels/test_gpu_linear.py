@@ -1,0 +1,69 @@
+"""The GPU's projection that stands alone, against float64."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from projection_cases import DTYPES, make_case, oracle
+
+pytest.importorskip("triton")
+
+from teal_kernels.gpu import launch, linear
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [
+    pytest.param(63, (0, 60), id="63x60"),
+    pytest.param(33, (0, 40, 48, 56), id="33x(40+8+8)"),
+    pytest.param(65, (0, 31, 62), id="65x(31+31)"),
+    # The width of the demo model's qkv on one of three ranks.
+    pytest.param(96, (0, 192, 256, 320), id="96x(192+64+64)"),
+]
+
+
+@pytest.fixture(params=[None, launch.Launch(32, 64, 1, slots=16, more=8)], ids=["plain", "slots"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param is not None:
+        monkeypatch.setattr(
+            linear, "linear_launch", lambda *a: launch.fit(request.param, *a[:2], a[3])
+        )
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inputs", "offsets"), SHAPES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_each_row_has_its_own_survivors(
+    device: str,
+    inputs: int,
+    offsets: tuple[int, ...],
+    sparsity: float,
+    dtype: torch.dtype,
+) -> None:
+    cases = [make_case(inputs, offsets, sparsity, dtype, seed=n) for n in range(3)]
+    first = cases[0]
+    cases = [case._replace(weight=first.weight, thresholds=first.thresholds) for case in cases]
+    widths = [end - start for start, end in pairwise(offsets)]
+    product = linear.Linear(first.weight.to(device), widths, first.thresholds.to(device))
+    y = product(torch.stack([case.x for case in cases]).to(device)).cpu()
+    assert y.dtype == dtype
+    expected = torch.stack([oracle(case) for case in cases])
+    # Float32 sums of K products, then one rounding to the dtype.
+    size = torch.stack([case.x.double().abs() @ case.weight.double().abs() for case in cases])
+    bound = size * inputs * 2**-24 + expected.abs() * torch.finfo(dtype).eps + 1e-6
+    assert ((y.double() - expected).abs() <= bound).all()
+
+
+def test_dropped_rows_are_never_used(device: str) -> None:
+    case: Any = make_case(40, (0, 24, 48), 0.5, torch.float16)
+    case.weight[case.x.float().abs() <= case.thresholds.min()] = torch.nan
+    product = linear.Linear(case.weight.to(device), [24, 24], case.thresholds.to(device))
+    assert product(case.x[None].to(device)).isfinite().all()
+
+
+def test_other_numbers_of_thresholds_are_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="thresholds"):
+        linear.Linear(torch.zeros(8, 8, device=device), [8], torch.zeros(2, device=device))
