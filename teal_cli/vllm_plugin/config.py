@@ -49,8 +49,8 @@ class TealConfig(QuantizationConfig):
         version = tuple(int(part) for part in re.findall(r"\d+", vllm.__version__)[:2])
         if not OLDEST <= version < NEWEST:
             raise RuntimeError(
-                f"teal serves with vLLM from {_dotted(OLDEST)} to before {_dotted(NEWEST)}, "
-                f"this is {vllm.__version__}: install another of the two"
+                f"this vLLM, {vllm.__version__}, is not known to the plug-in of teal: install one "
+                f"from {_dotted(OLDEST)} to before {_dotted(NEWEST)}, or another teal-cli"
             )
         return cls(Thresholds.read(config))
 

@@ -43,7 +43,13 @@ def vllm(folder: Path, *options: str) -> Iterator[Any]:
         port = free.getsockname()[1]
     command = ["vllm", "serve", str(folder), "--served-model-name", "demo", "--port", str(port)]
     command += ["--max-model-len", "1024", *options]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    # Ranks that share one memory node cannot be bound to cores of their own.
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if options else {}
+    environment |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     log = (folder.parent / f"{folder.name}.log").open("w")
     began = time.monotonic()
     process = subprocess.Popen(
