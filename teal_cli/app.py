@@ -25,7 +25,6 @@ from teal_cli.commands.chat import chat
 from teal_cli.commands.convert import convert
 from teal_cli.commands.download import download
 from teal_cli.commands.eval import evaluate
-from teal_cli.commands.export import export
 from teal_cli.commands.models import models
 from teal_cli.commands.serve import serve
 from teal_cli.examples import epilog
@@ -42,7 +41,6 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "calibrate": calibrate,
     "convert": convert,
-    "export": export,
     "download": download,
     "models": models,
 }
