@@ -15,6 +15,8 @@ from evaluation.tasks_data import DOCUMENTS, write_group, write_task
 from torch import Tensor
 
 from teal_cli.errors import TealError
+from teal_cli.inference.drafters import ModelDrafter
+from teal_cli.inference.drafting import Drafting
 from teal_cli.inference.generate import Token, generate
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
@@ -188,6 +190,29 @@ def test_what_an_answer_decoded_is_read_anew_in_a_later_prompt(
 
     assert len(said) == 16
     assert answers("first", "second")[1] == answers("second")[0]
+
+
+def test_guesses_leave_a_tasks_answers_as_they_are(checkpoint: Checkpoint) -> None:
+    """They are the dense model's alone: a sparse setting guesses nothing."""
+
+    def guess(session: Session) -> None:
+        setting = Setting("uniform", 0.3, torch.full((3, 7), 0.05))
+        own = Session(
+            session.decoder, max_length=session.max_length, cache=session.cache, setting=setting
+        )
+        vocab_size = session.decoder.config.vocab_size
+        drafter = ModelDrafter("self", own, vocab_size, shares_cache=True)
+        session.drafting = Drafting([drafter], length=4)
+
+    asked = requests(
+        "generate_until", *[(text, {"until": ["q"], "max_gen_toks": 40}) for text in ("Say", "it")]
+    )
+    plain, guessed = teal_lm(checkpoint, None), teal_lm(checkpoint, None, guess=guess)
+    assert guessed.generate_until(asked) == plain.generate_until(asked)
+    assert 0 < guessed.guesses.accepted < guessed.guesses.guessed
+    sparse = teal_lm(checkpoint, torch.full((3, 7), 0.3), guess=guess)
+    sparse.generate_until(asked)
+    assert sparse.guesses.rounds == 0
 
 
 def test_what_does_not_fit_the_context_is_one_error(checkpoint: Checkpoint) -> None:
