@@ -105,6 +105,18 @@ def test_sliding_windows() -> None:
     assert windows("qwen3", sliding_window=8, use_sliding_window=True, max_window_layers=0) == {8}
 
 
+def test_windows_of_layers_without_rope() -> None:
+    """SmolLM3's, where its config does not name the layers' kinds."""
+    from transformers import AutoConfig
+
+    own = {"sliding_window": 8, "use_sliding_window": True, "no_rope_layer_interval": 3}
+    ours = ModelConfig.from_dict({"model_type": "smollm3", **MINIMAL, **own})
+    kinds = AutoConfig.for_model("smollm3", **MINIMAL, **own).layer_types
+    assert [size is not None for size in ours.sliding_windows] == [
+        kind == "sliding_attention" for kind in kinds
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [

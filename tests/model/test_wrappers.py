@@ -140,9 +140,10 @@ def test_a_chat(
     assert expected
 
 
-def test_a_head_beside_a_config_that_names_none(tmp_path: Path, teal_home: Path) -> None:
-    """Mistral Small 3.1 says nothing of ties, for which transformers assumes one."""
-    model = wrapper("mistral", tied=False)
+@pytest.mark.parametrize("tied", [False, True], ids=["own-head", "tied"])
+def test_a_config_that_says_nothing_of_ties(tied: bool, tmp_path: Path, teal_home: Path) -> None:
+    """transformers assumes one then; a head that is there is one all the same."""
+    model = wrapper("mistral", tied=tied)
     folder = save(model, tmp_path / "model", "of 4")
     raw = json.loads((folder / "config.json").read_text())
     del raw["tie_word_embeddings"]
