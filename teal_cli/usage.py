@@ -42,7 +42,6 @@ _ELSEWHERE = {
     "info": "teal --env",
 }
 _NOT_HERE = {
-    "serve": "teal has no server: teal chat MODEL talks, and with --json answers a program.",
     "ps": "teal runs only while a command does: teal models lists what is stored.",
     "stop": "teal runs only while a command does, and Ctrl-C ends it.",
     "push": "teal uploads nothing: hf upload does.",

@@ -254,4 +254,8 @@ def test_the_real_program(family: str, quantize: str | None) -> None:
 
 
 def test_shapes_that_have_names_can_be_written() -> None:
-    assert {shape.model_type for shape in SHAPES.values()} <= set(random_gguf._ARCHITECTURES)
+    """But for the families whose GGUF has numbers of its own."""
+    others = {"phi3", "granite", "smollm3", "ministral3"}
+    assert {shape.model_type for shape in SHAPES.values()} - others <= set(
+        random_gguf._ARCHITECTURES
+    )

@@ -11,8 +11,8 @@ import pytest
 
 from teal_cli.chat import answers, slash
 from teal_cli.chat.state import Chat
+from teal_cli.inference import session as session_module
 from teal_cli.inference.text_stream import Text
-from teal_cli.model.decoder import Decoder
 
 
 def test_compare_answers_twice_and_keeps_the_sparse_one(
@@ -105,21 +105,23 @@ def test_ctrl_c_ends_the_answer_and_keeps_it(
 def test_ctrl_c_ends_the_reading_of_a_prompt(
     chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    layer = Decoder.layer
+    monkeypatch.setattr(session_module, "_STRETCH", 1)  # asked before every layer
+    reads = chat.session._prefill
+    layers = reads.layers
 
-    def pressed(self: Decoder, index: int, *args: Any, **options: Any) -> Any:
-        assert index == 0  # no second layer is run
+    def pressed(hidden: Any, position: int, first: int, last: int) -> Any:
+        assert first == 0  # no second layer is run
         os.kill(os.getpid(), signal.SIGINT)
-        return layer(self, index, *args, **options)
+        return layers(hidden, position, first, last)
 
-    monkeypatch.setattr(Decoder, "layer", pressed)
+    monkeypatch.setattr(reads, "layers", pressed)
     answer = answers.answer(chat, "Hi")
     assert (answer.text, answer.finish.reason) == ("", "interrupted")
     out, err = capsys.readouterr()
     assert out == ""
     assert "before the answer began" in err
     assert chat.conversation.messages == []
-    monkeypatch.setattr(Decoder, "layer", layer)
+    monkeypatch.setattr(reads, "layers", layers)
     assert answers.answer(chat, "Hi").finish.stats.new_tokens > 0
 
 
@@ -132,7 +134,7 @@ def test_a_later_ctrl_c_breaks_off_what_does_not_end(
         while True:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Decoder, "layer", stuck)
+    monkeypatch.setattr(chat.session._prefill, "layers", stuck)
     with pytest.raises(KeyboardInterrupt):
         answers.answer(chat, "Hi")
 

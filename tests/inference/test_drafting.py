@@ -14,6 +14,7 @@ from model.families import FAMILIES, hf_model, our_decoder
 from torch import Tensor
 
 from teal_cli.inference import drafting as drafting_module
+from teal_cli.inference import session as session_module
 from teal_cli.inference.drafters import Drafter, Lookup, ModelDrafter
 from teal_cli.inference.drafting import Drafting
 from teal_cli.inference.generate import Finish, Token, generate
@@ -224,7 +225,10 @@ def test_a_draft_ends_where_the_answer_does(decoder: Decoder) -> None:
     assert (heard, finish.reason, session.position) == (said, "context", 60)
 
 
-def test_an_interrupted_draft_leaves_what_was_heard(decoder: Decoder) -> None:
+def test_an_interrupted_draft_leaves_what_was_heard(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_STRETCH", 1)  # asked before every layer
     said, _ = answer(Session(decoder, max_length=120), PROMPT)
     reading = [False] * decoder.config.num_hidden_layers
     for end in range(1, 12):
@@ -251,7 +255,7 @@ def test_ctrl_c_in_a_round_leaves_nothing_half_accepted(
     drafter: Any = session.drafting.drafters[0]
     owner, name = {
         "guess": (drafter.session, "step"),
-        "check": (session.decoder, "logits"),
+        "check": (session._prefill, "logits"),
         "choice": (Sampler, "sample"),
     }[phase]
 
