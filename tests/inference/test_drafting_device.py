@@ -81,10 +81,11 @@ def _drafts(decoder: Decoder, deterministic: bool = False) -> Session:
 def test_an_answer_is_the_dense_models(
     decoder: Decoder, sampling: Sampling, deterministic: bool
 ) -> None:
-    most = 8 if decoder.device.type == "cpu" else 50
+    # The interpreter takes half a minute for what a device does at once.
+    most, answers = (6, 1) if decoder.device.type == "cpu" else (50, 2)
     dense = Session(decoder, max_length=64, deterministic=deterministic)
     session = _drafts(decoder, deterministic)
-    for _ in range(2):
+    for _ in range(answers):
         expected, _ = _answer(dense, sampling, most)
         said, finish = _answer(session, sampling, most)
         assert said == expected
