@@ -17,7 +17,7 @@ from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
 from teal_cli.sparsity import stored, streaming
 from teal_cli.sparsity.profile import Profile
-from teal_cli.sparsity.recover import Lesson, check_lesson, recover
+from teal_cli.sparsity.recover import Lesson, check_targets, check_text, recover
 from teal_cli.sparsity.recovery import TARGETS
 from teal_cli.sparsity.workspace import Workspace
 from teal_cli.store import artifacts
@@ -60,6 +60,8 @@ def ensure_recovery(
     where: dict[str, Any] = {"device": device, "offline": offline, "reporter": reporter}
     profile = pipeline.ensure_profile(checkpoint, **where)
     method = method or profile.default_method
+    wanted = tuple(targets or TARGETS)
+    check_targets(profile, method, wanted)  # before any text is read
     target_device = pick_device(device)
     steps, seq_len = EFFORT[target_device.type]
     # As many windows as the steps read: a text that is read again is learnt by heart.
@@ -70,8 +72,7 @@ def ensure_recovery(
         offline=offline,
         reporter=reporter,
     )
-    wanted = tuple(targets or TARGETS)
-    check_lesson(profile, method, wanted, len(windows))
+    check_text(len(windows))
     path = stored.profile_path(checkpoint)
     work_dir = stored.work_dir(path).with_name(f"{path.stem}-recover")
     with artifacts.lock(path, reporter):

@@ -90,7 +90,8 @@ def recover(
         UsageError: there is too little text, or a target that the method does not reach.
         TealError: the loss is not finite; what was learnt before stays.
     """
-    check_lesson(profile, lesson.method, targets, len(lesson.windows))
+    check_targets(profile, lesson.method, targets)
+    check_text(len(lesson.windows))
     recovery = profile.recovery.get(lesson.method)
     recovery = recovery or Recovery.nothing(lesson.decoder, provenance)
     learner = _Learner(profile, lesson, reporter)
@@ -102,18 +103,22 @@ def recover(
     return profile
 
 
-def check_lesson(profile: Profile, method: str, targets: Sequence[float], windows: int) -> None:
-    """Make sure that vectors can be learnt; errors as `recover`."""
+def check_targets(profile: Profile, method: str, targets: Sequence[float]) -> None:
+    """Make sure that vectors can be learnt for these; errors as `recover`."""
+    for target in targets:
+        if target <= 0:
+            raise UsageError("at a sparsity of 0 there is nothing to win back")
+        profile.thresholds(target, method)
+
+
+def check_text(windows: int) -> None:
+    """Make sure that so many windows are enough to learn from; errors as `recover`."""
     if windows < LEAST_WINDOWS:
         raise UsageError(
             f"{windows} window{'' if windows == 1 else 's'} of text are too few to learn from",
             hint=f"Vectors need at least {LEAST_WINDOWS}, and get better up to some hundreds: "
             "give more text, or more --samples.",
         )
-    for target in targets:
-        if target <= 0:
-            raise UsageError("at a sparsity of 0 there is nothing to win back")
-        profile.thresholds(target, method)
 
 
 class _Learner:
