@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,27 +19,8 @@ from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
 
-
-class _Kernels(Protocol):
-    def __call__(self, tokens: Sequence[int], position: int) -> Tensor:
-        """Logits [T, vocab_size] float32 after each, the first at `position`; keys are cached."""
-
-
-class _Chooser(Protocol):
-    def choose(
-        self,
-        logits: Tensor,
-        position: int,
-        *,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        repetition_penalty: float,
-        seed: int,
-        tokens: Sequence[int],
-    ) -> list[int]:
-        """The token chosen after each row of logits; negative where they are not finite."""
+if TYPE_CHECKING:
+    from teal_kernels.gpu import RowChoices, VerifyStep
 
 
 class Verification:
@@ -109,10 +90,10 @@ class Verification:
         return found
 
     @cached_property
-    def _kernels(self) -> _Kernels | None:
+    def _kernels(self) -> VerifyStep | None:
         try:
             module = importlib.import_module("teal_kernels.gpu")
-            kernels: _Kernels = module.VerifyStep(step_tensors(self._decoder, self._cache))
+            kernels: VerifyStep = module.VerifyStep(step_tensors(self._decoder, self._cache))
             return kernels
         except Exception as error:  # a broken Triton fails in any way it likes
             if is_out_of_memory(error):
@@ -124,7 +105,7 @@ class Verification:
             return None
 
     @cached_property
-    def _chooser(self) -> _Chooser:
+    def _chooser(self) -> RowChoices:
         from teal_kernels.gpu import RowChoices
 
         vocab, most = self._decoder.config.vocab_size, LENGTHS[-1] + 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from teal_kernels.gpu.chain import launch
 from teal_kernels.gpu.sample import Choice, Chooser
 from teal_kernels.gpu.step import captured
 
@@ -36,7 +38,7 @@ class RowChoices:
         self._row = buffer(vocab, dtype=torch.float32)
         self._position = buffer(1, dtype=torch.int32)
         self._chooser = Chooser(
-            _launch,
+            partial(launch, False),
             self._row,
             buffer(1, dtype=torch.int32),
             self._position,
@@ -95,16 +97,12 @@ class RowChoices:
             graph.replay()
             return
 
-        def launch() -> None:
+        def choose_all() -> None:
             for row in self._logits[:count]:
                 self._row.copy_(row)
                 self._chooser.launch(self._choice)
 
         with torch.cuda.device_of(self._row):
-            launch()
+            choose_all()
             if self._done is not None:
-                self._graphs[kind] = captured(launch)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], num_warps: int, **arguments: Any) -> None:
-    kernel[grid](**arguments, PDL=False, num_warps=num_warps, num_stages=1)
+                self._graphs[kind] = captured(choose_all)

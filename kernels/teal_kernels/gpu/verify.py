@@ -139,7 +139,7 @@ class VerifyStep:
             _parts(weight)[0] * weight.shape[1]
             for weight in (getattr(t.layers[0], name) for name in MATRICES)
         )
-        # Of two products: h gains one when the next norm is taken, after another was begun.
+        # Of one product: the kernel after it has read them when the next one is begun.
         self._sums = buffer(ROWS * most)
 
     def _norm(self, added: Tensor | None, bias: Tensor | None, norm: Tensor) -> None:
