@@ -416,6 +416,25 @@ def test_what_is_not_a_number_reaches_the_logits(
     assert step(3, 10).isnan().all()
 
 
+@pytest.mark.parametrize("resident", [0, None])
+def test_programs_that_start_late_agree_on_the_norm(resident: int | None, device: str) -> None:
+    """Programs of several warps read the norm's scale while others write it, in every layer."""
+    sizes, dtype, times = {}, torch.float32, 1  # the interpreter runs one program at a time
+    if device != "cpu":
+        sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 8}
+        sizes |= {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128}
+        dtype, times = torch.float16, 1000
+    config = ModelConfig.from_dict({**BASE, **FAMILIES["llama"], **sizes})
+    decoder = random_decoder(config, device=device, dtype=dtype, seed=1)
+    step, _ = _step(decoder, 40)
+    if resident is not None:  # programs that take the scale themselves
+        step.chain.resident = resident
+    first = step(3, 10)
+    assert first.isfinite().all()
+    for _ in range(times):
+        torch.testing.assert_close(step(3, 10), first, rtol=1e-2, atol=1e-2)
+
+
 def test_what_a_caller_can_get_wrong(device: str) -> None:
     step, _ = _step(_decoder("llama", device), 40)
     with pytest.raises(ValueError, match="position 40 is outside"):

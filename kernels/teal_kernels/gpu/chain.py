@@ -231,6 +231,7 @@ class Chain:
             N1=n1,
             N2=n2,
             BLOCK_H=triton.next_power_of_2(t.hidden_size),
+            THREADS=32 * getattr(self.launches, name).num_warps,
             **later,
         )
 

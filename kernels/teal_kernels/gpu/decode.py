@@ -21,16 +21,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from teal_kernels.gpu.handover import _fixed, _later_biases, _read, _start_later, _wait
+from teal_kernels.gpu.handover import _add, _fixed, _later_biases, _read, _start_later, _wait
 from teal_kernels.gpu.products import _sum_int8, _words
-from teal_kernels.gpu.tiles import Matrix, Tile, _accumulate, _columns, _fetch_ahead, _first_bias
+from teal_kernels.gpu.tiles import Matrix, Tile, _accumulate, _columns, _fetch_ahead, _first_biases
 
 # Rows of small tables, aligned or not by layer: one compilation serves all layers.
 _ROWS_OF_TABLES = ["thresholds_ptr", "kept_ptr", "scale_ptr"]
 
 
 @triton.jit
-def _inverse_rms(h_ptr, scale_ptr, eps, H, BLOCK_H: tl.constexpr, PROGRAMS: tl.constexpr):
+def _inverse_rms(
+    h_ptr,
+    scale_ptr,
+    eps,
+    H,
+    BLOCK_H: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    THREADS: tl.constexpr,
+):
     """1 / rms(h): taken by each of the programs that start together, then read by the others.
 
     scale is 0 until one of the first has written it; whoever finds it so takes it too.
@@ -38,7 +46,11 @@ def _inverse_rms(h_ptr, scale_ptr, eps, H, BLOCK_H: tl.constexpr, PROGRAMS: tl.c
     pid = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     scale = 0.0
     if pid >= PROGRAMS:
-        scale = tl.load(scale_ptr, cache_modifier=".cg")  # not from L1, which may hold the 0
+        # One thread reads it for all: it may be written in between, and warps that found it at
+        # different times would part ways. Not from L1, which may hold the 0.
+        offs = tl.arange(0, THREADS)
+        found = tl.load(scale_ptr + offs, mask=offs == 0, other=0.0, cache_modifier=".cg")
+        scale = tl.sum(found, axis=0)
     if scale == 0.0:
         offs_h = tl.arange(0, BLOCK_H)
         h = _read(h_ptr + offs_h, offs_h < H)
@@ -115,6 +127,7 @@ def norm_project_kernel(
     BLOCK_H: tl.constexpr,
     AHEAD: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    THREADS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -135,13 +148,13 @@ def norm_project_kernel(
         _start_later(later_ptr, offs_later, biases, later_size)
     if row < H:  # always; see the module's docstring
         h = _read(h_ptr + offs_k, offs_k < H)
-        x = h * gain * _inverse_rms(h_ptr, scale_ptr, eps, H, BLOCK_H, PROGRAMS)
+        x = h * gain * _inverse_rms(h_ptr, scale_ptr, eps, H, BLOCK_H, PROGRAMS, THREADS)
         first = (start == 0) | (start == N0) | (start == N0 + N1)
         WORDS: tl.constexpr = _words(GROUP, BLOCK_N, N0, N1)
         _accumulate(
             y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
             Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr + block, first,
-            row, offs_k < H, start, end, WORDS, None, 1.0,
+            row, offs_k < H, start, end, WORDS, 1.0,
         )  # fmt: skip
 
 
@@ -175,14 +188,15 @@ def activate_project_kernel(
     offs_k = row + tl.arange(0, BLOCK_K)
     threshold = tl.load(thresholds_ptr)
     _fetch_ahead(w_ptr, row, INNER, start, N, STRIDE_K, AHEAD, PROGRAMS, BLOCK_N)
-    bias = _first_bias(bias_ptr, row, start, N, BLOCK_N, GROUP)
+    offs_b, biases, mask_b = _first_biases(bias_ptr, row, start, N, BLOCK_N, GROUP)
     _wait(PDL)
+    _add(y_ptr + offs_b, biases * MULTIPLIER, mask_b)
     if row < INNER:  # always; see the module's docstring
         x = _activated(gate_up_ptr, offs_k, INNER)
         _accumulate(
             y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
             Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr, start == 0,
-            row, offs_k < INNER, start, N, _words(GROUP, BLOCK_N, 0, 0), bias, MULTIPLIER,
+            row, offs_k < INNER, start, N, _words(GROUP, BLOCK_N, 0, 0), MULTIPLIER,
         )  # fmt: skip
 
 
@@ -244,10 +258,11 @@ def combine_project_kernel(
     mask_h = head < HEADS
     heads = offs_s[:, None] * HEADS + head[None, :]
     mask_sh = seen[:, None] & mask_h[None, :]
-    bias = _first_bias(bias_ptr, row, start, N, BLOCK_N, GROUP)
-    offs_later, biases = _later_biases(later_bias_ptr, later_size, LATER)
+    offs_b, biases, mask_b = _first_biases(bias_ptr, row, start, N, BLOCK_N, GROUP)
+    offs_later, later_biases = _later_biases(later_bias_ptr, later_size, LATER)
     _wait(PDL)
-    _start_later(later_ptr, offs_later, biases, later_size)
+    _start_later(later_ptr, offs_later, later_biases, later_size)
+    _add(y_ptr + offs_b, biases * MULTIPLIER, mask_b)
     if row < K:  # always; see the module's docstring
         maxima = tl.load(maxima_ptr + heads, mask=mask_sh, other=float("-inf"))
         sums = tl.load(sums_ptr + heads, mask=mask_sh, other=0.0)
@@ -260,7 +275,7 @@ def combine_project_kernel(
         _accumulate(
             y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
             Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr, start == 0,
-            row, mask_k, start, N, _words(GROUP, BLOCK_N, 0, 0), bias, MULTIPLIER,
+            row, mask_k, start, N, _words(GROUP, BLOCK_N, 0, 0), MULTIPLIER,
         )  # fmt: skip
 
 

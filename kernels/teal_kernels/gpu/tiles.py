@@ -163,11 +163,16 @@ def _gather(x, bits, counts, row, first, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _first_bias(bias_ptr, row, start, end, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """The biases of a tile's columns, for the first of the programs that add to them; else 0."""
+def _first_biases(bias_ptr, row, start, end, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """A tile's columns, their biases, and which to add: all by the first program of a column.
+
+    To be loaded before the wait and added right after it, so that they take no registers from
+    the product.
+    """
     PACK: tl.constexpr = _pack(GROUP)
     offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
-    return tl.load(bias_ptr + offs_n, mask=offs_n < tl.where(row == 0, end * PACK, 0), other=0.0)
+    mask = offs_n < tl.where(row == 0, end * PACK, 0)
+    return offs_n, tl.load(bias_ptr + offs_n, mask=mask, other=0.0), mask
 
 
 @triton.jit
@@ -184,10 +189,9 @@ def _accumulate(
     start,
     end,
     WORDS: tl.constexpr,
-    bias,
     MULTIPLIER: tl.constexpr,
 ):
-    """Add a tile's product to y, or a multiple of it and a bias [columns of the tile].
+    """Add a multiple of a tile's product to y.
 
     Channels with abs(x) <= threshold are never loaded.
 
@@ -230,8 +234,6 @@ def _accumulate(
     mask_n = offs_n < end * PACK
     if matrix.GROUP >= 0:
         y *= tl.load(matrix.scales_ptr + offs_n, mask=mask_n, other=0.0)
-    if bias is not None:
-        y += bias
     _add(y_ptr + offs_n, y * MULTIPLIER, mask_n)
     if count:
         tl.atomic_add(kept_ptr, kept, sem="relaxed")
