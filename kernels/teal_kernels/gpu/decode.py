@@ -21,9 +21,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from teal_kernels.gpu.handover import _add, _fixed, _later_biases, _read, _start_later, _wait
+from teal_kernels.gpu.handover import _fixed, _later_biases, _read, _start_later, _wait
 from teal_kernels.gpu.products import _sum_int8, _words
-from teal_kernels.gpu.tiles import Matrix, Tile, _accumulate, _columns, _fetch_ahead, _first_biases
+from teal_kernels.gpu.tiles import (
+    Matrix,
+    Tile,
+    _accumulate,
+    _add_first,
+    _columns,
+    _fetch_ahead,
+    _first_biases,
+)
 
 # Rows of small tables, aligned or not by layer: one compilation serves all layers.
 _ROWS_OF_TABLES = ["thresholds_ptr", "kept_ptr", "scale_ptr"]
@@ -46,11 +54,15 @@ def _inverse_rms(
     pid = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     scale = 0.0
     if pid >= PROGRAMS:
-        # One thread reads it for all: it may be written in between, and warps that found it at
-        # different times would part ways. Not from L1, which may hold the 0.
-        offs = tl.arange(0, THREADS)
-        found = tl.load(scale_ptr + offs, mask=offs == 0, other=0.0, cache_modifier=".cg")
-        scale = tl.sum(found, axis=0)
+        # Not from L1, which may hold the 0.
+        if THREADS == 32:
+            scale = tl.load(scale_ptr, cache_modifier=".cg")
+        else:
+            # By one thread for all: it may be written in between, and warps that found it at
+            # different times would part ways.
+            offs = tl.arange(0, THREADS)
+            found = tl.load(scale_ptr + offs, mask=offs == 0, other=0.0, cache_modifier=".cg")
+            scale = tl.sum(found, axis=0)
     if scale == 0.0:
         offs_h = tl.arange(0, BLOCK_H)
         h = _read(h_ptr + offs_h, offs_h < H)
@@ -188,9 +200,9 @@ def activate_project_kernel(
     offs_k = row + tl.arange(0, BLOCK_K)
     threshold = tl.load(thresholds_ptr)
     _fetch_ahead(w_ptr, row, INNER, start, N, STRIDE_K, AHEAD, PROGRAMS, BLOCK_N)
-    offs_b, biases, mask_b = _first_biases(bias_ptr, row, start, N, BLOCK_N, GROUP)
+    biases = MULTIPLIER * _first_biases(bias_ptr, row, start, N, BLOCK_N, GROUP)
     _wait(PDL)
-    _add(y_ptr + offs_b, biases * MULTIPLIER, mask_b)
+    _add_first(y_ptr, biases, row, start, N, BLOCK_N, GROUP)
     if row < INNER:  # always; see the module's docstring
         x = _activated(gate_up_ptr, offs_k, INNER)
         _accumulate(
@@ -258,11 +270,11 @@ def combine_project_kernel(
     mask_h = head < HEADS
     heads = offs_s[:, None] * HEADS + head[None, :]
     mask_sh = seen[:, None] & mask_h[None, :]
-    offs_b, biases, mask_b = _first_biases(bias_ptr, row, start, N, BLOCK_N, GROUP)
+    biases = MULTIPLIER * _first_biases(bias_ptr, row, start, N, BLOCK_N, GROUP)
     offs_later, later_biases = _later_biases(later_bias_ptr, later_size, LATER)
     _wait(PDL)
     _start_later(later_ptr, offs_later, later_biases, later_size)
-    _add(y_ptr + offs_b, biases * MULTIPLIER, mask_b)
+    _add_first(y_ptr, biases, row, start, N, BLOCK_N, GROUP)
     if row < K:  # always; see the module's docstring
         maxima = tl.load(maxima_ptr + heads, mask=mask_sh, other=float("-inf"))
         sums = tl.load(sums_ptr + heads, mask=mask_sh, other=0.0)

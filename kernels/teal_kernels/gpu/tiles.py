@@ -164,15 +164,26 @@ def _gather(x, bits, counts, row, first, SLOTS: tl.constexpr):
 
 @triton.jit
 def _first_biases(bias_ptr, row, start, end, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """A tile's columns, their biases, and which to add: all by the first program of a column.
+    """The biases of a tile's columns, where it is the first of those that add to them.
 
-    To be loaded before the wait and added right after it, so that they take no registers from
-    the product.
+    Loaded before the wait and added by `_add_first` right after it, they take no time and no
+    registers from the product.
     """
     PACK: tl.constexpr = _pack(GROUP)
-    offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
-    mask = offs_n < tl.where(row == 0, end * PACK, 0)
-    return offs_n, tl.load(bias_ptr + offs_n, mask=mask, other=0.0), mask
+    biases = tl.zeros((BLOCK_N * PACK,), tl.float32)
+    if row == 0:
+        offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
+        biases = tl.load(bias_ptr + offs_n, mask=offs_n < end * PACK, other=0.0)
+    return biases
+
+
+@triton.jit
+def _add_first(y_ptr, biases, row, start, end, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Add to y what `_first_biases` loaded."""
+    PACK: tl.constexpr = _pack(GROUP)
+    if row == 0:
+        offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
+        _add(y_ptr + offs_n, biases, offs_n < end * PACK)
 
 
 @triton.jit
