@@ -116,6 +116,35 @@ def test_equals_transformers(
     torch.testing.assert_close(rows, expected[20:], atol=2e-5, rtol=1e-4)
 
 
+def test_fp8_with_one_factor_a_tensor(tmp_path: Path, teal_home: Path) -> None:
+    """As the instruct models of Ministral 3 are stored: scalars, of activations too."""
+    model = wrapper("ministral3", tied=False)
+    linear = [name for name, _ in model.model.language_model.named_parameters() if "proj" in name]
+    parts: dict[str, torch.Tensor] = {}
+    for name in linear:
+        weight = model.model.language_model.get_parameter(name)
+        factor = weight.abs().max() / 448
+        codes = (weight / factor).to(torch.float8_e4m3fn)
+        weight.copy_(codes.float() * factor)
+        module = "language_model.model." + name.removesuffix(".weight")
+        parts |= {f"{module}.weight": codes, f"{module}.weight_scale_inv": factor}
+        parts[f"{module}.activation_scale"] = torch.tensor(0.5)
+    folder = save(model, tmp_path / "model", "of 4")
+    edit_weights(lambda weights: weights.update(parts))(folder)
+    whole = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    edit_config(
+        quantization_config={
+            "quant_method": "fp8",
+            "activation_scheme": "static",
+            "weight_block_size": None,
+            "modules_to_not_convert": whole,
+        }
+    )(folder)
+    expected = model(input_ids=IDS[None]).logits[0]
+    found = logits(converted(folder).load())
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
 def test_a_chat(
     tmp_path: Path,
     teal_home: Path,
