@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.inference.drafters import Drafter, ModelDrafter
-from teal_cli.inference.guesses import DraftCounts
+from teal_cli.inference.guesses import DraftCounts, Guesses, known
 from teal_cli.inference.pace import LENGTHS, Costs, Pace
 from teal_cli.inference.sampling import Sampler, Sampling, at_position, penalised
 from teal_cli.inference.session import Session
@@ -74,23 +74,15 @@ class Drafting:
     def warm_up(self, session: Session) -> None:
         """Compile what checks and guesses, and learn what they take; before the first prompt."""
         sampler = Sampler(Sampling())
-        self._learn_checks(session, sampler)
         for _ in range(2):  # the first compiles
             started = time.perf_counter()
             sampler.sample(session.verify([0])[0])
             token_s = time.perf_counter() - started
-            taken = []
-            for drafter in self.drafters:
-                started = time.perf_counter()
-                made = drafter.propose([], 0, min(4, session.max_length - 1), sampler, 0)
-                taken.append((len(made), time.perf_counter() - started))
         self._costs.decoded(token_s)
-        for pace, (count, seconds) in zip(self._paces, taken, strict=True):
-            if count:
-                pace.guessed(count, seconds)
+        self._learn(session, sampler)
 
-    def _learn_checks(self, session: Session, sampler: Sampler) -> None:
-        """Compile the passes over several tokens with one way of choosing, and time them.
+    def _learn(self, session: Session, sampler: Sampler) -> None:
+        """Compile guesses and the passes over them with one way of choosing, and time them.
 
         What they cache lies behind the session's tokens, where the next ones come.
         """
@@ -99,10 +91,18 @@ class Drafting:
         for length in (length for length in LENGTHS if length < room):
             for _ in range(2):  # the first compiles
                 started = time.perf_counter()
-                last = self._judge(session, [0] * (length + 1), sampler, 0, careful=False)[-1]
-                self._choice(last, None, sampler, 0, session)
+                rows = self._judge(session, 0, [0] * length, sampler, 0, careful=False)[1]
+                self._choice(rows[-1], None, sampler, 0, session)
                 seconds = time.perf_counter() - started
             self._costs.checked(length + 1, seconds)
+        for pace, drafter in zip(self._paces, self.drafters, strict=True):
+            drafter.read(session.tokens)
+            for _ in range(2):
+                started = time.perf_counter()
+                made = known(drafter.propose(session.tokens, 0, min(4, room - 1), sampler, 0))
+                seconds = time.perf_counter() - started
+            if made:
+                pace.guessed(len(made), seconds)
 
     def decode(
         self, session: Session, token: int, sampler: Sampler, most: int
@@ -113,7 +113,7 @@ class Drafting:
         # In these, what a step would round otherwise is decided by steps.
         careful = session.deterministic and sampler.sampling.greedy
         if session.decodes_ahead and _kind(sampler.sampling) not in self._known:
-            self._learn_checks(session, sampler)
+            self._learn(session, sampler)
         exact = session.position  # up to here, keys and values are a step's own
         most = end - session.position - 1
         for own, drafter in zip(self._paces, self.drafters, strict=True):
@@ -121,8 +121,8 @@ class Drafting:
                 drafter.read(session.tokens)
         while session.position < end:
             started = began = time.perf_counter()
-            asked, pace, guesses = self._guess(session, token, sampler, seed, end)
-            if not guesses and session.decodes_ahead and not careful:
+            asked, by, guesses = self._guess(session, token, sampler, seed, end)
+            if by is None and session.decodes_ahead and not careful:
                 stretch = min(1 if asked else _STRETCH, end - session.position)
                 with closing(session.decode(token, sampler, stretch, seed)) as alone:
                     for token in alone:
@@ -131,7 +131,10 @@ class Drafting:
                         started = time.perf_counter()
                 continue
             guessed = time.perf_counter()
-            rows = self._judge(session, [token, *guesses], sampler, seed, careful=careful)
+            ahead = isinstance(guesses, Tensor)
+            guesses, rows = self._judge(session, token, guesses, sampler, seed, careful=careful)
+            if by is not None and ahead:
+                self.drafters[by].made(guesses)
             if not guesses and exact == session.position:
                 exact += 1
             self.counts.rounds += bool(guesses)
@@ -150,38 +153,51 @@ class Drafting:
                 self.counts.accepted += 1
                 yield token
                 started = time.perf_counter()
-            if pace is None:
+            if by is None:
                 self._costs.decoded(spent)
             else:
-                pace.judged(len(guesses), right)
-                self._costs.checked(len(guesses) + 1, spent - (guessed - began))
+                pace, count = self._paces[by], len(guesses)
+                if ahead:  # the device did both, and the host cannot tell them apart
+                    pace.guessed(count, max(spent - self._costs.check_s(count + 1), 0.0))
+                else:
+                    pace.guessed(count, guessed - began)
+                    self._costs.checked(count + 1, spent - (guessed - began))
+                pace.judged(count, right)
                 self._costs.round_ended(right + 1, spent)
             yield token
 
     def _guess(
         self, session: Session, token: int, sampler: Sampler, seed: int, end: int
-    ) -> tuple[bool, Pace | None, list[int]]:
-        """Whether a drafter was asked; the pace of the first with guesses, and its guesses."""
+    ) -> tuple[bool, int | None, Guesses]:
+        """Whether a drafter was asked; which is the first with guesses, and its guesses."""
         most, asked = end - session.position - 1, False
-        for pace, drafter in zip(self._paces, self.drafters, strict=True):
-            wanted = pace.length(most) if self._length is None else min(self._length, most)
-            if (length := _length(wanted)) == 0:
+        for by, drafter in enumerate(self.drafters):
+            wanted = self._paces[by].length(most) if self._length is None else self._length
+            if (length := _length(min(wanted, most))) == 0:
                 continue
-            asked, started = True, time.perf_counter()
+            asked = True
             made = drafter.propose(session.tokens, token, length, sampler, seed)
-            if made := made[: _length(len(made))]:
-                pace.guessed(len(made), time.perf_counter() - started)
-                return True, pace, made
+            if length := _length(len(made)):
+                return True, by, made[:length]
         return asked, None, []
 
     def _judge(
-        self, session: Session, tokens: list[int], sampler: Sampler, seed: int, *, careful: bool
-    ) -> Sequence[Tensor | int]:
-        """After each of T tokens that may follow, its logits [vocab_size] or what was chosen."""
-        choices = None
-        if len(tokens) > 1 and not careful:
-            choices = session.choices(tokens, sampler, seed)
-        return choices or list(session.verify(tokens))
+        self,
+        session: Session,
+        token: int,
+        guesses: Guesses,
+        sampler: Sampler,
+        seed: int,
+        *,
+        careful: bool,
+    ) -> tuple[list[int], Sequence[Tensor | int]]:
+        """The guesses; after `token` and each, the logits [vocab_size] or what was chosen."""
+        if len(guesses) and not careful:
+            found = session.choices(token, guesses, sampler, seed)
+            if found is not None:
+                return found
+        guesses = known(guesses)
+        return guesses, list(session.verify([token, *guesses]))
 
     def _choice(
         self, row: Tensor | int, guess: int | None, sampler: Sampler, seed: int, session: Session
