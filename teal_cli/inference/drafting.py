@@ -8,6 +8,7 @@ probability that the model gives it, and what is drawn in its place are the othe
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Generator, Sequence
@@ -25,6 +26,8 @@ from teal_cli.inference.session import Session
 # Tokens that are decoded alone between two looks at whether guessing may pay again, where the
 # device decodes ahead of the host.
 _STRETCH = 16
+# Tokens that are decoded alone to learn what one takes: at first, and later.
+_ALONE, _AGAIN = 6, 2
 # Two logits count as equal where they are nearer than this share of all logits' spread: a pass over
 # several tokens sums in another order than a step, and rounds to the compute dtype.
 _ROUNDING = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
@@ -73,12 +76,15 @@ class Drafting:
 
     def warm_up(self, session: Session) -> None:
         """Compile what checks and guesses, and learn what they take; before the first prompt."""
-        sampler = Sampler(Sampling())
-        for _ in range(2):  # the first compiles
-            started = time.perf_counter()
-            sampler.sample(session.verify([0])[0])
-            token_s = time.perf_counter() - started
-        self._costs.decoded(token_s)
+        sampler, start, taken = Sampler(Sampling()), session.position, []
+        started = time.perf_counter()
+        with closing(session.decode(0, sampler, _ALONE, 0)) as alone:
+            for _ in alone:
+                taken.append(time.perf_counter() - started)
+                started = time.perf_counter()
+        session.rewind(start)
+        # What disturbs only ever adds, and a token that seems slow lets guesses seem to pay.
+        self._costs.decoded(min(taken))
         self._learn(session, sampler)
 
     def _learn(self, session: Session, sampler: Sampler) -> None:
@@ -123,7 +129,8 @@ class Drafting:
             started = began = time.perf_counter()
             asked, by, guesses = self._guess(session, token, sampler, seed, end)
             if by is None and session.decodes_ahead and not careful:
-                stretch = min(1 if asked else _STRETCH, end - session.position)
+                stretch = 1 if asked else _AGAIN if self._costs.stale else _STRETCH
+                stretch = min(stretch, end - session.position)
                 with closing(session.decode(token, sampler, stretch, seed)) as alone:
                     for token in alone:
                         self._costs.decoded(time.perf_counter() - started)
@@ -171,6 +178,8 @@ class Drafting:
     ) -> tuple[bool, int | None, Guesses]:
         """Whether a drafter was asked; which is the first with guesses, and its guesses."""
         most, asked = end - session.position - 1, False
+        if self._length is None and self._costs.stale:
+            return False, None, []
         for by, drafter in enumerate(self.drafters):
             wanted = self._paces[by].length(most) if self._length is None else self._length
             if (length := _length(min(wanted, most))) == 0:
@@ -233,9 +242,11 @@ def _is_tie(row: Tensor | int, sampler: Sampler, session: Session) -> bool:
     """Whether rounding may decide which of the logits [vocab_size] is the largest."""
     assert isinstance(row, Tensor)
     logits = penalised(row, session.tokens, sampler.sampling.repetition_penalty)
-    first, second = logits.topk(2).values.tolist()
-    spread = float(logits[logits.isfinite()].std())
-    return first - second < _ROUNDING[session.decoder.compute_dtype] * spread
+    spread = float(logits.std())
+    if not math.isfinite(spread):  # to look for what is not takes longer than all the rest
+        spread = float(logits[logits.isfinite()].std())
+    least = float(logits.max()) - _ROUNDING[session.decoder.compute_dtype] * spread
+    return int((logits > least).sum()) > 1  # sooner than the two largest are found
 
 
 def _settled(session: Session, start: int) -> Tensor:
