@@ -45,6 +45,7 @@ class Settings:
     deterministic: bool = False
     draft: str | None = None  # what guesses, at each sparsity, in the place of sparse decoding
     acceptance: float | None = None  # that is assumed of guesses
+    copy: bool = False  # the answer is to repeat its prompt
 
     @property
     def length(self) -> int:

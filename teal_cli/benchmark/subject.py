@@ -12,6 +12,9 @@ import torch
 from teal_cli.benchmark.bench import Attach, SettingFor, Settings, require_memory_for
 from teal_cli.benchmark.self_calibration import met_setting, self_calibrated
 from teal_cli.errors import UsageError
+from teal_cli.inference.chat_template import ChatTemplate
+from teal_cli.inference.drafters import NGRAM
+from teal_cli.inference.prompts import Prompts
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
@@ -30,6 +33,19 @@ _TEXT = (
     "about the price of mackerel as their fathers had done. By nine the market would be full. "
 )
 
+# A page to be copied with one change, so that nearly all of the answer stands in the prompt.
+_COPY = """\
+Repeat the following list word for word, only replace "butter" with "oil".
+
+1. Bring four potatoes and two onions.
+2. Wash the potatoes and cut them into cubes.
+3. Chop the onions and fry them in a little butter.
+4. Add a litre of water and some salt.
+5. Boil the soup for twenty minutes, then mash it.
+6. Stir in a spoon of vinegar and let it rest.
+7. Put a warm plate in front of every guest.
+8. Serve it hot with bread and fresh herbs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -43,22 +59,29 @@ class Subject:
     gguf: Path | None = None  # the file that the model was converted from
 
 
+def text_prompt(tokenizer: Any, settings: Settings) -> list[int]:
+    """Tokens of a text, as many as asked for; or of a chat's request to copy a page."""
+    if not settings.copy:
+        tokens: list[int] = tokenizer(_TEXT)["input_ids"]
+        tokens *= -(-settings.prompt_tokens // len(tokens))
+        return tokens[: settings.prompt_tokens]
+    template = ChatTemplate.of(tokenizer)
+    if template is None:
+        page: list[int] = tokenizer(_COPY + "\n\n")["input_ids"]
+        return page
+    think = False if template.switches else None
+    return Prompts(tokenizer, template).encode([{"role": "user", "content": _COPY}], think)[1]
+
+
 def model_subject(
     checkpoint: Checkpoint,
     profile: Profile | None,
     made: Mapping[float, Setting],
-    settings: Settings,
+    prompt: list[int],
     device: torch.device,
     gguf: Path | None = None,
 ) -> Subject:
-    """A model with its own weights, a prompt of text, and what its profile has for each sparsity.
-
-    Raises:
-        UsageError: the context is too short.
-    """
-    settings.check(checkpoint.config)
-    tokens = checkpoint.tokenizer()(_TEXT)["input_ids"]
-    tokens *= -(-settings.prompt_tokens // len(tokens))
+    """A model with its own weights, a prompt, and what its profile has for each sparsity."""
     decoder = checkpoint.load(device)
     description: dict[str, Any] = {
         "name": checkpoint.name,
@@ -74,7 +97,7 @@ def model_subject(
     return Subject(
         decoder,
         description,
-        tokens[: settings.prompt_tokens],
+        prompt,
         lambda session, sparsity: made[sparsity],
         gguf=gguf,
     )
@@ -108,6 +131,8 @@ def random_subject(
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.prompt_tokens,)
     prompt: list[int] = torch.randint(config.vocab_size, size, generator=generator).tolist()
+    if settings.copy:  # the prompt begins anew, and the answer can go on like that
+        prompt[-NGRAM:] = prompt[:NGRAM]
     profile = self_calibrated(decoder, seed=settings.seed, reporter=reporter)
     return Subject(
         decoder,

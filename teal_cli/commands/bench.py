@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,6 +52,14 @@ RandomWeightsOption = Annotated[
 TokensOption = Annotated[int, typer.Option("--tokens", "-n", min=2, help="Tokens to decode.")]
 PromptTokensOption = Annotated[
     int, typer.Option("--prompt-tokens", min=1, help="Tokens in the prompt.")
+]
+CopyOption = Annotated[
+    bool,
+    typer.Option(
+        "--copy",
+        help="In the place of that prompt, ask for the copy of a page with one change: what"
+        " --draft lookup is for.",
+    ),
 ]
 RepeatsOption = Annotated[
     int, typer.Option("--repeats", min=1, help="Runs of each row, taken in turns.")
@@ -115,6 +124,7 @@ def bench(
     random_weights: RandomWeightsOption = False,
     tokens: TokensOption = 100,
     prompt_tokens: PromptTokensOption = 32,
+    copy: CopyOption = False,
     repeats: RepeatsOption = 5,
     baseline: BaselineOption = None,
     draft: DraftOption = None,
@@ -178,6 +188,7 @@ def bench(
         deterministic,
         draft,
         acceptance,
+        copy,
     )
     wanted = None if draft is None else drafts.Wanted.parse(draft)
     if tune:
@@ -213,6 +224,9 @@ def bench(
             matrices = one_by_one(decoder, description, settings, reporter)
             deliver(KernelReport(matrices), output, json=json)
             return
+        prompt = subject.text_prompt(checkpoint.tokenizer(), settings)
+        settings = replace(settings, prompt_tokens=len(prompt))
+        settings.check(checkpoint.config)
         profile, guesser = None, None
         made: dict[float, Setting] = {}
         if wanted is None:
@@ -228,7 +242,7 @@ def bench(
                 quick=False, token=token, **where,
             )  # fmt: skip
         gguf = hub.gguf_of(ref) if BaselineName.llama_cpp.value in baselines else None
-        tested = subject.model_subject(checkpoint, profile, made, settings, target_device, gguf)
+        tested = subject.model_subject(checkpoint, profile, made, prompt, target_device, gguf)
         if guesser is not None:
             tested = drafts.on_model(guesser, tested, settings, method, reporter)
     found = run.decoding(tested, settings, reporter)

@@ -7,12 +7,13 @@ from contextlib import closing
 from itertools import takewhile
 from typing import Protocol
 
+from teal_cli.inference.guesses import Guesses
 from teal_cli.inference.pace import LENGTHS
 from teal_cli.inference.sampling import Sampler
 from teal_cli.inference.session import Session, common_prefix
 
 # Tokens that must be the same for the text to count as repeating: two are so too often by chance.
-_NGRAM = 3
+NGRAM = 3
 
 
 class Drafter(Protocol):
@@ -25,7 +26,7 @@ class Drafter(Protocol):
 
     def propose(
         self, tokens: Sequence[int], token: int, most: int, sampler: Sampler, seed: int
-    ) -> list[int]:
+    ) -> Guesses:
         """Guesses for what follows `token`, perhaps none.
 
         Args:
@@ -35,6 +36,9 @@ class Drafter(Protocol):
             sampler: how the model's tokens are chosen.
             seed: with the position it makes the noise of their choices.
         """
+
+    def made(self, guesses: list[int]) -> None:
+        """What the last guesses were, where `propose` did not wait for them."""
 
 
 class Lookup:
@@ -51,8 +55,8 @@ class Lookup:
         text = [*tokens]
         if text[: len(self._text)] != self._text:
             self._text, self._after = [], {}
-        for i in range(max(len(self._text), _NGRAM), len(text)):
-            self._after[tuple(text[i - _NGRAM : i])] = i
+        for i in range(max(len(self._text), NGRAM), len(text)):
+            self._after[tuple(text[i - NGRAM : i])] = i
         self._text = text
 
     def propose(
@@ -61,11 +65,14 @@ class Lookup:
         """What followed the last few tokens where they stood last; see `Drafter`."""
         self.read([*tokens, token])
         text = self._text
-        start = self._after.get(tuple(text[-_NGRAM:]))
+        start = self._after.get(tuple(text[-NGRAM:]))
         if start is None:
             return []
         period = len(text) - start  # what repeats right behind itself goes on doing so
         return [text[start + i % period] for i in range(most)]
+
+    def made(self, guesses: list[int]) -> None:
+        """There was nothing to wait for."""
 
 
 class ModelDrafter:
@@ -90,6 +97,7 @@ class ModelDrafter:
         self.session = session
         self._vocab_size = min(vocab_size, session.decoder.config.vocab_size)
         self._shares_cache = shares_cache
+        self._before = 0  # the token that the last guesses follow
 
     def read(self, tokens: Sequence[int]) -> None:
         """Compute the keys and values of a prompt, unless they are shared."""
@@ -104,7 +112,7 @@ class ModelDrafter:
 
     def propose(
         self, tokens: Sequence[int], token: int, most: int, sampler: Sampler, seed: int
-    ) -> list[int]:
+    ) -> Guesses:
         """What the cheaper model says; none beyond its context; see `Drafter`."""
         own = self.session
         self.read(tokens)
@@ -114,5 +122,12 @@ class ModelDrafter:
             return []
         for said in unread:  # since the last round
             own.step(said)
+        if own.decodes_ahead and not sampler.needs_logits:
+            self._before = token
+            return own.guess(token, sampler, most, seed).clamp_(max=self._vocab_size - 1)
         with closing(own.decode(token, sampler, most, seed)) as guesses:
             return list(takewhile(lambda guess: guess < self._vocab_size, guesses))
+
+    def made(self, guesses: list[int]) -> None:
+        """Note what the session has decoded; the last guess is not read yet."""
+        self.session.tokens += [self._before, *guesses[:-1]]

@@ -8,6 +8,7 @@ probability that the model gives it, and what is drawn in its place are the othe
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Generator, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.inference.drafters import Drafter, ModelDrafter
-from teal_cli.inference.guesses import DraftCounts
+from teal_cli.inference.guesses import DraftCounts, Guesses, known
 from teal_cli.inference.pace import LENGTHS, Costs, Pace
 from teal_cli.inference.sampling import Sampler, Sampling, at_position, penalised
 from teal_cli.inference.session import Session
@@ -25,6 +26,8 @@ from teal_cli.inference.session import Session
 # Tokens that are decoded alone between two looks at whether guessing may pay again, where the
 # device decodes ahead of the host.
 _STRETCH = 16
+# Tokens that are decoded alone to learn what one takes: at first, and later.
+_ALONE, _AGAIN = 6, 2
 # Two logits count as equal where they are nearer than this share of all logits' spread: a pass over
 # several tokens sums in another order than a step, and rounds to the compute dtype.
 _ROUNDING = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
@@ -73,24 +76,19 @@ class Drafting:
 
     def warm_up(self, session: Session) -> None:
         """Compile what checks and guesses, and learn what they take; before the first prompt."""
-        sampler = Sampler(Sampling())
-        self._learn_checks(session, sampler)
-        for _ in range(2):  # the first compiles
-            started = time.perf_counter()
-            sampler.sample(session.verify([0])[0])
-            token_s = time.perf_counter() - started
-            taken = []
-            for drafter in self.drafters:
+        sampler, start, taken = Sampler(Sampling()), session.position, []
+        started = time.perf_counter()
+        with closing(session.decode(0, sampler, _ALONE, 0)) as alone:
+            for _ in alone:
+                taken.append(time.perf_counter() - started)
                 started = time.perf_counter()
-                made = drafter.propose([], 0, min(4, session.max_length - 1), sampler, 0)
-                taken.append((len(made), time.perf_counter() - started))
-        self._costs.decoded(token_s)
-        for pace, (count, seconds) in zip(self._paces, taken, strict=True):
-            if count:
-                pace.guessed(count, seconds)
+        session.rewind(start)
+        # What disturbs only ever adds, and a token that seems slow lets guesses seem to pay.
+        self._costs.decoded(min(taken))
+        self._learn(session, sampler)
 
-    def _learn_checks(self, session: Session, sampler: Sampler) -> None:
-        """Compile the passes over several tokens with one way of choosing, and time them.
+    def _learn(self, session: Session, sampler: Sampler) -> None:
+        """Compile guesses and the passes over them with one way of choosing, and time them.
 
         What they cache lies behind the session's tokens, where the next ones come.
         """
@@ -99,10 +97,18 @@ class Drafting:
         for length in (length for length in LENGTHS if length < room):
             for _ in range(2):  # the first compiles
                 started = time.perf_counter()
-                last = self._judge(session, [0] * (length + 1), sampler, 0, careful=False)[-1]
-                self._choice(last, None, sampler, 0, session)
+                rows = self._judge(session, 0, [0] * length, sampler, 0, careful=False)[1]
+                self._choice(rows[-1], None, sampler, 0, session)
                 seconds = time.perf_counter() - started
             self._costs.checked(length + 1, seconds)
+        for pace, drafter in zip(self._paces, self.drafters, strict=True):
+            drafter.read(session.tokens)
+            for _ in range(2):
+                started = time.perf_counter()
+                made = known(drafter.propose(session.tokens, 0, min(4, room - 1), sampler, 0))
+                seconds = time.perf_counter() - started
+            if made:
+                pace.guessed(len(made), seconds)
 
     def decode(
         self, session: Session, token: int, sampler: Sampler, most: int
@@ -113,7 +119,7 @@ class Drafting:
         # In these, what a step would round otherwise is decided by steps.
         careful = session.deterministic and sampler.sampling.greedy
         if session.decodes_ahead and _kind(sampler.sampling) not in self._known:
-            self._learn_checks(session, sampler)
+            self._learn(session, sampler)
         exact = session.position  # up to here, keys and values are a step's own
         most = end - session.position - 1
         for own, drafter in zip(self._paces, self.drafters, strict=True):
@@ -121,9 +127,10 @@ class Drafting:
                 drafter.read(session.tokens)
         while session.position < end:
             started = began = time.perf_counter()
-            asked, pace, guesses = self._guess(session, token, sampler, seed, end)
-            if not guesses and session.decodes_ahead and not careful:
-                stretch = min(1 if asked else _STRETCH, end - session.position)
+            asked, by, guesses = self._guess(session, token, sampler, seed, end)
+            if by is None and session.decodes_ahead and not careful:
+                stretch = 1 if asked else _AGAIN if self._costs.stale else _STRETCH
+                stretch = min(stretch, end - session.position)
                 with closing(session.decode(token, sampler, stretch, seed)) as alone:
                     for token in alone:
                         self._costs.decoded(time.perf_counter() - started)
@@ -131,7 +138,10 @@ class Drafting:
                         started = time.perf_counter()
                 continue
             guessed = time.perf_counter()
-            rows = self._judge(session, [token, *guesses], sampler, seed, careful=careful)
+            ahead = isinstance(guesses, Tensor)
+            guesses, rows = self._judge(session, token, guesses, sampler, seed, careful=careful)
+            if by is not None and ahead:
+                self.drafters[by].made(guesses)
             if not guesses and exact == session.position:
                 exact += 1
             self.counts.rounds += bool(guesses)
@@ -150,38 +160,53 @@ class Drafting:
                 self.counts.accepted += 1
                 yield token
                 started = time.perf_counter()
-            if pace is None:
+            if by is None:
                 self._costs.decoded(spent)
             else:
-                pace.judged(len(guesses), right)
-                self._costs.checked(len(guesses) + 1, spent - (guessed - began))
+                pace, count = self._paces[by], len(guesses)
+                if ahead:  # the device did both, and the host cannot tell them apart
+                    pace.guessed(count, max(spent - self._costs.check_s(count + 1), 0.0))
+                else:
+                    pace.guessed(count, guessed - began)
+                    self._costs.checked(count + 1, spent - (guessed - began))
+                pace.judged(count, right)
                 self._costs.round_ended(right + 1, spent)
             yield token
 
     def _guess(
         self, session: Session, token: int, sampler: Sampler, seed: int, end: int
-    ) -> tuple[bool, Pace | None, list[int]]:
-        """Whether a drafter was asked; the pace of the first with guesses, and its guesses."""
+    ) -> tuple[bool, int | None, Guesses]:
+        """Whether a drafter was asked; which is the first with guesses, and its guesses."""
         most, asked = end - session.position - 1, False
-        for pace, drafter in zip(self._paces, self.drafters, strict=True):
-            wanted = pace.length(most) if self._length is None else min(self._length, most)
-            if (length := _length(wanted)) == 0:
+        if self._length is None and self._costs.stale:
+            return False, None, []
+        for by, drafter in enumerate(self.drafters):
+            wanted = self._paces[by].length(most) if self._length is None else self._length
+            if (length := _length(min(wanted, most))) == 0:
                 continue
-            asked, started = True, time.perf_counter()
+            asked = True
             made = drafter.propose(session.tokens, token, length, sampler, seed)
-            if made := made[: _length(len(made))]:
-                pace.guessed(len(made), time.perf_counter() - started)
-                return True, pace, made
+            if length := _length(len(made)):
+                return True, by, made[:length]
         return asked, None, []
 
     def _judge(
-        self, session: Session, tokens: list[int], sampler: Sampler, seed: int, *, careful: bool
-    ) -> Sequence[Tensor | int]:
-        """After each of T tokens that may follow, its logits [vocab_size] or what was chosen."""
-        choices = None
-        if len(tokens) > 1 and not careful:
-            choices = session.choices(tokens, sampler, seed)
-        return choices or list(session.verify(tokens))
+        self,
+        session: Session,
+        token: int,
+        guesses: Guesses,
+        sampler: Sampler,
+        seed: int,
+        *,
+        careful: bool,
+    ) -> tuple[list[int], Sequence[Tensor | int]]:
+        """The guesses; after `token` and each, the logits [vocab_size] or what was chosen."""
+        if len(guesses) and not careful:
+            found = session.choices(token, guesses, sampler, seed)
+            if found is not None:
+                return found
+        guesses = known(guesses)
+        return guesses, list(session.verify([token, *guesses]))
 
     def _choice(
         self, row: Tensor | int, guess: int | None, sampler: Sampler, seed: int, session: Session
@@ -217,9 +242,11 @@ def _is_tie(row: Tensor | int, sampler: Sampler, session: Session) -> bool:
     """Whether rounding may decide which of the logits [vocab_size] is the largest."""
     assert isinstance(row, Tensor)
     logits = penalised(row, session.tokens, sampler.sampling.repetition_penalty)
-    first, second = logits.topk(2).values.tolist()
-    spread = float(logits[logits.isfinite()].std())
-    return first - second < _ROUNDING[session.decoder.compute_dtype] * spread
+    spread = float(logits.std())
+    if not math.isfinite(spread):  # to look for what is not takes longer than all the rest
+        spread = float(logits[logits.isfinite()].std())
+    least = float(logits.max()) - _ROUNDING[session.decoder.compute_dtype] * spread
+    return int((logits > least).sum()) > 1  # sooner than the two largest are found
 
 
 def _settled(session: Session, start: int) -> Tensor:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
 
 from teal_cli.inference.sampling import Sampler
+
+# What may follow: [n] int32 where a device has made it, ahead of the host.
+Guesses: TypeAlias = "list[int] | Tensor"
+
+
+def known(guesses: Guesses) -> list[int]:
+    """Guesses for the host, which waits for those of a device."""
+    return guesses if isinstance(guesses, list) else guesses.tolist()
 
 
 @dataclass(slots=True)

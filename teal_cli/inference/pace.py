@@ -11,6 +11,10 @@ _TOKENS = 1.0
 # Gains of earlier rounds that later ones may lose again, in tokens' time.
 _BANK = 16.0
 _WEIGHT = 0.2  # of a new figure in a running mean
+_LARGEST = (
+    2.0  # what a new figure counts as at most, in means: what disturbs a token is not its cost
+)
+_FRESH = 64  # rounds in a row for which the time of a token is known
 _KEPT = 0.9  # of earlier rounds' guesses, each round
 # Text that repeats word by word is guessed like this. What does not pay then is not tried at all.
 _BEST = 0.95
@@ -26,9 +30,11 @@ class Costs:
         self._checks: dict[int, float] = {}
         self._spent_s = 0.0
         self._lost_s: float | None = None
+        self._rounds = 0  # since the last token that was decoded alone
 
     def decoded(self, seconds: float) -> None:
         """A token was decoded alone."""
+        self._rounds = 0
         self.token_s = _mean(self.token_s, seconds)
         self._spent_s += seconds
 
@@ -39,6 +45,7 @@ class Costs:
     def round_ended(self, tokens: int, seconds: float) -> None:
         """A round of guesses gave so many tokens, in so much time in all."""
         self._spent_s += seconds
+        self._rounds += 1
         lost = self._lost + seconds - tokens * self.token_s
         self._lost_s = max(lost, -_BANK * self.token_s)
 
@@ -46,6 +53,11 @@ class Costs:
     def may_lose(self) -> bool:
         """Whether a round may be tried that perhaps does not pay."""
         return self.token_s > 0 and self._lost <= _SHARE * self._spent_s
+
+    @property
+    def stale(self) -> bool:
+        """Whether a token should be decoded alone, to learn what one takes now."""
+        return self._rounds >= _FRESH
 
     def check_s(self, count: int) -> float:
         """What a pass over so many tokens takes, as far as that is known."""
@@ -98,4 +110,4 @@ class Pace:
 
 
 def _mean(before: float, seconds: float) -> float:
-    return before + _WEIGHT * (seconds - before) if before else seconds
+    return before + _WEIGHT * (min(seconds, _LARGEST * before) - before) if before else seconds

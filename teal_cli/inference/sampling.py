@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,12 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, without a draw."""
         return self.temperature < _LEAST or self.top_k == 1
+
+    @property
+    def on_device(self) -> dict[str, Any]:
+        """What a device is told that chooses by itself; it knows no penalties of the answer."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from teal_cli.errors import UsageError, whole
 from teal_cli.faults import is_out_of_memory
-from teal_cli.inference.guesses import Guesser
+from teal_cli.inference.guesses import Guesser, Guesses
 from teal_cli.inference.launches import stored_launches
+from teal_cli.inference.pace import LENGTHS
 from teal_cli.inference.sampling import Sampler, at_position, not_finite
 from teal_cli.inference.step import (
     ChoosingStep,
@@ -38,6 +39,9 @@ _PREFILL_CHUNK = {"cpu": 1024, "cuda": 2048}
 
 # Tokens times layers between two questions whether to go on: under a second on two slow cores.
 _STRETCH = 256
+
+# Tokens of a pass over a few.
+_AT_ONCE = LENGTHS[-1] + 1
 
 # Where the fused step of a device is, and what it is written in.
 _FUSED_STEPS = {"cuda": ("teal_kernels.gpu", "triton"), "cpu": ("teal_kernels.cpu", "numba")}
@@ -93,6 +97,8 @@ class Session:
         self._verification = Verification(
             decoder, self.cache, self._prefill, reporter or Silent(), on_device=self.decodes_ahead
         )
+        if decoder.device.type == "cuda" and self.decodes_ahead:
+            self._verification.warm_up()
         self.use(setting)
 
     @property
@@ -158,6 +164,13 @@ class Session:
                 f"{self.position + len(ids)} tokens do not fit into a context of {self.max_length}",
                 hint="Shorten the text, or choose a longer context.",
             )
+        if len(ids) <= self._verification.short_prompt:
+            for few in ids.split(_AT_ONCE):
+                if interrupted():
+                    raise Interrupted
+                logits = self._verification.logits(few.tolist(), self.position)
+                self.tokens += few.tolist()
+            return logits[-1]
         chunks = ids.split(_PREFILL_CHUNK[self.decoder.device.type])
         follower = (reporter if len(chunks) > 1 else None) or Silent()
         with follower.task("Reading", len(ids), "tokens") as task:
@@ -177,15 +190,18 @@ class Session:
             return self._step(tokens[0], self.position)[None]
         return self._verification.logits(tokens, self.position)
 
-    def choices(self, tokens: Sequence[int], sampler: Sampler, seed: int) -> list[int] | None:
-        """What is chosen after each of T tokens that may follow; None where the host chooses.
+    def choices(
+        self, token: int, guesses: Guesses, sampler: Sampler, seed: int
+    ) -> tuple[list[int], list[int]] | None:
+        """What is chosen after `token` and each of the guesses that may follow it, behind these.
 
         As `verify` otherwise; each is the choice that `decode` makes, if the tokens before are.
+        None where the host chooses.
 
         Raises:
             TealError: the logits are not finite.
         """
-        return self._verification.choices(tokens, self.tokens, sampler, seed)
+        return self._verification.choices(token, guesses, self.tokens, sampler, seed)
 
     def accept(self, token: int) -> None:
         """Append a token that `verify` has computed."""
@@ -257,17 +273,8 @@ class Session:
         """The steps to position `end`, each begun before the choice of the last one is read."""
         if self.position >= end:
             return
-        sampling = sampler.sampling
         step.start(
-            token,
-            self.position,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=seed,
-            tokens=self.tokens,
+            token, self.position, **sampler.sampling.on_device, seed=seed, tokens=self.tokens
         )
         try:
             step.advance()
@@ -283,6 +290,24 @@ class Session:
                 yield token
         finally:
             step.take_back(self.position)
+
+    def guess(self, token: int, sampler: Sampler, most: int, seed: int) -> Tensor:
+        """What `decode` would yield, [most] int32, as the device will have it: nobody waits.
+
+        Nothing is appended. It is for a session that decodes ahead, and where the sampler needs no
+        logits and the context does not end; what follows logits that are not finite is token 0.
+        """
+        step = self._step
+        assert isinstance(step, ChoosingStep)
+        step.start(
+            token, self.position, **sampler.sampling.on_device, seed=seed, tokens=self.tokens
+        )
+        guesses = torch.empty(most, dtype=torch.int32, device=self.decoder.device)
+        for i in range(most):
+            step.advance()
+            self._steps += 1
+            guesses[i : i + 1].copy_(step.next_token)
+        return guesses
 
     def append_cached(self, tokens: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """Append tokens whose keys and values are known, as `cache.read` gave them."""

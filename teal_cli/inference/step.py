@@ -79,6 +79,10 @@ class ChoosingStep(Protocol):
         Negative where the logits are not finite.
         """
 
+    @property
+    def next_token(self) -> Tensor:
+        """[1] int32 on the device: what the last `advance` chose."""
+
     def take_back(self, position: int) -> None:
         """Uncount what ran from `position` on, if anything; `start` comes before the next."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from teal_cli.errors import whole
 from teal_cli.faults import is_out_of_memory
+from teal_cli.inference.guesses import Guesses, known
 from teal_cli.inference.pace import LENGTHS
 from teal_cli.inference.sampling import Sampler, not_finite
 from teal_cli.inference.step import Prefill, step_tensors
@@ -21,6 +22,10 @@ from teal_cli.progress import Reporter
 
 if TYPE_CHECKING:
     from teal_kernels.gpu import RowChoices, VerifyStep
+
+# Tokens of a prompt that passes over a few at a time read sooner than prefill, on an H100: that
+# takes as long for any few, in float16 as long as four passes and with integers as five and more.
+_SHORT_PROMPT = 3 * (LENGTHS[-1] + 1)
 
 
 class Verification:
@@ -53,6 +58,15 @@ class Verification:
         self._reporter = reporter
         self._on_device = on_device
 
+    def warm_up(self) -> None:
+        """Compile and capture a pass; what it caches is written anew with its position."""
+        self.logits([0], 0)
+
+    @property
+    def short_prompt(self) -> int:
+        """Tokens that passes read sooner than prefill does, at most."""
+        return _SHORT_PROMPT if self._on_device and self._kernels is not None else 0
+
     def logits(self, tokens: Sequence[int], position: int) -> Tensor:
         """Logits [T, vocab_size] float32 after each of T tokens, the first one at `position`."""
         if self._on_device and self._kernels is not None:
@@ -62,38 +76,56 @@ class Verification:
         return self._prefill.logits(self._prefill.layers(hidden, position, 0, layers))
 
     def choices(
-        self, tokens: Sequence[int], before: Sequence[int], sampler: Sampler, seed: int
-    ) -> list[int] | None:
-        """What is chosen after each of T tokens that follow those `before`.
+        self, token: int, guesses: Guesses, before: Sequence[int], sampler: Sampler, seed: int
+    ) -> tuple[list[int], list[int]] | None:
+        """Guesses as the host knows them now, and what is chosen after `token` and each of them.
 
-        None where the host chooses; otherwise as a step of the device does with this seed.
+        None where the host chooses; otherwise as a step of the device does with this seed. The
+        host waits once, for both.
+
+        Args:
+            token: it follows those `before`.
+            guesses: what may follow it.
+            before: the sequence.
+            sampler: how to choose.
+            seed: with the position it makes each choice's noise.
 
         Raises:
             TealError: the logits are not finite.
         """
         if not self._on_device or sampler.needs_logits:
             return None
-        sampling, position = sampler.sampling, len(before)
+        position, said = len(before), guesses
+        if isinstance(guesses, Tensor):
+            said = guesses.to("cpu", non_blocking=True)  # there when the choices are
+        self._launch(token, guesses, position)
         found = self._chooser.choose(
-            self.logits(tokens, position),
+            1 + len(guesses),
             position,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
+            **sampler.sampling.on_device,
             seed=seed,
-            tokens=[*before, tokens[0]],
+            tokens=[*before, token],
         )
         if min(found) < 0:
             raise not_finite()
-        return found
+        return known(said), found
+
+    def _launch(self, token: int, guesses: Guesses, position: int) -> None:
+        """Have the logits where `_chooser` finds them; nobody waits for them."""
+        if self._kernels is None:
+            rows = self.logits([token, *known(guesses)], position)
+            self._chooser.logits[: len(rows)].copy_(rows)
+        elif isinstance(guesses, Tensor):
+            self._kernels.run([token], position, guesses)
+        else:
+            self._kernels.run([token, *guesses], position)
 
     @cached_property
     def _kernels(self) -> VerifyStep | None:
         try:
             module = importlib.import_module("teal_kernels.gpu")
-            kernels: VerifyStep = module.VerifyStep(step_tensors(self._decoder, self._cache))
+            with torch.inference_mode(False):  # buffers that are written in any mode
+                kernels: VerifyStep = module.VerifyStep(step_tensors(self._decoder, self._cache))
             return kernels
         except Exception as error:  # a broken Triton fails in any way it likes
             if is_out_of_memory(error):
@@ -108,5 +140,7 @@ class Verification:
     def _chooser(self) -> RowChoices:
         from teal_kernels.gpu import RowChoices
 
-        vocab, most = self._decoder.config.vocab_size, LENGTHS[-1] + 1
-        return RowChoices(vocab, self._cache.length, self._decoder.device, most=most)
+        if self._kernels is not None:
+            return RowChoices(self._kernels.logits, self._cache.length)
+        rows = torch.zeros(LENGTHS[-1] + 1, self._decoder.config.vocab_size)
+        return RowChoices(rows.to(self._decoder.device), self._cache.length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from model.families import FAMILIES, hf_model, our_decoder
 from torch import Tensor
 
 from teal_cli.inference import drafting as drafting_module
+from teal_cli.inference import pace
 from teal_cli.inference import session as session_module
 from teal_cli.inference.drafters import Drafter, Lookup, ModelDrafter
 from teal_cli.inference.drafting import Drafting
@@ -298,6 +300,44 @@ def test_what_rounding_may_decide_is_decided_by_a_step(
     assert said() == expected
     monkeypatch.setattr(drafting_module, "_is_tie", lambda *_: False)
     assert said() != expected
+
+
+def test_a_token_is_decoded_alone_now_and_then(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether guesses pay depends on what a token takes, which is not known for ever."""
+    monkeypatch.setattr(pace, "_FRESH", 3)
+    monkeypatch.setattr(pace.Pace, "length", lambda pace, most: 2)
+    session = drafted(decoder, DRAFTERS["self"], length=None)
+    counts: list[int] = []
+    verify = Session.verify
+
+    def verified(own: Session, tokens: Sequence[int]) -> Tensor:
+        counts.append(len(tokens))
+        return verify(own, tokens)
+
+    monkeypatch.setattr(Session, "verify", verified)
+    said, _ = answer(session, PROMPT)
+    assert said == answer(Session(decoder, max_length=120), PROMPT)[0]
+    assert counts[:9] == [3, 3, 3, 1, 3, 3, 3, 1, 3]
+
+
+def test_what_a_token_takes_is_known_before_the_first(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the quickest of a few: what disturbs one would let guesses seem to pay."""
+    session = drafted(decoder, DRAFTERS["self"], length=None)
+    step, pauses = session.step, iter([0.0, 0.3, 0.0, 0.3])
+
+    def slow(token: int) -> Tensor:
+        time.sleep(next(pauses, 0.0))
+        return step(token)
+
+    monkeypatch.setattr(session, "step", slow)
+    assert isinstance(session.drafting, Drafting)
+    session.drafting.warm_up(session)
+    assert session.tokens == []
+    assert 0 < session.drafting._costs.token_s < 0.2
 
 
 def test_assumed_acceptance_is_what_is_met(decoder: Decoder) -> None:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from teal_kernels.gpu import DecodeStep, RowChoices
 
 from teal_cli.errors import TealError
 from teal_cli.inference import session as sessions
 from teal_cli.inference.drafters import Drafter, Lookup, ModelDrafter
 from teal_cli.inference.drafting import Drafting
 from teal_cli.inference.generate import Finish, Token, generate
+from teal_cli.inference.guesses import known
 from teal_cli.inference.sampling import Sampler, Sampling
 from teal_cli.inference.session import Session
 from teal_cli.model.config import ModelConfig
@@ -103,6 +106,58 @@ def test_choices_that_are_not_finite_are_an_error(decoder: Decoder) -> None:
     with pytest.raises(TealError, match="logits are not finite"):
         list(steps)
     assert session.tokens == PROMPT
+
+
+def test_the_host_reads_one_result_a_round(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guesses stay on the device until what is chosen after them is known."""
+    session = _drafts(decoder)
+    assert isinstance(session.drafting, Drafting)
+    drafter = session.drafting.drafters[1]
+    assert isinstance(drafter, ModelDrafter)
+    session.drafting = Drafting([drafter], length=4)
+    sampling = SAMPLINGS["temperature"]
+    expected, _ = _answer(Session(decoder, max_length=64), sampling, 6)
+    waits: list[int] = []
+    choose = RowChoices.choose
+
+    def chosen(choices: RowChoices, *arguments: Any, **more: Any) -> list[int]:
+        waits.append(len(drafter.session.tokens))
+        return choose(choices, *arguments, **more)
+
+    def read(step: DecodeStep, position: int) -> int:
+        raise AssertionError("the guesses are waited for")
+
+    _answer(session, sampling, 2)  # learns what it takes
+    session.reset()
+    monkeypatch.setattr(RowChoices, "choose", chosen)
+    monkeypatch.setattr(DecodeStep, "chosen", read)
+    said, finish = _answer(session, sampling, 6)
+    assert said == expected
+    draft = finish.stats.draft
+    assert draft is not None
+    assert draft.accepted > 0
+    assert len(waits) == draft.rounds
+    # What the device guessed is known afterwards, so that it is not decoded again.
+    assert drafter.session.tokens[: len(PROMPT) + 1] == [*PROMPT, said[0]]
+    assert len(drafter.session.tokens) > len(PROMPT) + 1
+
+
+def test_guesses_beyond_the_models_vocabulary_are_held_to_it(decoder: Decoder) -> None:
+    """Vocabularies are padded differently: the model's is the smaller one here."""
+    session = Session(decoder, max_length=64)
+    own = Session(decoder, max_length=64)
+    drafter = ModelDrafter("padded", own, 20)
+    guesses = known(drafter.propose(PROMPT[2:3], 7, 4, Sampler(SAMPLINGS["temperature"]), 3))
+    own.reset()
+    free = ModelDrafter("free", own, 97)
+    wide = known(free.propose(PROMPT[2:3], 7, 4, Sampler(SAMPLINGS["temperature"]), 3))
+    assert max(wide) >= 20
+    assert guesses == [min(guess, 19) for guess in wide]
+    found = session.choices(7, guesses, Sampler(Sampling()), 0)
+    assert found is not None
+    assert found[0] == guesses
 
 
 def test_turned_down_it_decodes_ahead(decoder: Decoder) -> None:

@@ -79,3 +79,22 @@ def test_lengths_follow_what_is_accepted() -> None:
     assert sum(mean) / len(mean) < 3
     assert not any(run(0.9, guess=0.0, further=1.0)[1])
     assert Pace(Costs()).length(7) == 0  # before a token's time is known
+
+
+def test_what_disturbs_a_token_is_not_its_cost() -> None:
+    costs = Costs()
+    costs.decoded(TOKEN_S)
+    costs.decoded(100 * TOKEN_S)
+    assert costs.token_s < 1.3 * TOKEN_S
+    for _ in range(40):  # what lasts is
+        costs.decoded(5 * TOKEN_S)
+    assert costs.token_s > 4.9 * TOKEN_S
+
+
+def test_a_tokens_time_is_looked_at_again() -> None:
+    costs = Costs()
+    costs.decoded(TOKEN_S)
+    while not costs.stale:
+        costs.round_ended(8, 2 * TOKEN_S)
+    costs.decoded(TOKEN_S)
+    assert not costs.stale

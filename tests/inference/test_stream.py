@@ -20,7 +20,7 @@ from teal_cli.inference import launches
 from teal_cli.inference import session as sessions
 from teal_cli.inference.generate import Finish, Token, generate
 from teal_cli.inference.sampling import Sampler, Sampling, candidates, penalised
-from teal_cli.inference.session import Session
+from teal_cli.inference.session import Interrupted, Session
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.random_weights import random_decoder
@@ -93,6 +93,40 @@ def test_every_ending_is_the_host_loops(decoder: Decoder) -> None:
         assert (device.tokens, device.position) == (host.tokens, host.position)
         assert ours.stats.reused_tokens == theirs.stats.reused_tokens
         assert device.realised_sparsity() == pytest.approx(host.realised_sparsity())
+
+
+@pytest.mark.parametrize("count", [1, 8, 19])
+def test_short_prompts_are_read_in_passes(
+    count: int, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As prefill reads them: dense, with the model's own norms, after what is there."""
+    session, plain = _session(decoder, "auto", 50), _session(decoder, "reference", 50)
+    longer = torch.arange(26).tolist()
+    for each in (session, plain):
+        each.prefill(longer)
+    tokens = torch.arange(60, 60 + count).tolist()
+    expected = plain.prefill(tokens)
+
+    def no_prefill(*_: Any) -> Tensor:
+        raise AssertionError("prefill was asked for")
+
+    monkeypatch.setattr(session._prefill, "layers", no_prefill)
+    torch.testing.assert_close(session.prefill(tokens), expected, rtol=1e-4, atol=1e-4)
+    assert session.tokens == plain.tokens == longer + tokens
+    for ours, theirs in zip(session.cache.read(0, 50), plain.cache.read(0, 50), strict=True):
+        torch.testing.assert_close(
+            ours[:, :, : 26 + count], theirs[:, :, : 26 + count], rtol=1e-4, atol=1e-4
+        )
+    # What was asked of sparsity is as before.
+    torch.testing.assert_close(session.step(3), plain.step(3), rtol=1e-4, atol=1e-4)
+
+
+def test_a_short_prompt_that_is_stopped_keeps_the_passes_before(decoder: Decoder) -> None:
+    session = _session(decoder, "auto", 50)
+    flags = iter([False, True])
+    with pytest.raises(Interrupted):
+        session.prefill(torch.arange(20).tolist(), lambda: next(flags))
+    assert session.tokens == torch.arange(8).tolist()
 
 
 def test_launches_are_those_that_were_tuned_for_the_sparsity(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,44 +14,39 @@ from teal_kernels.gpu.step import captured
 
 
 class RowChoices:
-    """Chooses from the logits of up to `most` tokens as a `DecodeStep` does, row after row.
+    """Chooses from the logits of a few tokens as a `DecodeStep` does, row after row.
 
     Noise is that of each token's position, and a penalty is over the tokens before it. There is a
     graph for each number of rows and kind of choice.
     """
 
-    def __init__(self, vocab: int, length: int, device: torch.device, *, most: int) -> None:
-        """Allocate.
+    def __init__(self, logits: Tensor, length: int) -> None:
+        """Bind to logits.
 
         Args:
-            vocab: logits of a row.
+            logits: [rows, vocab] float32, where each choice finds them.
             length: positions of the cache.
-            device: where the logits are.
-            most: rows.
         """
 
-        def buffer(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+        def buffer(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=logits.device)
 
-        self._logits = buffer(most, vocab, dtype=torch.float32)
-        self._row = buffer(vocab, dtype=torch.float32)
-        self._position = buffer(1, dtype=torch.int32)
+        self.logits = logits
+        self._position = buffer(1)
         self._chooser = Chooser(
             partial(launch, False),
-            self._row,
-            buffer(1, dtype=torch.int32),
+            logits[0],
+            buffer(1),
             self._position,
-            buffer(1, 7, dtype=torch.int32),  # counts, of which there are none
+            buffer(1, 7),  # counts, of which there are none
             length,
         )
         self._graphs: dict[tuple[int, Choice], torch.cuda.CUDAGraph] = {}
-        self._settings: tuple[Any, ...] = ()
-        self._choice = Choice()
-        self._done = torch.cuda.Event() if device.type == "cuda" else None
+        self._done = torch.cuda.Event() if logits.is_cuda else None
 
     def choose(
         self,
-        logits: Tensor,
+        count: int,
         position: int,
         *,
         temperature: float,
@@ -63,46 +57,42 @@ class RowChoices:
         seed: int,
         tokens: Sequence[int],
     ) -> list[int]:
-        """The token chosen after each of T rows; waits for them.
+        """The token chosen after each of the first rows; waits for them.
 
         Each is right if the choices before it are the tokens whose logits follow.
 
         Args:
-            logits: [T, vocab] float32.
+            count: rows.
             position: of the first row's token.
             temperature, top_k, top_p, min_p, repetition_penalty, seed: as in `Chooser.set`.
             tokens: the sequence up to the first row's token, itself included.
 
         Returns:
-            T tokens; -1 where a row has a NaN, or infinity, or nothing that is finite.
+            As many tokens; -1 where a row has a NaN, or infinity, or nothing that is finite.
         """
-        settings = (temperature, top_k, top_p, seed, min_p, repetition_penalty)
-        if settings != self._settings or repetition_penalty != 1:  # seen tokens change each time
-            self._choice = self._chooser.set(*settings, tokens=tokens)
-            self._settings = settings
-        count = len(logits)
-        self._logits[:count].copy_(logits)
+        choice = self._chooser.set(
+            temperature, top_k, top_p, seed, min_p, repetition_penalty, tokens
+        )
         self._position.fill_(position)
-        self._run(count)
+        self._run(count, choice)
         if self._done is not None:
-            self._done.record(torch.cuda.current_stream(logits.device))
+            self._done.record(torch.cuda.current_stream(self.logits.device))
             self._done.synchronize()
         chosen: list[int] = self._chooser.history[position : position + count].tolist()
         return chosen
 
-    def _run(self, count: int) -> None:
+    def _run(self, count: int, choice: Choice) -> None:
         """The first time launches kernel by kernel, which compiles them, then captures."""
-        kind = (count, self._choice)
-        if graph := self._graphs.get(kind):
+        if graph := self._graphs.get((count, choice)):
             graph.replay()
             return
 
         def choose_all() -> None:
-            for row in self._logits[:count]:
-                self._row.copy_(row)
-                self._chooser.launch(self._choice)
+            for row in self.logits[:count]:
+                self._chooser.logits = row
+                self._chooser.launch(choice)
 
-        with torch.cuda.device_of(self._row):
+        with torch.cuda.device_of(self.logits):
             choose_all()
             if self._done is not None:
-                self._graphs[kind] = captured(choose_all)
+                self._graphs[count, choice] = captured(choose_all)

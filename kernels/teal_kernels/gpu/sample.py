@@ -89,6 +89,8 @@ class Chooser:
         self.history = torch.zeros(
             length, dtype=torch.int32, pin_memory=logits.device.type == "cuda"
         )
+        self._settings: tuple[float, ...] = ()
+        self._choice = Choice()
 
     def set(
         self,
@@ -113,6 +115,11 @@ class Chooser:
                 negative ones multiplied; 1 changes nothing.
             tokens: those seen so far; the tokens chosen from now on are added.
         """
+        settings = (temperature, top_k, top_p, seed, min_p, repetition_penalty)
+        penalised = repetition_penalty != 1
+        if settings == self._settings and not penalised:  # what was seen changes each time
+            return self._choice
+        self._settings = ()  # until all is set
         greedy = temperature < _LEAST or top_k == 1
         temperature = 0.0 if greedy else min(temperature, 1 / _LEAST)
         self.temperature.fill_(temperature)
@@ -120,14 +127,15 @@ class Chooser:
         self.top_p.fill_(top_p)
         self.seed.fill_(seed)
         self.floor.fill_(temperature * math.log(min_p) if min_p > 0 else -math.inf)
-        penalised = repetition_penalty != 1
         if penalised:
             self.penalty.fill_(min(max(repetition_penalty, _LEAST), 1 / _LEAST))
             self.seen.zero_()
             self.seen[torch.tensor(tokens, dtype=torch.int64, device=self.seen.device)] = 1
-        if greedy:
-            return Choice(penalty=penalised)
-        return Choice(0 < top_k < self.vocab, top_p < 1, min_p > 0, penalised)
+        choice = Choice(penalty=penalised)
+        if not greedy:
+            choice = Choice(0 < top_k < self.vocab, top_p < 1, min_p > 0, penalised)
+        self._settings, self._choice = settings, choice
+        return choice
 
     def counts_before(self, position: int) -> Tensor:
         """What `kept` stood at before the step at a position, one of the last; to be set at first.

@@ -150,6 +150,11 @@ class DecodeStep:
             self._done[position % 2].synchronize()
         return int(self.chain.chooser.history[position])
 
+    @property
+    def next_token(self) -> Tensor:
+        """[1] int32 on the device: what the last `advance` chose; 0 where it could not."""
+        return self.chain.token
+
     def take_back(self, position: int) -> None:
         """Uncount what ran from `position` on, at most two steps; `start` comes before the next.
 

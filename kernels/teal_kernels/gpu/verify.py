@@ -66,15 +66,30 @@ class VerifyStep:
         Raises:
             ValueError: there are none or more than ROWS, or one is out of range.
         """
-        t, count = self.tensors, len(tokens)
+        return self.run(tokens, position).clone()
+
+    def run(self, tokens: Sequence[int], position: int, guesses: Tensor | None = None) -> Tensor:
+        """The same, waiting for nothing; the next run writes over the logits.
+
+        Args:
+            tokens: what the host knows, at least one.
+            position: of the first.
+            guesses: [n] int32 that follow them, on the device; all in range.
+        """
+        t, known = self.tensors, len(tokens)
+        count = known if guesses is None else known + len(guesses)
         inside = all(0 <= token < t.vocab_size for token in tokens)
-        if not 0 < count <= ROWS or not inside or not 0 <= position <= t.length - count:
+        if not 0 < known <= count <= ROWS or not inside or not 0 <= position <= t.length - count:
             raise ValueError(
                 f"tokens {tokens} at position {position} are not 1 to {ROWS} of "
                 f"{t.vocab_size} tokens in {t.length} positions"
             )
-        padded = [*tokens, *(0,) * (ROWS - count)]
-        self.inputs.copy_(torch.tensor([*padded, position, count], dtype=torch.int32))
+        padded = [*tokens, *(0,) * (ROWS - known), position, count]
+        # Pinned memory is copied when the device comes to it, and not taken again before.
+        staged = torch.tensor(padded, dtype=torch.int32, pin_memory=self.inputs.is_cuda)
+        self.inputs.copy_(staged, non_blocking=True)
+        if guesses is not None:
+            self.inputs[known:count].copy_(guesses)
         reach = FIRST_REACH
         while reach < position + count:
             reach *= 2
@@ -86,7 +101,7 @@ class VerifyStep:
                 self.launch_all()
                 if self.capture:
                     self._graphs[self.reach] = captured(self.launch_all)
-        return self.logits[:count].clone()
+        return self.logits[:count]
 
     def launch_all(self) -> None:
         """Launch a step for all positions below `reach`."""
