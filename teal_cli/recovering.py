@@ -64,8 +64,9 @@ def ensure_recovery(
     check_targets(profile, method, wanted)  # before any text is read
     target_device = pick_device(device)
     steps, seq_len = EFFORT[target_device.type]
+    before = {} if force else _settings(profile, method)
     # As many windows as the steps read: a text that is read again is learnt by heart.
-    settings = SampleSettings(**{"samples": steps, "seq_len": seq_len, **given})
+    settings = SampleSettings(**{"samples": steps, "seq_len": seq_len, **before, **given})
     corpus, windows = settings.read(
         checkpoint.tokenizer(),
         checkpoint.config.context_length,
@@ -81,13 +82,15 @@ def ensure_recovery(
         known = profile.recovery.get(method)
         source = settings.provenance(corpus)
         if known is not None and not force:
-            if given and any(known.provenance.get(name) != value for name, value in source.items()):
+            wanted = tuple(target for target in wanted if target not in known.targets)
+            # All targets' vectors are of one text.
+            another = any(known.provenance.get(name) != value for name, value in source.items())
+            if another and (given or wanted):
                 raise UsageError(
                     f"{checkpoint.name} has vectors already, learnt from another text "
                     f"({known.provenance.get('dataset', 'unknown')})",
                     hint="Nothing was changed: --force learns them anew.",
                 )
-            wanted = tuple(target for target in wanted if target not in known.targets)
         elif force:
             others = {name: found for name, found in profile.recovery.items() if name != method}
             profile = dataclasses.replace(profile, recovery=others)
@@ -140,6 +143,13 @@ def ensure_recovery(
             pass
         reporter.expect(())
     return Profile.load(path)
+
+
+def _settings(profile: Profile, method: str) -> dict[str, Any]:
+    """Of the text that the vectors which are there were learnt from, as far as it is known."""
+    known = profile.recovery.get(method)
+    found: dict[str, Any] = {} if known is None else known.provenance.get("settings", {})
+    return found
 
 
 def _teacher(checkpoint: Checkpoint, decoder: Decoder, reporter: Reporter) -> tuple[Decoder, str]:

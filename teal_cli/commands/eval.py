@@ -85,8 +85,9 @@ TasksOption = Annotated[
     typer.Option(
         "--tasks",
         metavar="LIST",
-        help="Run tasks of lm-eval instead of measuring perplexity: names such as arc_easy, or"
-        " task files (./mine.yaml), separated by commas.",
+        help="Run tasks of lm-eval instead of measuring perplexity: names such as arc_easy, task"
+        " files (./mine.yaml), or 'text', four that are made from --dataset and need no network;"
+        " separated by commas.",
     ),
 ]
 LimitOption = Annotated[
@@ -154,12 +155,13 @@ def evaluate(
     """
     sparsities = parse_sparsities(sparsity)
     methods = None if method is None else _entries(method, "--method")
-    specs = None if tasks is None else _entries(tasks, "--tasks")
+    specs = None if tasks is None else _tasks(tasks)
     kinds = _quantizations(quantize)
     _check(
         specs,
         kinds,
-        text_only={"dataset": dataset, "column": column, "plot": plot},
+        text={"dataset": dataset, "column": column},
+        text_only={"plot": plot},
         task_only={"limit": limit, "num-fewshot": num_fewshot, "draft": draft},
     )
     reporter = console.reporter()
@@ -168,6 +170,7 @@ def evaluate(
     from teal_cli.commands.results import deliver, deliver_figure
     from teal_cli.evaluation.plot import draw
     from teal_cli.evaluation.run import Form, Run
+    from teal_cli.evaluation.task_files import check_specs
     from teal_cli.evaluation.tasks import require_lm_eval
     from teal_cli.inference.device import pick_device
     from teal_cli.report import files
@@ -178,6 +181,7 @@ def evaluate(
     files.check_figure(plot)
     if specs:
         require_lm_eval()
+        check_specs(specs)
     target_device = pick_device(device)
     use_threads(threads)
     where: dict[str, Any] = {"device": device, "offline": offline, "reporter": reporter}
@@ -193,7 +197,10 @@ def evaluate(
         attach = partial(guesser.attach, setting=guesser.setting(), reporter=reporter)
         run = Run(dense, (Form(dense, None, ()),), target_device, offline, reporter)
         told = wanted.name, attach
-        deliver(run.on_tasks(specs, protocol, context, limit, num_fewshot, told), output, json=json)
+        tasks_report = run.on_tasks(
+            specs, protocol, context, limit, num_fewshot, told, dataset=dataset, column=column
+        )
+        deliver(tasks_report, output, json=json)
         return
     forms = []
     for kind in kinds:
@@ -205,7 +212,9 @@ def evaluate(
     reference = forms[0].checkpoint if specs or kinds[0] is None else checkpoint(**where)
     run = Run(reference, tuple(forms), target_device, offline, reporter)
     if specs:
-        tasks_report = run.on_tasks(specs, protocol, context, limit, num_fewshot)
+        tasks_report = run.on_tasks(
+            specs, protocol, context, limit, num_fewshot, dataset=dataset, column=column
+        )
         deliver(tasks_report, output, json=json)
         return
     found = run.on_text(dataset, column, samples, protocol, context)
@@ -217,10 +226,15 @@ def _check(
     specs: tuple[str, ...] | None,
     kinds: tuple[str | None, ...],
     *,
+    text: dict[str, object],
     text_only: dict[str, object],
     task_only: dict[str, object],
 ) -> None:
     """Refuse options that contradict each other."""
+    from teal_cli.evaluation import text_tasks
+
+    if specs and not any(map(text_tasks.is_made, specs)):
+        text_only = text | text_only
     for name, value in text_only.items():
         if specs and value is not None:
             raise UsageError(f"--{name} is for perplexity: leave it out, or --tasks")
@@ -273,6 +287,16 @@ def _entries(text: str, option: str) -> tuple[str, ...]:
     if not found:
         raise UsageError(f"{option} names nothing")
     return found
+
+
+def _tasks(text: str) -> tuple[str, ...]:
+    """The tasks that are named, `text` spelt out."""
+    from teal_cli.evaluation import text_tasks
+
+    found: list[str] = []
+    for entry in _entries(text, "--tasks"):
+        found += text_tasks.TASKS if entry == text_tasks.ALL else [entry]
+    return tuple(dict.fromkeys(found))
 
 
 def _quantizations(text: str | None) -> tuple[str | None, ...]:

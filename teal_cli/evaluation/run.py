@@ -19,7 +19,7 @@ from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.profile import Profile
 from teal_cli.sparsity.setting import Setting
-from teal_cli.text.corpora import load_corpus
+from teal_cli.text.corpora import Corpus, load_corpus
 from teal_cli.text.windows import windows
 
 
@@ -81,14 +81,7 @@ class Run:
             TealError: the text cannot be had or is too short, or a loss is not finite.
         """
         plan = protocols.protocol(protocol, self.checkpoint.config, context)
-        corpus = load_corpus(
-            dataset,
-            split_role="evaluation",
-            column=column,
-            offline=self.offline,
-            calibrated_on=self._learnt_from(),
-            reporter=self.reporter,
-        )
+        corpus = self._corpus(dataset, column)
         tokenizer = self.checkpoint.tokenizer()
         text = plan.cut(lambda length: windows(tokenizer, corpus, seq_len=length))
         chosen = protocols.spread(len(text), samples or None)
@@ -101,14 +94,7 @@ class Run:
             self.reporter,
             decoders=self._decoders(dense),
         )
-        read = {
-            "name": corpus.name,
-            "part": corpus.part,
-            "column": column,
-            "fingerprint": corpus.fingerprint,
-            "windows": len(text),
-            "windows_scored": chosen,
-        }
+        read = _of_corpus(corpus, column) | {"windows": len(text), "windows_scored": chosen}
         return comparison.QualityReport.of(
             self._inputs() | {"dataset": read}, self.settings, result
         )
@@ -121,22 +107,33 @@ class Run:
         limit: int | None,
         num_fewshot: int | None,
         draft: tuple[str, Callable[[Session], None]] | None = None,
+        *,
+        dataset: str | None = None,
+        column: str | None = None,
     ) -> TasksReport:
         """Tasks of lm-eval; a task's own dense run is what its sparse ones are compared with.
 
         Args:
-            specs: names of tasks, or task files.
+            specs: names of tasks, those that are made from a text too, or task files.
             protocol: which positions of a text that is scored are sparse.
             context: tokens that a document may have.
             limit: documents of each task.
             num_fewshot: worked examples before each document.
             draft: who guesses the tokens of answers, and what lets it.
+            dataset: the text that tasks are made from, as `load_corpus` takes it.
+            column: the data's text column.
 
         Raises:
             TealError: there is no such task, or its data cannot be had.
         """
-        from teal_cli.evaluation import harness, tasks
+        from teal_cli.evaluation import harness, tasks, text_tasks
 
+        inputs: dict[str, Any] = {"protocol": protocol, "draft": draft and draft[0]}
+        made = {}
+        if wanted := [spec for spec in specs if text_tasks.is_made(spec)]:
+            corpus = self._corpus(dataset, column)
+            made = {name: text_tasks.make(name, corpus) for name in wanted}
+            inputs["dataset"] = _of_corpus(corpus, column)
         room = protocols.task_context(self.checkpoint.config, context)
         subject = harness.Subject(
             self.checkpoint.load(self.device),
@@ -150,10 +147,21 @@ class Run:
             subject,
             specs,
             self.settings,
-            self._inputs() | {"protocol": protocol, "context": room, "draft": draft and draft[0]},
+            self._inputs() | inputs | {"context": room},
+            made=made,
             limit=limit,
             num_fewshot=num_fewshot,
             offline=self.offline,
+            reporter=self.reporter,
+        )
+
+    def _corpus(self, dataset: str | None, column: str | None) -> Corpus:
+        return load_corpus(
+            dataset,
+            split_role="evaluation",
+            column=column,
+            offline=self.offline,
+            calibrated_on=self._learnt_from(),
             reporter=self.reporter,
         )
 
@@ -195,3 +203,13 @@ class Run:
             ],
             "environment": environment(self.device),
         }
+
+
+def _of_corpus(corpus: Corpus, column: str | None) -> dict[str, Any]:
+    """What a report says of its text."""
+    return {
+        "name": corpus.name,
+        "part": corpus.part,
+        "column": column,
+        "fingerprint": corpus.fingerprint,
+    }

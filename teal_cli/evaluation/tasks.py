@@ -9,7 +9,7 @@ import io
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from statistics import fmean
@@ -20,6 +20,7 @@ from teal_cli.evaluation import statistics
 from teal_cli.evaluation.statistics import Estimate
 from teal_cli.evaluation.task_files import SEED, load_tasks, task_manager
 from teal_cli.evaluation.tasks_report import Score, TaskScores, TasksReport
+from teal_cli.evaluation.text_tasks import Document
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.setting import DENSE, Setting
 from teal_cli.text.hub_data import network
@@ -49,6 +50,7 @@ def run(
     settings: Sequence[Setting],
     inputs: dict[str, Any],
     *,
+    made: Mapping[str, list[Document]],
     limit: int | None = None,
     num_fewshot: int | None = None,
     offline: bool = False,
@@ -58,9 +60,11 @@ def run(
 
     Args:
         subject: the model.
-        specs: lm-eval's names of tasks, groups and tags, or paths of task files (.yaml).
+        specs: lm-eval's names of tasks, groups and tags, paths of task files (.yaml), or names of
+            `made`.
         settings: what to compare with the dense model.
         inputs: what the report says about the model and the machine.
+        made: the documents of tasks that are made from a text.
         limit: documents of each task, the first ones; None is all.
         num_fewshot: worked examples before each document; None is what each task says, and a
             task that says 0 keeps it.
@@ -80,9 +84,8 @@ def run(
         manager = task_manager(specs, reporter)
         for setting in (DENSE, *settings):
             _seed()
-            loaded = load_tasks(
-                manager, specs, num_fewshot
-            )  # anew: a task keeps the answers that it has been given
+            # Anew: a task keeps the answers that it has been given.
+            loaded = load_tasks(manager, specs, num_fewshot, made)
             lm = TealLM(subject, setting, reporter)
             results = lm_eval.evaluate(
                 lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAP
@@ -95,7 +98,10 @@ def run(
             for name in results["results"]:
                 scores = _scores(name, results, dense.get(name))
                 if scores:
-                    rows.append(TaskScores(name, setting.method, target, realised, scores))
+                    recovered = setting.vectors is not None
+                    rows.append(
+                        TaskScores(name, setting.method, target, recovered, realised, scores)
+                    )
     return TasksReport(
         inputs=inputs
         | {name: metadata.version(name) for name in ("lm_eval", "datasets")}

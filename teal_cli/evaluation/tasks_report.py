@@ -33,8 +33,14 @@ class TaskScores:
     task: str
     method: str  # "dense", or how the sparsity was shared out
     target_sparsity: float | None
+    recovered: bool  # by vectors
     realised_sparsity: float  # over everything that the run asked of this setting
     scores: tuple[Score, ...]
+
+    @property
+    def shown_method(self) -> str:
+        """The method, and whether vectors win back what it loses."""
+        return f"{self.method}, recovered" if self.recovered else self.method
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +91,7 @@ class TasksReport:
         for name in dict.fromkeys(row.task for row in self.rows if row.task not in grouped):
             rows = [row for row in self.rows if row.task == name]
             columns: list[tuple[str, Callable[[TaskScores], str]]] = [
-                ("", lambda row: row.method),
+                ("", lambda row: row.shown_method),
                 ("target", _target),
                 ("realised", lambda row: f"{row.realised_sparsity:.3f}"),
             ]
@@ -119,6 +125,7 @@ class TasksReport:
             "task": row.task,
             "method": row.method,
             "target_sparsity": row.target_sparsity,
+            "recovered": row.recovered,
             "realised_sparsity": row.realised_sparsity,
         }
 

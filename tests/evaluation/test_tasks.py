@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from evaluation.tasks_data import DOCUMENTS, write_group, write_task
 from torch import Tensor
 
 from teal_cli.errors import TealError
+from teal_cli.evaluation import text_tasks
+from teal_cli.evaluation.task_files import check_specs
 from teal_cli.inference.drafters import ModelDrafter
 from teal_cli.inference.drafting import Drafting
 from teal_cli.inference.generate import Token, generate
@@ -23,8 +26,21 @@ from teal_cli.inference.session import Session
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.progress import Silent
 from teal_cli.sparsity.setting import DENSE, Setting
+from teal_cli.text.corpora import Corpus
 
 pytest.importorskip("lm_eval")
+
+# Four passages of three sentences, each of which ends in a word that it has had.
+PROSE = "\n\n".join(
+    f"The {animal} was the first to cross the {place} in that year. Nobody had seen it there\n"
+    f"before the winter began. All of them said that it was a very large {animal}."
+    for animal, place in (
+        ("horse", "river"),
+        ("camel", "desert"),
+        ("goose", "street"),
+        ("sheep", "bridge"),
+    )
+)
 
 
 @pytest.fixture(autouse=True)
@@ -332,9 +348,12 @@ def test_accuracy_is_the_share_of_likeliest_choices(
         (("--tasks", "./missing.yaml"), 3, "there is no task file"),
         (("--tasks", "BROKEN"), 1, "cannot be loaded"),
         (("--tasks", ","), 2, "--tasks names nothing"),
+        (("--tasks", "arc_easi"), 2, "lm-eval has no task 'arc_easi' Near it: arc_easy"),
+        (("--tasks", "text_last_words"), 2, "Near it: text_last_word"),
+        (("--tasks", "arc_easy", "--dataset", "pydoc"), 2, "--dataset is for perplexity"),
         (("--tasks", "x.yaml", "--dataset", "pydoc"), 2, "--dataset is for perplexity"),
         (("--tasks", "x.yaml", "--plot", "a.png"), 2, "--plot is for perplexity"),
-        (("--tasks", "x.yaml", "--context", "513"), 2, "out of range"),
+        (("--tasks", "BROKEN", "--context", "513"), 2, "out of range"),
         (("--limit", "3"), 2, "it needs --tasks"),
         (("--num-fewshot", "3"), 2, "it needs --tasks"),
     ],
@@ -352,6 +371,62 @@ def test_bad_input_is_one_sentence(
     broken.write_text("task: broken\ndataset_path: json\noutput_type: no_such_type\n")
     given = [str(broken) if argument == "BROKEN" else argument for argument in arguments]
     is_refused(evaluate(tiny_model, *given), code, message)
+
+
+def test_an_unknown_name_is_refused_before_a_model_is_loaded(
+    evaluate: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is lm-eval's index read, which takes half a minute."""
+    called: list[str] = []
+    for place in ("pipeline.ensure_checkpoint", "evaluation.task_files.task_manager"):
+        monkeypatch.setattr(f"teal_cli.{place}", lambda *a, _at=place, **k: called.append(_at))
+    is_refused(evaluate("demo", "--tasks", "arc_easy,nope"), 2, "lm-eval has no task 'nope'")
+    assert not called
+
+
+def test_names_of_every_kind_are_found_without_the_index() -> None:
+    """A task, a group, a tag by itself and in a list, and a task that has a class."""
+    check_specs(("arc_easy", "mmlu", "ai2_arc", "lambada", "squadv2", "text_copying"))
+
+
+def test_tasks_are_made_from_the_text(evaluate: Command, tiny_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "prose.txt"
+    text.write_text(PROSE)
+    options = (tiny_model, "-s", "0.5", "--limit", 2, "--dataset", text, "--json")
+    code, out, said = evaluate(*options, "--tasks", "text")
+    assert code == 0, said
+    document = json.loads(out)
+    assert list(document["tasks"]) == list(text_tasks.TASKS)
+    assert document["dataset"]["name"] == str(text)
+    assert all(len(score["by_document"]) == 2 for score in document["scores"])
+    about = document["tasks"]["text_next_sentence"]
+    assert about["config"]["output_type"] == "multiple_choice"
+    _, again, _ = evaluate(*options, "--tasks", "text_next_sentence")
+    assert json.loads(again)["tasks"] == {"text_next_sentence": about}
+
+    missing = evaluate(tiny_model, "--tasks", "text", "--dataset", tmp_path / "none.txt")
+    is_refused(missing, 3, "none.txt")
+
+
+def test_what_a_made_task_asks() -> None:
+    corpus = Corpus("prose", (PROSE,), "f")
+    (last, *_) = text_tasks.make("text_last_word", corpus)
+    assert f"{last['text']} {last['target']}." in PROSE.replace("\n", " ")
+    assert last["target"] in last["text"]
+    for document in text_tasks.make("text_next_sentence", corpus):
+        before, after = document["text"], document["choices"][document["gold"]]
+        assert f"{before} {after}" in PROSE.replace("\n", " ")
+        assert len(set(document["choices"])) == 4
+    copied = text_tasks.make("text_copying", corpus)[0]
+    said, again = copied["text"].split("\n")
+    listed = said.removeprefix("First list: ").removesuffix(".")
+    assert f"{again.removeprefix('The same list again: ')} {copied['target']}" == listed
+    for document in text_tasks.make("text_arithmetic", corpus):
+        lines = (document["text"] + " " + document["target"]).splitlines()
+        for a, b, total in (map(int, re.findall(r"\d+", line)) for line in lines):
+            assert a + b == total
+    with pytest.raises(TealError, match="too little prose for the task text_last_word"):
+        text_tasks.make("text_last_word", Corpus("short", ("Nothing.",), "f"))
 
 
 def test_without_lm_eval_the_hint_is_the_extra(

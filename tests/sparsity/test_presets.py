@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark.commands import runner
 from sparsity.preset_files import pack
 from teal_kernels.tensors import RecoveryVectors
 
@@ -22,7 +24,7 @@ from teal_cli.sparsity.calibrate import calibrate
 from teal_cli.sparsity.observe import SKIPPED_POSITIONS, collect
 from teal_cli.sparsity.profile import REFINED_TARGETS, Profile
 from teal_cli.sparsity.quantiles import Quantiles
-from teal_cli.sparsity.recovery import FIELDS, Recovery, own_vectors
+from teal_cli.sparsity.recovery import FIELDS, TARGETS, Recovery, own_vectors
 from teal_cli.sparsity.spool import MemoryStates
 from teal_cli.store import demo, hub, models
 from teal_cli.text.corpora import load_corpus
@@ -119,9 +121,12 @@ def test_names_are_the_hub_s_whatever_their_case() -> None:
 
 
 def test_files_stay_small() -> None:
-    sizes = [file.stat().st_size for file in Path(presets.__file__).parent.glob("*.npz")]
-    assert max(sizes) < 100_000
-    assert sum(sizes) < 320_000
+    """The demo model's vectors are 0.4 MB a target."""
+    folder = Path(presets.__file__).parent
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*.npz")}
+    assert sizes.pop("SmolLM2-135M-Instruct.Q4_1.npz") < 1_700_000
+    assert max(sizes.values()) < 100_000
+    assert sum(sizes.values()) < 230_000
 
 
 DEMO_SOURCE = f"sha256:{demo.GGUF_SHA256}"
@@ -147,6 +152,54 @@ def test_the_demo_model_is_known_by_its_content() -> None:
     assert said["tokens"] == said["samples"] * (said["seq_len"] - SKIPPED_POSITIONS)
     assert {"teal", "torch", "date"} <= said.keys()
     assert "/" not in str(dict(said))
+
+
+def test_the_demo_model_has_vectors() -> None:
+    profile = presets.preset_for("model.gguf", DEMO_SOURCE)
+    assert profile is not None
+    assert list(profile.recovery) == ["sensitivity"]
+    found = profile.recovery["sensitivity"]
+    assert found.targets[1:] == TARGETS
+    assert all(abs(offset) < 0.05 for offset in found.offsets)
+    for target in (0.1, *TARGETS, 0.45):
+        assert profile.setting(target).vectors is not None
+        assert profile.setting(target, recover=False).vectors is None
+        assert profile.setting(target, "uniform").vectors is None
+    # Halfway between two targets, halfway between their vectors and their sparsity.
+    middle = (found.at(0.4).down + found.at(0.5).down) / 2
+    torch.testing.assert_close(found.at(0.45).down, middle)
+    assert profile.setting(0.7).vectors is None
+    assert not found.vectors[0].qkv.any()
+    assert all(v.qkv.any() and v.down.any() for v in found.vectors[1:])
+    said = found.provenance
+    assert said["dataset"].startswith("articles of English Wikipedia")
+    assert {"samples", "seq_len", "steps", "seed", "teal", "torch", "date"} <= said.keys()
+    assert "/" not in str(dict(said))
+
+
+@pytest.mark.demo
+def test_the_demo_model_is_better_with_its_vectors(
+    demo_gguf: Path,
+    teal_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As a user has it: on text of another kind than they were learnt from."""
+    evaluate = runner("eval", monkeypatch, capsys)
+    options = ("--dataset", "pydoc", "--context", "384", "--samples", "3", "-s", "0.4,0.5")
+    rows = {}
+    for flags in ((), ("--no-recover",)):
+        code, out, said = evaluate(demo_gguf, *options, *flags, "--offline", "--json")
+        assert code == 0, said
+        rows[flags] = json.loads(out)["sparse"]
+    assert not (teal_home / "data" / "profiles").exists()
+    for with_vectors, without in zip(rows[()], rows[("--no-recover",)], strict=True):
+        assert with_vectors["recovered"]
+        assert not without["recovered"]
+        sparsities = (with_vectors["realised_sparsity"], without["realised_sparsity"])
+        assert sparsities[0] == pytest.approx(sparsities[1], abs=0.01)
+        for name in ("kl", "total_variation"):  # perplexity takes more windows
+            assert with_vectors[name] < 0.99 * without[name], name
 
 
 def test_other_weights_of_the_demo_model_have_none() -> None:

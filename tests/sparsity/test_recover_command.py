@@ -96,6 +96,22 @@ def test_another_text_takes_force(learn: Command, tiny_model: Path) -> None:
     assert not torch.equal(profile_of(tiny_model).recovery["sensitivity"].vectors[1].qkv, before)
 
 
+def test_all_targets_are_of_one_text(
+    learn: Command, tiny_model: Path, command: Any, text: Path
+) -> None:
+    """Another target without a word about the text is learnt from the same, or not at all."""
+    assert learn()[0] == 0
+    calibrate = command("calibrate")
+    assert calibrate(tiny_model, "--recover", "-s", "0.3")[0] == 0
+    found = profile_of(tiny_model).recovery["sensitivity"]
+    assert found.targets == (0.0, 0.3, 0.5)
+    assert found.provenance["dataset"] == str(text)
+    text.write_text(text.read_text() + "And another line.")
+    is_refused(calibrate(tiny_model, "--recover", "-s", "0.6"), 2, "learnt from another text")
+    code, _, said = calibrate(tiny_model, "--recover", "-s", "0.5")
+    assert (code, "up to date" in said) == (0, True)
+
+
 def test_what_makes_no_sense_is_refused(learn: Command, tiny_model: Path, command: Any) -> None:
     is_refused(learn("--samples", 15), 2, "15 windows of text are too few to learn from")
     is_refused(learn("-s", "0"), 2, "there is nothing to win back")
@@ -113,7 +129,11 @@ def test_a_quantized_model_learns_from_what_it_was_rounded_from(
     made = pipeline.ensure_checkpoint(
         models.resolve(str(tiny_model)), quantize="int8", reporter=Silent()
     )
+    assert learn("--method", "uniform")[0] == 0
     pipeline.make_profile(made, method="uniform", reporter=Silent(), offline=True)
+    # Its thresholds may come from the floats', but the floats' vectors are not for it.
+    assert profile_of(tiny_model).setting(0.5, "uniform").vectors is not None
+    assert profile_of(tiny_model, "int8").setting(0.5, "uniform").vectors is None
     code, _, said = learn("--quantize", "int8", "--method", "uniform")
     assert code == 0
     assert "what rounding lost" not in said
