@@ -23,15 +23,7 @@ import triton.language as tl
 
 from teal_kernels.gpu.handover import _fixed, _later_biases, _read, _start_later, _wait
 from teal_kernels.gpu.products import _sum_int8, _words
-from teal_kernels.gpu.tiles import (
-    Matrix,
-    Tile,
-    _accumulate,
-    _add_first,
-    _columns,
-    _fetch_ahead,
-    _first_biases,
-)
+from teal_kernels.gpu.tiles import Matrix, Tile, _accumulate, _columns, _fetch_ahead, _first_bias
 
 # Rows of small tables, aligned or not by layer: one compilation serves all layers.
 _ROWS_OF_TABLES = ["thresholds_ptr", "kept_ptr", "scale_ptr"]
@@ -166,7 +158,7 @@ def norm_project_kernel(
         _accumulate(
             y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
             Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr + block, first,
-            row, offs_k < H, start, end, WORDS, 1.0,
+            row, offs_k < H, start, end, WORDS, None, 1.0,
         )  # fmt: skip
 
 
@@ -200,15 +192,14 @@ def activate_project_kernel(
     offs_k = row + tl.arange(0, BLOCK_K)
     threshold = tl.load(thresholds_ptr)
     _fetch_ahead(w_ptr, row, INNER, start, N, STRIDE_K, AHEAD, PROGRAMS, BLOCK_N)
-    biases = MULTIPLIER * _first_biases(bias_ptr, row, start, N, BLOCK_N, GROUP)
+    bias = _first_bias(bias_ptr, row, start, N, BLOCK_N, GROUP)
     _wait(PDL)
-    _add_first(y_ptr, biases, row, start, N, BLOCK_N, GROUP)
     if row < INNER:  # always; see the module's docstring
         x = _activated(gate_up_ptr, offs_k, INNER)
         _accumulate(
             y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
             Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr, start == 0,
-            row, offs_k < INNER, start, N, _words(GROUP, BLOCK_N, 0, 0), MULTIPLIER,
+            row, offs_k < INNER, start, N, _words(GROUP, BLOCK_N, 0, 0), bias, MULTIPLIER,
         )  # fmt: skip
 
 
@@ -270,11 +261,10 @@ def combine_project_kernel(
     mask_h = head < HEADS
     heads = offs_s[:, None] * HEADS + head[None, :]
     mask_sh = seen[:, None] & mask_h[None, :]
-    biases = MULTIPLIER * _first_biases(bias_ptr, row, start, N, BLOCK_N, GROUP)
-    offs_later, later_biases = _later_biases(later_bias_ptr, later_size, LATER)
+    bias = _first_bias(bias_ptr, row, start, N, BLOCK_N, GROUP)
+    offs_later, biases = _later_biases(later_bias_ptr, later_size, LATER)
     _wait(PDL)
-    _start_later(later_ptr, offs_later, later_biases, later_size)
-    _add_first(y_ptr, biases, row, start, N, BLOCK_N, GROUP)
+    _start_later(later_ptr, offs_later, biases, later_size)
     if row < K:  # always; see the module's docstring
         maxima = tl.load(maxima_ptr + heads, mask=mask_sh, other=float("-inf"))
         sums = tl.load(sums_ptr + heads, mask=mask_sh, other=0.0)
@@ -287,7 +277,7 @@ def combine_project_kernel(
         _accumulate(
             y_ptr, x, Matrix(w_ptr, grid_ptr, groups, w_scales_ptr, STRIDE_K, GROUP),
             Tile(BLOCK_K, BLOCK_N, SLOTS, MORE), threshold, kept_ptr, start == 0,
-            row, mask_k, start, N, _words(GROUP, BLOCK_N, 0, 0), MULTIPLIER,
+            row, mask_k, start, N, _words(GROUP, BLOCK_N, 0, 0), bias, MULTIPLIER,
         )  # fmt: skip
 
 

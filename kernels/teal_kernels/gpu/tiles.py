@@ -163,27 +163,11 @@ def _gather(x, bits, counts, row, first, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _first_biases(bias_ptr, row, start, end, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """The biases of a tile's columns, where it is the first of those that add to them.
-
-    Loaded before the wait and added by `_add_first` right after it, they take no time and no
-    registers from the product.
-    """
+def _first_bias(bias_ptr, row, start, end, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The biases of a tile's columns, for the first of the programs that add to them; else 0."""
     PACK: tl.constexpr = _pack(GROUP)
-    biases = tl.zeros((BLOCK_N * PACK,), tl.float32)
-    if row == 0:
-        offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
-        biases = tl.load(bias_ptr + offs_n, mask=offs_n < end * PACK, other=0.0)
-    return biases
-
-
-@triton.jit
-def _add_first(y_ptr, biases, row, start, end, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Add to y what `_first_biases` loaded."""
-    PACK: tl.constexpr = _pack(GROUP)
-    if row == 0:
-        offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
-        _add(y_ptr + offs_n, biases, offs_n < end * PACK)
+    offs_n = start * PACK + tl.arange(0, BLOCK_N * PACK)
+    return tl.load(bias_ptr + offs_n, mask=offs_n < tl.where(row == 0, end * PACK, 0), other=0.0)
 
 
 @triton.jit
@@ -200,9 +184,10 @@ def _accumulate(
     start,
     end,
     WORDS: tl.constexpr,
+    bias,
     MULTIPLIER: tl.constexpr,
 ):
-    """Add a multiple of a tile's product to y.
+    """Add a tile's product to y, or a multiple of it and a bias [columns of the tile].
 
     Channels with abs(x) <= threshold are never loaded.
 
@@ -245,6 +230,8 @@ def _accumulate(
     mask_n = offs_n < end * PACK
     if matrix.GROUP >= 0:
         y *= tl.load(matrix.scales_ptr + offs_n, mask=mask_n, other=0.0)
+    if bias is not None:
+        y += bias
     _add(y_ptr + offs_n, y * MULTIPLIER, mask_n)
     if count:
         tl.atomic_add(kept_ptr, kept, sem="relaxed")
