@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from teal_cli.inference.chat_template import ChatTemplate
+from teal_cli.inference.drafting import Drafting
 from teal_cli.inference.session import Session
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.convert import convert
@@ -107,6 +108,7 @@ def serve(checkpoint: Checkpoint, decoder: Decoder) -> Iterator[Serve]:
         of: Checkpoint | None = None,
         profile: Any = None,
         chat: bool = True,
+        drafting: Drafting | None = None,
         **changes: Any,
     ) -> Running:
         source, weights = (checkpoint, decoder) if of is None else (of, of.load())
@@ -133,6 +135,7 @@ def serve(checkpoint: Checkpoint, decoder: Decoder) -> Iterator[Serve]:
             **settings,
         )
         session = Slow(weights, max_length=served.max_length, backend="reference")
+        session.drafting = drafting
         log: list[str] = []
         engine = Engine(
             served,
