@@ -25,6 +25,7 @@ from teal_cli.commands.chat import chat
 from teal_cli.commands.convert import convert
 from teal_cli.commands.download import download
 from teal_cli.commands.eval import evaluate
+from teal_cli.commands.export import export
 from teal_cli.commands.models import models
 from teal_cli.commands.serve import serve
 from teal_cli.examples import epilog
@@ -41,6 +42,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "calibrate": calibrate,
     "convert": convert,
+    "export": export,
     "download": download,
     "models": models,
 }

@@ -40,6 +40,10 @@ EXAMPLES = {
         "teal convert llama3",
         "teal convert ./my-model.gguf --quantize int4 --dataset notes.txt",
     ),
+    "export": (
+        "teal export demo ./demo-sparse --sparsity 0.4",
+        "teal export llama3 ./llama3-sparse --max-sequences 2",
+    ),
     "download": (
         "teal download demo",
         "teal download Qwen/Qwen2.5-7B-Instruct --revision main",

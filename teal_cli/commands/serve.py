@@ -13,6 +13,7 @@ from teal_cli.options import (
     ContextOption,
     DeterministicOption,
     DeviceOption,
+    DraftOption,
     DtypeOption,
     MethodOption,
     ModelArgument,
@@ -107,6 +108,7 @@ def serve(
     prefix_memory: PrefixOption = 1024,
     template: TemplateOption = None,
     method: MethodOption = None,
+    draft: DraftOption = None,
     deterministic: DeterministicOption = False,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
@@ -119,7 +121,8 @@ def serve(
 
     Whatever is missing (the model, its conversion, its sparsity profile) is made first. Requests
     are answered one after another; each can have a sparsity of its own, by the field `sparsity` or
-    the model's id: NAME, NAME:0.4, NAME:dense. A line for each goes to stderr, without its words.
+    the model's id: NAME, NAME:0.4, NAME:dense. With --draft the served default is dense. A line for
+    each goes to stderr, without its words.
     SIGTERM and Ctrl-C let the present answer finish.
     """
     from teal_cli.serve.listening import bound, check_host, check_installed, listen
@@ -129,7 +132,7 @@ def serve(
     reporter = console.reporter()
     sock = bound(host, port)  # a port that is taken is told before a model is made
 
-    from teal_cli import pipeline
+    from teal_cli import drafts, pipeline
     from teal_cli.inference.chat_template import ChatTemplate
     from teal_cli.inference.defaults import chat_defaults, left_out, sampling_defaults, stop_texts
     from teal_cli.inference.device import pick_device
@@ -142,13 +145,14 @@ def serve(
     from teal_cli.store import models
 
     target_device = pick_device(device)
+    wanted = None if draft is None else drafts.Wanted.parse(draft)
     ref = models.resolve(model, revision)
     quick = method in (None, "uniform")
     checkpoint = pipeline.ensure_checkpoint(
         ref,
         dtype=dtype,
         quantize=quantize,
-        thresholds=None if sparsity == 0 else "quick" if quick else "best",
+        thresholds=None if sparsity == 0 or wanted else "quick" if quick else "best",
         device=device,
         token=token,
         offline=offline,
@@ -164,6 +168,23 @@ def serve(
             "its author's answers may differ"
         )
     target = defaults.sparsity if sparsity is None else sparsity
+    room = context or min(limit, DEFAULT_CONTEXT)
+    guesser = None
+    if wanted is not None:
+        guesser = drafts.prepare(
+            wanted,
+            ref,
+            checkpoint,
+            sparsity,
+            context=room,
+            on=target_device,
+            quick=quick,
+            device=device,
+            token=token,
+            offline=offline,
+            reporter=reporter,
+        )
+        target = 0.0
     if target > 0:
         profile: Profile | None = pipeline.ensure_profile(
             checkpoint, quick=quick, device=device, offline=offline, reporter=reporter
@@ -182,9 +203,10 @@ def serve(
         sparsity=target,
         profile=profile,
         method=method,
-        max_length=context or min(limit, DEFAULT_CONTEXT),
+        max_length=room,
         max_tokens=max_tokens,
         think_tokens=think_tokens,
+        draft=None if wanted is None else wanted.name,
     )
     served.setting(target)  # a method that does not reach it is told now
     session = Session(
@@ -193,6 +215,8 @@ def serve(
         deterministic=deterministic,
         reporter=reporter,
     )
+    if guesser is not None:
+        guesser.attach(session, guesser.setting(method), reporter=reporter)
     engine = Engine(
         served,
         session,

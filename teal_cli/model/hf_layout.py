@@ -82,3 +82,13 @@ def assemble(name: str, shape: tuple[int, ...], tensors: Iterable[Tensor]) -> Te
     assert out is not None
     assert start == shape[1], name
     return out
+
+
+def take_apart(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+    """Hugging Face's tensors out of ours of this name: what `assemble` made them of, as views."""
+    shapes = hf_shapes(config)
+    names = parts(name, fused=config.fused)
+    if name.rpartition(".")[2] in _TRANSPOSED:
+        tensor = tensor.T
+    sizes = [shapes[part][0] for part in names]
+    return dict(zip(names, tensor.split(sizes), strict=True))

@@ -61,13 +61,13 @@ class Engine:
 
         Args:
             model: what is served.
-            session: its, which belongs to the thread from now on.
+            session: its, which belongs to the thread from now on, with what guesses for it.
             most_waiting: requests that may wait.
             prefix_bytes: memory for the keys of conversations beside the present one.
             note: is told what went wrong in here, from the thread.
         """
         self.model = model
-        self._session = session
+        self._session, self._drafting = session, session.drafting
         self._prefixes = Prefixes(session, prefix_bytes)
         self._queue: FairQueue[Work] = FairQueue(most_waiting)
         self._note = note
@@ -155,6 +155,7 @@ class Engine:
         if work.is_over():
             raise Refusal("the request waited as long as an answer may take", status=503)
         self._prefixes.prepare(prepared.tokens, prepared.setting)
+        self._session.drafting = self._drafting if prepared.drafts else None
         sampler = Sampler(
             prepared.sampling,
             answer_from=len(prepared.tokens),

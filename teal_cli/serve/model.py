@@ -24,6 +24,7 @@ from teal_cli.sparsity.setting import DENSE, Setting, check_target
 from teal_cli.store.models import DEMO, ModelRef
 
 _DENSE_TAG = "dense"
+_NO_DRAFT = "none"
 _REMEMBERED = 64  # conversations' tokens
 
 
@@ -37,6 +38,7 @@ class Prepared:
     sampling: Sampling
     setting: Setting
     limits: Limits
+    drafts: bool = False  # the model checks guesses
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Model:
     max_length: int  # positions
     max_tokens: int
     think_tokens: int
+    draft: str | None = None  # what guesses for dense requests, as --draft has it
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -108,7 +111,8 @@ class Model:
             (*self.stop_texts, *asked.stop),
         )
         sampling = Sampling(**{**self.sampling, **asked.sampling})
-        return Prepared(asked, text, tuple(tokens), sampling, setting, limits)
+        drafts = self._drafts(asked, setting)
+        return Prepared(asked, text, tuple(tokens), sampling, setting, limits, drafts)
 
     def remember(self, prepared: Prepared, said: str, answered: Sequence[int]) -> None:
         """Keep an answer's tokens for the prompt that goes on from it."""
@@ -174,6 +178,32 @@ class Model:
                 param="sparsity",
             )
         return asked.sparsity
+
+    def _drafts(self, asked: Asked, setting: Setting) -> bool:
+        """Whether guesses are checked: where a request says so, or may have them and says nothing.
+
+        Raises:
+            Refusal: it says so, and cannot have them.
+        """
+        wrong = ""
+        if setting.thresholds is not None:
+            wrong = "a model that checks guesses has to be dense: leave sparsity or draft out"
+        elif asked.logprobs is not None:
+            wrong = "log probabilities are not noted where guesses are checked: leave one out"
+        if asked.draft is None:
+            return self.draft is not None and not wrong
+        if asked.draft == _NO_DRAFT:
+            return False
+        if asked.draft != self.draft:
+            here = "nothing guesses here, but with `teal serve --draft`"
+            raise Refusal(
+                here if self.draft is None else f"draft is {self.draft!r} here, or {_NO_DRAFT!r}",
+                param="draft",
+                code="unsupported_value",
+            )
+        if wrong:
+            raise Refusal(wrong, param="draft")
+        return True
 
     def _tagged(self, name: str) -> float | None:
         """The sparsity in `name:0.4`; None in `name`.

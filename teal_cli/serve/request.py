@@ -58,7 +58,7 @@ _PASSED_OVER = (
     "store",
     "verbosity",
 )
-_COMMON = ("model", "stream", "stream_options", "stop", "max_tokens", "sparsity", "user")
+_COMMON = ("model", "stream", "stream_options", "stop", "max_tokens", "sparsity", "draft", "user")
 _FIELDS = {*_SAMPLING, *_ONLY, *_PASSED_OVER, *_COMMON, "logprobs", "response_format"}
 _CHAT_FIELDS = {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"}
 # Where OpenAI's completions end if nobody says.
@@ -82,6 +82,7 @@ class Asked:
     stream: bool = False
     include_usage: bool = False
     sparsity: float | None = None
+    draft: str | None = None  # what guesses, as --draft has it, or "none"
     think: bool | None = None
     user: str | None = None
 
@@ -217,6 +218,7 @@ def _common(fields: _Fields) -> dict[str, Any]:
             "include_usage"
         ),
         "sparsity": sparsity,
+        "draft": fields.get("draft", str, "a text"),
         "user": fields.get("user", str, "a text"),
     }
 

@@ -77,12 +77,16 @@ class Answer:
         """OpenAI's count of tokens; `sparsity` is ours: what the decoded ones skipped."""
         assert self.finish is not None
         stats = self.finish.stats
+        details = {"reasoning_tokens": self._thinking_tokens}
+        if stats.draft is not None:
+            details["accepted_prediction_tokens"] = stats.draft.accepted
+            details["rejected_prediction_tokens"] = stats.draft.guessed - stats.draft.accepted
         return {
             "prompt_tokens": stats.prompt_tokens,
             "completion_tokens": stats.new_tokens,
             "total_tokens": stats.prompt_tokens + stats.new_tokens,
             "prompt_tokens_details": {"cached_tokens": stats.reused_tokens},
-            "completion_tokens_details": {"reasoning_tokens": self._thinking_tokens},
+            "completion_tokens_details": details,
             "sparsity": stats.realised_sparsity,
         }
 

@@ -62,6 +62,19 @@ def test_sparse_project(
     assert_close(sparse_project(*case), oracle(case), case)
 
 
+def test_each_of_several_inputs_has_its_own_survivors(threads: int) -> None:
+    cases = [make_case(63, (0, 40, 48, 56), 0.5, torch.float32, seed=n) for n in range(4)]
+    first = cases[0]
+    x = torch.stack([case.x for case in cases]).view(2, 2, 63)
+    projection = Projection([first.weight], [40, 8, 8])
+    y = projection(0, x, first.thresholds)
+    assert y.shape == (2, 2, 56)
+    for case, row in zip(cases, y.view(4, 56), strict=True):
+        own = first._replace(x=case.x)
+        assert_close(row, oracle(own), own)
+    assert projection(0, x[:0], first.thresholds).shape == (0, 2, 56)
+
+
 def test_blocks_with_equal_thresholds_are_one_matrix(threads: int) -> None:
     case = make_case(63, (0, 40, 48, 56), 0.5, torch.float16)
     equal = case._replace(thresholds=case.thresholds[:1].expand(3))

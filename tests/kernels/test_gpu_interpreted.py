@@ -15,3 +15,7 @@ def test_the_step_in_the_interpreter() -> None:
 
 def test_the_step_for_several_tokens_in_the_interpreter() -> None:
     assert not run_interpreted("kernels/test_gpu_verify.py")
+
+
+def test_a_projection_that_stands_alone_in_the_interpreter() -> None:
+    assert not run_interpreted("kernels/test_gpu_linear.py")

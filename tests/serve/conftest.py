@@ -8,24 +8,24 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from teal_cli.inference.chat_template import ChatTemplate
+from teal_cli.inference.drafting import Drafting
 from teal_cli.inference.session import Session
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.convert import convert
 from teal_cli.model.decoder import Decoder
 from teal_cli.progress import Silent
-from teal_cli.serve.api import Limits, build
-from teal_cli.serve.engine import Engine
-from teal_cli.serve.listening import bound, listen
-from teal_cli.serve.model import Model
-from teal_cli.serve.server import server
 from teal_cli.sparsity.setting import Setting
 from teal_cli.store import hub, models
+
+if TYPE_CHECKING:
+    from teal_cli.serve.api import Limits
+    from teal_cli.serve.engine import Engine
 
 NAME = "tiny"
 
@@ -88,6 +88,13 @@ Serve = Callable[..., Running]
 @pytest.fixture(scope="module")
 def serve(checkpoint: Checkpoint, decoder: Decoder) -> Iterator[Serve]:
     """Starts servers, which end with the module."""
+    pytest.importorskip("starlette", reason="needs the extra `serve`")
+    from teal_cli.serve.api import Limits, build
+    from teal_cli.serve.engine import Engine
+    from teal_cli.serve.listening import bound, listen
+    from teal_cli.serve.model import Model
+    from teal_cli.serve.server import server
+
     started: list[tuple[Running, threading.Thread]] = []
 
     def start(
@@ -101,6 +108,7 @@ def serve(checkpoint: Checkpoint, decoder: Decoder) -> Iterator[Serve]:
         of: Checkpoint | None = None,
         profile: Any = None,
         chat: bool = True,
+        drafting: Drafting | None = None,
         **changes: Any,
     ) -> Running:
         source, weights = (checkpoint, decoder) if of is None else (of, of.load())
@@ -127,6 +135,7 @@ def serve(checkpoint: Checkpoint, decoder: Decoder) -> Iterator[Serve]:
             **settings,
         )
         session = Slow(weights, max_length=served.max_length, backend="reference")
+        session.drafting = drafting
         log: list[str] = []
         engine = Engine(
             served,

@@ -219,3 +219,38 @@ def test_a_base_model_continues_texts_only(serve: Serve) -> None:
     assert client.completions.create(model=NAME, prompt="Hello").choices[0].text
     with pytest.raises(openai.BadRequestError, match="no chat template"):
         client.chat.completions.create(model=NAME, messages=TURN)
+
+
+def test_a_request_can_have_guesses_or_none(serve: Serve, client: Any, oracle: Any) -> None:
+    from teal_cli.inference.drafters import Lookup
+    from teal_cli.inference.drafting import Drafting
+
+    drafting = Drafting([Lookup()], length=4)
+    guessed = openai.OpenAI(
+        base_url=serve(drafting=drafting, draft="lookup").url, api_key="none", max_retries=0
+    )
+    text = "one two three one two three one two three"
+
+    def ask(at: Any, **body: Any) -> Any:
+        return at.completions.create(
+            model=NAME, prompt=text, temperature=0, max_tokens=20, extra_body=body
+        )
+
+    expected, *_ = oracle(text, 20)
+    for body, drafted in (({}, True), ({"draft": "lookup"}, True), ({"draft": "none"}, False)):
+        answer = ask(guessed, **body)
+        assert answer.choices[0].text == expected
+        counted = answer.usage.completion_tokens_details.accepted_prediction_tokens
+        assert (counted is not None) == drafted
+    assert drafting.counts.guessed > 0
+    sparse = ask(guessed, sparsity=0.3)  # which nothing guesses for
+    assert sparse.usage.completion_tokens_details.accepted_prediction_tokens is None
+    for at, body, words in (
+        (guessed, {"draft": "lookup", "sparsity": 0.3}, "has to be dense"),
+        (guessed, {"draft": "lookup", "logprobs": 1}, "log probabilities"),
+        (guessed, {"draft": "self"}, "draft is 'lookup' here"),
+        (client, {"draft": "lookup"}, "nothing guesses here"),
+        (client, {"draft": 3}, "draft"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=words):
+            ask(at, **body)

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 from serve.conftest import Running, Serve
+
+pytest.importorskip("starlette", reason="needs the extra `serve`")
+
 from serve.test_http import ask
 
 from teal_cli.serve.listening import bound, check_host, listen

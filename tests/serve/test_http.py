@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from serve.conftest import NAME, Running, Serve
 
+pytest.importorskip("starlette", reason="needs the extra `serve`")
+
 from teal_cli.serve.api import Limits
 
 CHAT = "/v1/chat/completions"

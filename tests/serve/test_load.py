@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 from serve.conftest import NAME, Running, Serve
+
+pytest.importorskip("starlette", reason="needs the extra `serve`")
+
 from serve.test_http import CHAT, TURN, ask, is_error, until
 
 from teal_cli.serve.api import Limits

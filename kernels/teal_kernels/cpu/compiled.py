@@ -316,11 +316,14 @@ def decode(team, model, shared, scratch, token, position, thresholds, kept):
 
 @_cached
 def project(team, matrix, layer, x, thresholds, parts, y, scratch, kept):
-    """One thread's share of a single matrix: y += what all threads' parts sum up to."""
-    project_rows(matrix, layer, x, 0, len(x), thresholds, parts[team.thread], scratch, kept,
-                 (team.thread, team.threads))  # fmt: skip
-    _wait(team)
-    start, stop = _share(len(y), team)
-    for thread in range(team.threads):
+    """One thread's share of a single matrix: y [M, N] = what all threads' parts of x sum up to."""
+    for row in range(len(x)):
+        project_rows(matrix, layer, x[row], 0, x.shape[1], thresholds, parts[team.thread],
+                     scratch, kept, (team.thread, team.threads))  # fmt: skip
+        _wait(team)
+        start, stop = _share(y.shape[1], team)
         for i in range(start, stop):
-            y[i] += parts[thread, i]
+            y[row, i] = 0
+            for thread in range(team.threads):
+                y[row, i] += parts[thread, i]
+        _wait(team)  # the next row's parts go to the same place

@@ -136,27 +136,37 @@ class Projection:
         self._scratch = [binding.survivors(inputs, [self._matrix]) for _ in range(count)]
         self._parts = np.empty((count, outputs), dtype=np.float32)
         self._kept = np.zeros((count, len(widths)), dtype=np.int64)
+        nothing = np.empty((0, inputs), np.float32), np.empty(len(widths), np.float32)
+        arguments = self._arguments(0, 0, *nothing, np.empty((0, outputs), np.float32))
+        self._project = _compile(compiled.project, arguments)
 
     def __call__(self, layer: int, x: Tensor, thresholds: Tensor) -> Tensor:
-        """`reference.sparse_project` with a layer's weights: x [K] float32, thresholds [P] float32.
+        """`reference.sparse_project` with a layer's weights, of each x [..., K] on its own.
 
-        The sum is in float32. With int4, products of x and a scale are rounded to 16 bits that
-        eight channels share, an error of at most 2^-16 of the largest.
+        x and thresholds [P] are float32, and so is the sum. With int4, products of x and a scale
+        are rounded to 16 bits that eight channels share, an error of at most 2^-16 of the largest.
         """
-        y = np.zeros(self._parts.shape[1], dtype=np.float32)
-        values, levels = x.contiguous().numpy(), thresholds.contiguous().numpy()
+        outputs = self._parts.shape[1]
+        values = x.reshape(-1, x.shape[-1]).contiguous().numpy()
+        levels = thresholds.contiguous().numpy()
+        y = np.empty((len(values), outputs), dtype=np.float32)
+        team.run(
+            lambda thread: self._project(*self._arguments(thread, layer, values, levels, y)),
+            len(self._teams),
+            self._barrier,
+        )
+        return torch.from_numpy(y).view(*x.shape[:-1], outputs)
 
-        def arguments(thread: int) -> tuple[Any, ...]:
-            mate = self._teams[thread]
-            mate.phase[0] = 0
-            return (
-                mate, self._matrix, layer, values, levels, self._parts, y,
-                self._scratch[thread], self._kept[thread],
-            )  # fmt: skip
-
-        project = _compile(compiled.project, arguments(0))
-        team.run(lambda thread: project(*arguments(thread)), len(self._teams), self._barrier)
-        return torch.from_numpy(y)
+    def _arguments(
+        self, thread: int, layer: int, x: Any, thresholds: Any, y: Any
+    ) -> tuple[Any, ...]:
+        """What `compiled.project` takes on one thread."""
+        mate = self._teams[thread]
+        mate.phase[0] = 0
+        return (
+            mate, self._matrix, layer, x, thresholds, self._parts, y,
+            self._scratch[thread], self._kept[thread],
+        )  # fmt: skip
 
 
 def _team(thread: int, threads: int, barrier: Tensor) -> Team:

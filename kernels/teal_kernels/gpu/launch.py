@@ -162,6 +162,15 @@ class StepLaunches(NamedTuple):
         return cls(**tiles, logits=Launch(block_h, rows, 8))
 
 
+def linear_launch(
+    inputs: int, outputs: int, matrices: int, bits: int, device: DeviceClass
+) -> Launch:
+    """The launch of a projection that stands alone: a sparse step's for as many matrices."""
+    name = {1: "down", 2: "gate_up", 3: "qkv"}[matrices]
+    table = _TABLES.get((device.capability, bits), {}).get(SPARSE, {})
+    return fit(table.get(name, _PLAIN[bits]), inputs, outputs, bits, 2 * device.processors)
+
+
 def attention_chunk(positions: int) -> int:
     """Positions that one program of attention takes: 64, or a 32nd of them all.
 
