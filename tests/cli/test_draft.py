@@ -80,6 +80,7 @@ def test_statistics_say_what_guesses_brought(command: Command, tiny_model: Path)
         (("--draft", ""), "--draft names nothing"),
         (("--draft", "self,other"), "takes one model"),
         (("--draft", "no such model"), "there is no model"),
+        (("--draft", "self:int3"), "there is no quantization 'int3'"),
         (("--draft", "lookup", "-s", "0.4"), "model that checks guesses is dense"),
         (("--draft", "self", "-s", "0", "--dtype", "float32"), "nothing would be faster"),
         (("--draft", "self", "--compare"), "nothing to --compare"),
@@ -89,7 +90,7 @@ def test_statistics_say_what_guesses_brought(command: Command, tiny_model: Path)
 def test_what_cannot_guess_is_refused(
     command: Command, tiny_model: Path, options: tuple[str, ...], message: str
 ) -> None:
-    code = 3 if message.startswith("there is") else 2
+    code = 3 if message.startswith("there is no model") else 2
     is_refused(command("chat", tiny_model, "-p", "Hi", *options), code, message)
 
 
