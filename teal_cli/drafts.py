@@ -58,7 +58,7 @@ class Wanted:
         """What a list such as "lookup,self:int8" means.
 
         Raises:
-            UsageError: it names nothing, or more than one model.
+            UsageError: it names nothing, more than one model, or a form of it that is none.
         """
         entries = tuple(dict.fromkeys(e.strip() for e in text.split(",") if e.strip()))
         named = [entry for entry in entries if entry != "lookup"]
@@ -72,7 +72,8 @@ class Wanted:
         if not named:
             return Wanted(True, None, None)
         name, colon, form = named[0].rpartition(":")
-        if colon and form in QUANTIZATIONS:
+        if colon and (form in QUANTIZATIONS or name == "self"):
+            quantization(form)  # or it is refused by its name
             return Wanted("lookup" in entries, name, form)
         return Wanted("lookup" in entries, named[0], None)
 

@@ -13,7 +13,6 @@ from teal_cli.benchmark.bench import Attach, SettingFor, Settings, require_memor
 from teal_cli.benchmark.self_calibration import met_setting, self_calibrated
 from teal_cli.errors import UsageError
 from teal_cli.inference.chat_template import ChatTemplate
-from teal_cli.inference.drafters import NGRAM
 from teal_cli.inference.prompts import Prompts
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.config import ModelConfig
@@ -131,8 +130,6 @@ def random_subject(
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.prompt_tokens,)
     prompt: list[int] = torch.randint(config.vocab_size, size, generator=generator).tolist()
-    if settings.copy:  # the prompt begins anew, and the answer can go on like that
-        prompt[-NGRAM:] = prompt[:NGRAM]
     profile = self_calibrated(decoder, seed=settings.seed, reporter=reporter)
     return Subject(
         decoder,

@@ -157,6 +157,10 @@ def bench(
         raise UsageError("--kernels and --tune take neither --baseline nor --plot nor --draft")
     if acceptance is not None and draft is None:
         raise UsageError("--acceptance is of guesses: it needs --draft")
+    if copy and random_weights:
+        raise UsageError(
+            "random weights copy nothing", hint="Leave --copy out, or name a model with weights."
+        )
     reporter = console.reporter()
 
     import torch

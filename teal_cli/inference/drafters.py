@@ -13,7 +13,7 @@ from teal_cli.inference.sampling import Sampler
 from teal_cli.inference.session import Session, common_prefix
 
 # Tokens that must be the same for the text to count as repeating: two are so too often by chance.
-NGRAM = 3
+_NGRAM = 3
 
 
 class Drafter(Protocol):
@@ -55,8 +55,8 @@ class Lookup:
         text = [*tokens]
         if text[: len(self._text)] != self._text:
             self._text, self._after = [], {}
-        for i in range(max(len(self._text), NGRAM), len(text)):
-            self._after[tuple(text[i - NGRAM : i])] = i
+        for i in range(max(len(self._text), _NGRAM), len(text)):
+            self._after[tuple(text[i - _NGRAM : i])] = i
         self._text = text
 
     def propose(
@@ -65,7 +65,7 @@ class Lookup:
         """What followed the last few tokens where they stood last; see `Drafter`."""
         self.read([*tokens, token])
         text = self._text
-        start = self._after.get(tuple(text[-NGRAM:]))
+        start = self._after.get(tuple(text[-_NGRAM:]))
         if start is None:
             return []
         period = len(text) - start  # what repeats right behind itself goes on doing so

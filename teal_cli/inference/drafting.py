@@ -8,12 +8,12 @@ probability that the model gives it, and what is drawn in its place are the othe
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -30,6 +30,7 @@ _STRETCH = 16
 _ALONE, _AGAIN = 6, 2
 # Two logits count as equal where they are nearer than this share of all logits' spread: a pass over
 # several tokens sums in another order than a step, and rounds to the compute dtype.
+_SAMPLED = 16  # the spread is that of every sixteenth
 _ROUNDING = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 
 
@@ -128,7 +129,8 @@ class Drafting:
         while session.position < end:
             started = began = time.perf_counter()
             asked, by, guesses = self._guess(session, token, sampler, seed, end)
-            if by is None and session.decodes_ahead and not careful:
+            steady = not careful or exact == session.position
+            if by is None and steady and (session.decodes_ahead or not asked):
                 stretch = 1 if asked else _AGAIN if self._costs.stale else _STRETCH
                 stretch = min(stretch, end - session.position)
                 with closing(session.decode(token, sampler, stretch, seed)) as alone:
@@ -136,6 +138,7 @@ class Drafting:
                         self._costs.decoded(time.perf_counter() - started)
                         yield token
                         started = time.perf_counter()
+                exact = session.position
                 continue
             guessed = time.perf_counter()
             ahead = isinstance(guesses, Tensor)
@@ -242,11 +245,14 @@ def _is_tie(row: Tensor | int, sampler: Sampler, session: Session) -> bool:
     """Whether rounding may decide which of the logits [vocab_size] is the largest."""
     assert isinstance(row, Tensor)
     logits = penalised(row, session.tokens, sampler.sampling.repetition_penalty)
-    spread = float(logits.std())
-    if not math.isfinite(spread):  # to look for what is not takes longer than all the rest
-        spread = float(logits[logits.isfinite()].std())
-    least = float(logits.max()) - _ROUNDING[session.decoder.compute_dtype] * spread
-    return int((logits > least).sum()) > 1  # sooner than the two largest are found
+    # Not by torch, whose threads would still be in the way when the next token is begun.
+    values = logits.numpy(force=True)
+    with numpy.errstate(invalid="ignore"):
+        spread = values[::_SAMPLED].std()
+    if not numpy.isfinite(spread):
+        spread = values[numpy.isfinite(values)].std()
+    least = values.max() - _ROUNDING[session.decoder.compute_dtype] * spread
+    return bool(numpy.count_nonzero(values > least) > 1)
 
 
 def _settled(session: Session, start: int) -> Tensor:

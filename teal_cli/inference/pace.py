@@ -6,7 +6,7 @@ from __future__ import annotations
 # eight take as long as two, and nine longer.
 LENGTHS = (1, 2, 4, 7)
 # What is never lost by more: this share of the time, and so many tokens' time at the beginning.
-_SHARE = 0.015
+_SHARE = 0.01
 _TOKENS = 1.0
 # Gains of earlier rounds that later ones may lose again, in tokens' time.
 _BANK = 16.0

@@ -11,6 +11,9 @@ import tiny
 from benchmark.commands import Command, is_refused, prepare, runner
 
 from teal_cli import drafts
+from teal_cli.benchmark.bench import Settings
+from teal_cli.benchmark.subject import text_prompt
+from teal_cli.inference.chat_template import ChatTemplate
 from teal_cli.inference.pace import Pace
 
 Folder = Callable[..., Path]
@@ -80,6 +83,7 @@ def test_statistics_say_what_guesses_brought(command: Command, tiny_model: Path)
         (("--draft", ""), "--draft names nothing"),
         (("--draft", "self,other"), "takes one model"),
         (("--draft", "no such model"), "there is no model"),
+        (("--draft", "self:int3"), "there is no quantization 'int3'"),
         (("--draft", "lookup", "-s", "0.4"), "model that checks guesses is dense"),
         (("--draft", "self", "-s", "0", "--dtype", "float32"), "nothing would be faster"),
         (("--draft", "self", "--compare"), "nothing to --compare"),
@@ -89,7 +93,7 @@ def test_statistics_say_what_guesses_brought(command: Command, tiny_model: Path)
 def test_what_cannot_guess_is_refused(
     command: Command, tiny_model: Path, options: tuple[str, ...], message: str
 ) -> None:
-    code = 3 if message.startswith("there is") else 2
+    code = 3 if message.startswith("there is no model") else 2
     is_refused(command("chat", tiny_model, "-p", "Hi", *options), code, message)
 
 
@@ -140,11 +144,38 @@ def test_bench_measures_guesses(command: Command, tiny_model: Path, more: tuple[
     assert any("assumed" in note for note in found["notes"])
 
 
+def test_bench_asks_for_a_copy_as_a_chat_does(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    settings = Settings(copy=True)
+    asked = tokenizer.decode(text_prompt(tokenizer, settings))
+    assert 'only replace "butter" with "oil"' in asked
+    template = ChatTemplate.of(tokenizer)
+    assert template is not None
+    page = asked[asked.index("Repeat the following") : asked.index("fresh herbs.") + 12]
+    assert asked == template.render([{"role": "user", "content": page}])
+    tokenizer.chat_template = None
+    assert tokenizer.decode(text_prompt(tokenizer, settings)).startswith("Repeat the following")
+    assert len(text_prompt(tokenizer, Settings(prompt_tokens=500))) == 500
+
+
 def test_bench_wants_to_know_what_random_weights_guess(command: Command, tiny_model: Path) -> None:
     outcome = command("bench", tiny_model, "--random-weights", "--draft", "self")
     is_refused(outcome, 2, "with random weights no guess is right")
     outcome = command("bench", tiny_model, "--acceptance", "0.8")
     is_refused(outcome, 2, "--acceptance is of guesses")
+    outcome = command("bench", tiny_model, "--random-weights", "--copy")
+    is_refused(outcome, 2, "random weights copy nothing")
+
+
+def test_bench_measures_copies(command: Command, tiny_model: Path) -> None:
+    options = ("--copy", "--draft", "lookup", "-n", "20", "--repeats", "1", "--json")
+    code, out, said = command("bench", tiny_model, *options)
+    assert code == 0, said
+    found = json.loads(out)
+    assert found["settings"]["prompt_tokens"] > 400  # a byte is a token here
+    assert [row["label"] for row in found["rows"]] == ["dense", "lookup"]
 
 
 def test_eval_of_text_has_nothing_to_guess(command: Command, tiny_model: Path) -> None:

@@ -144,6 +144,29 @@ def test_the_host_reads_one_result_a_round(
     assert len(drafter.session.tokens) > len(PROMPT) + 1
 
 
+@pytest.mark.parametrize("phase", ["guess", "choice"])
+def test_ctrl_c_in_a_round_leaves_nothing_half_accepted(
+    phase: str, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = SAMPLINGS["temperature"]
+    expected, _ = _answer(Session(decoder, max_length=64), sampling, 5)
+    session = _drafts(decoder)
+    steps = generate(session, PROMPT, Sampler(sampling), max_new_tokens=5)
+    heard = [token.id for token in [next(steps)] if isinstance(token, Token)]
+    owner, name = {"guess": (DecodeStep, "next_token"), "choice": (RowChoices, "choose")}[phase]
+
+    def interrupt(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, property(interrupt) if phase == "guess" else interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(steps)
+    monkeypatch.undo()
+    assert heard == expected[:1]
+    assert session.tokens == PROMPT
+    assert _answer(session, sampling, 5)[0] == expected
+
+
 def test_guesses_beyond_the_models_vocabulary_are_held_to_it(decoder: Decoder) -> None:
     """Vocabularies are padded differently: the model's is the smaller one here."""
     session = Session(decoder, max_length=64)
