@@ -100,6 +100,8 @@ def ensure_recovery(
             return profile
         decoder = streaming.load(checkpoint, target_device, reporter)
         teacher, dense = _teacher(checkpoint, decoder, reporter)
+        floats = stored.of_floats(checkpoint)
+        start = None if floats is None else floats.recovery.get(method)
         reporter.note(
             f"learning vectors of {checkpoint.name} at {', '.join(f'{t:g}' for t in wanted)} from "
             f"{corpus.name} ({corpus.part}): {len(windows)} windows of {windows.shape[1]} tokens → "
@@ -113,9 +115,11 @@ def ensure_recovery(
             method=method,
             steps=steps,
             workspace=Workspace(work_dir, checkpoint.fingerprint),
+            start=start,
         )
         provenance = {
             **source,
+            **({} if start is None else {"start": f"vectors of {checkpoint.name} before rounding"}),
             "samples": len(windows),
             "seq_len": windows.shape[1],
             "steps": steps,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from teal_cli.model.inventory import StoredModel
+    from teal_cli.model.inventory import StoredModel, StoredProfile
 
 RemoveOption = Annotated[
     str | None,
@@ -97,10 +97,8 @@ def _rows(model: StoredModel) -> list[list[str]]:
 
     rows = []
     for checkpoint in model.checkpoints:
-        methods = ", ".join(checkpoint.methods)
-        stage = f"calibrated: {methods}" if methods else "converted"
         size = format_amount(checkpoint.nbytes, "B")
-        rows.append([checkpoint.folder.name, size, stage])
+        rows.append([checkpoint.folder.name, size, _stage(checkpoint.profile)])
     for item in model.others:
         size = format_amount(item.nbytes, "B")
         rows.append([item.path.name, size, item.what])
@@ -108,6 +106,15 @@ def _rows(model: StoredModel) -> list[list[str]]:
         size = format_amount(folder_bytes(model.download), "B")
         rows.append(["Hub's cache", size, "downloaded"])
     return rows
+
+
+def _stage(profile: StoredProfile) -> str:
+    """How far a checkpoint is prepared."""
+    if not profile.methods:
+        return "converted"
+    stage = "quick thresholds" if profile.quick else "calibrated"
+    stage += f": {', '.join(profile.methods)}"
+    return f"{stage}; vectors for {', '.join(profile.recovered)}" if profile.recovered else stage
 
 
 def _total(stored: Sequence[StoredModel]) -> str:
@@ -132,7 +139,9 @@ def _document(model: StoredModel) -> dict[str, Any]:
                 "name": checkpoint.folder.name,
                 "path": checkpoint.folder,
                 "bytes": checkpoint.nbytes,
-                "methods": list(checkpoint.methods),
+                "methods": list(checkpoint.profile.methods),
+                "quick": checkpoint.profile.quick,
+                "recovered": list(checkpoint.profile.recovered),
             }
             for checkpoint in model.checkpoints
         ],

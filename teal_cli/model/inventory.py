@@ -27,12 +27,22 @@ _HALF_DONE = "being made, or left by a run that was killed"
 
 
 @dataclass(frozen=True, slots=True)
+class StoredProfile:
+    """What a profile's header says; all empty where there is none, or it cannot be read."""
+
+    model: str = ""
+    methods: tuple[str, ...] = ()
+    quick: bool = False
+    recovered: tuple[str, ...] = ()  # methods that have vectors
+
+
+@dataclass(frozen=True, slots=True)
 class StoredCheckpoint:
-    """A converted model in one data type; `methods` are its profile's, empty without one."""
+    """A converted model in one data type, and its profile."""
 
     folder: Path
     nbytes: int
-    methods: tuple[str, ...]
+    profile: StoredProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,17 +214,18 @@ def _stored_model(slug: str) -> StoredModel:
         with contextlib.suppress(TealError, KeyError):  # damaged: it keeps the folder's name
             content = artifacts.read_manifest(folder / MANIFEST, CHECKPOINT)
             model.name = _name(str(content["model"]), slug)
-        methods = _header(paths.profile_path(slug, folder.name))[1]
-        model.checkpoints.append(StoredCheckpoint(folder, folder_bytes(folder), methods))
+        profile = _header(paths.profile_path(slug, folder.name))
+        model.checkpoints.append(StoredCheckpoint(folder, folder_bytes(folder), profile))
     made = {checkpoint.folder.name for checkpoint in model.checkpoints}
-    for profile in _children(profiles):
-        if profile.suffix != ".safetensors" or artifacts.leftover_of(profile.name):
-            _add(model, profile, "not a profile")
-        elif profile.stem not in made:
-            name, methods = _header(profile)
-            if name and model.name == slug:
-                model.name = _name(name, slug)
-            _add(model, profile, f"profile without its checkpoint: {', '.join(methods) or '?'}")
+    for path in _children(profiles):
+        if path.suffix != ".safetensors" or artifacts.leftover_of(path.name):
+            _add(model, path, "not a profile")
+        elif path.stem not in made:
+            header = _header(path)
+            if header.model and model.name == slug:
+                model.name = _name(header.model, slug)
+            methods = ", ".join(header.methods) or "?"
+            _add(model, path, f"profile without its checkpoint: {methods}")
     for work in _children(calibrations):
         _add(model, work, "a calibration that is not finished")
     for name, path in _entries():
@@ -240,18 +251,23 @@ def _name(name: str, slug: str) -> str:
     return f"{name}@{parts[1]}" if marked else name
 
 
-def _header(profile: Path) -> tuple[str, tuple[str, ...]]:
-    """Whose a profile is and its methods, from its header alone; empty if it cannot be read."""
+def _header(profile: Path) -> StoredProfile:
+    """A profile, from its header alone."""
     if not profile.is_file():
-        return "", ()
+        return StoredProfile()
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(profile, framework="numpy") as file:
             header = json.loads((file.metadata() or {})["teal"])
-            return str(header.get("model", "")), (*map(str, header["methods"]), "uniform")
+            return StoredProfile(
+                str(header.get("model", "")),
+                (*map(str, header["methods"]), "uniform"),
+                bool(header.get("provenance", {}).get("quick")),
+                tuple(map(str, header.get("recovery", {}))),
+            )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "", ()
+        return StoredProfile()
 
 
 def _downloads() -> Iterator[tuple[str, Path]]:

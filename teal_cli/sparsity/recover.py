@@ -57,6 +57,7 @@ class Lesson:
         method: the allocation's.
         steps: of learning, a target; each reads one window.
         workspace: keeps what a killed run has learnt.
+        start: what a quantized model starts from, the vectors of the model before rounding.
     """
 
     decoder: Decoder
@@ -65,6 +66,7 @@ class Lesson:
     method: str
     steps: int
     workspace: Workspace
+    start: Recovery | None = None
 
 
 def recover(
@@ -139,8 +141,7 @@ class _Learner:
         """The vectors of one target, on the CPU, and the target to ask the allocation for."""
         steps = self._lesson.steps
         asked = self._profile.asked(target, self._lesson.method)
-        # In units in which one rate serves all of them.
-        weights = {name: torch.zeros_like(base) for name, base in self._base.items()}
+        weights = self._start(target)
         optimiser = torch.optim.Adam(weights.values(), lr=1.0, betas=_BETAS)
         saved = Learning(self._key(target, asked), self._lesson.workspace)
         first, asked = saved.load(weights, optimiser, asked)
@@ -159,6 +160,17 @@ class _Learner:
         vectors = self._vectors(weights)
         asked = self._settled(target, asked, vectors)
         return RecoveryVectors(*(getattr(vectors, name).cpu() for name in FIELDS)), asked
+
+    def _start(self, target: float) -> dict[str, Tensor]:
+        """What learning starts from, in units in which one rate serves all vectors."""
+        start = self._lesson.start
+        if start is None or not start.reaches(target):
+            return {name: torch.zeros_like(base) for name, base in self._base.items()}
+        vectors = start.at(target)
+        return {
+            name: (getattr(vectors, name).to(base.device) - base) / self._unit[name]
+            for name, base in self._base.items()
+        }
 
     def _step(
         self,
@@ -288,11 +300,14 @@ class _Learner:
     def _key(self, target: float, asked: float) -> str:
         """Names what the learning of a target depends on."""
         lesson = self._lesson
+        depends_on = [self._profile.thresholds_at(asked, lesson.method)]
+        if lesson.start is not None:
+            depends_on += lesson.start.tensors().values()
         return lesson.workspace.key(
             f"recover {lesson.method} {target} {asked} {lesson.steps}",
             self._model,
             lesson.windows,
-            self._profile.thresholds_at(asked, lesson.method),
+            *depends_on,
         )
 
 

@@ -9,7 +9,8 @@ import torch
 from model.families import FAMILIES, hf_model, our_decoder
 
 from teal_cli.errors import UsageError
-from teal_cli.model.decoder import Decoder, attend, threshold
+from teal_cli.model.attention import attend
+from teal_cli.model.decoder import Decoder, threshold
 from teal_cli.sparsified import put_thresholds
 
 LENGTH = 50

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from teal_cli.commands import models as models_command
 from teal_cli.errors import MissingError, TealError
 from teal_cli.model import inventory
 from teal_cli.progress import Silent
@@ -48,13 +49,13 @@ def convert(ref: ModelRef, dtype: str = "float16", nbytes: int = 1000) -> Path:
     return folder
 
 
-def calibrate(ref: ModelRef, dtype: str = "float16") -> None:
+def calibrate(ref: ModelRef, dtype: str = "float16", **more: object) -> None:
     import torch
     from safetensors.torch import save_file
 
     path = paths.profile_path(ref.slug, dtype)
     path.parent.mkdir(parents=True)
-    header = json.dumps({"methods": ["sensitivity", "greedy"]})
+    header = json.dumps({"methods": ["sensitivity", "greedy"], **more})
     save_file({"counts": torch.zeros(1)}, path, metadata={"teal": header})
 
 
@@ -77,6 +78,24 @@ def test_nothing_is_stored_at_first() -> None:
     assert inventory.names() == []
 
 
+def test_quick_thresholds_and_vectors_are_told() -> None:
+    quick, recovered, plain = (ModelRef("hub", f"org/{name}") for name in "abc")
+    for ref in (quick, recovered, plain):
+        convert(ref)
+    calibrate(quick, methods=[], provenance={"quick": True})
+    calibrate(recovered, recovery={"sensitivity": {"targets": [0, 0.5]}})
+    calibrate(plain)
+    stages = {
+        model.name: models_command._stage(model.checkpoints[0].profile)
+        for model in inventory.stored_models()
+    }
+    assert stages == {
+        "org/a": "quick thresholds: uniform",
+        "org/b": "calibrated: sensitivity, greedy, uniform; vectors for sensitivity",
+        "org/c": "calibrated: sensitivity, greedy, uniform",
+    }
+
+
 def test_every_stage_is_listed(hub_cache: Path, tmp_path: Path) -> None:
     convert(HUB)
     convert(HUB, "float32")
@@ -94,7 +113,8 @@ def test_every_stage_is_listed(hub_cache: Path, tmp_path: Path) -> None:
     assert set(found) == {HUB.name, old, str(tmp_path / "mine"), "org/only-downloaded"}
     one = found[HUB.name]
     assert [c.folder.name for c in one.checkpoints] == ["float16", "float32"]
-    assert [c.methods for c in one.checkpoints] == [("sensitivity", "greedy", "uniform"), ()]
+    methods = [checkpoint.profile.methods for checkpoint in one.checkpoints]
+    assert methods == [("sensitivity", "greedy", "uniform"), ()]
     assert 1000 < one.checkpoints[0].nbytes < 1300
     assert one.download == folder
     assert inventory.folder_bytes(folder) == 5000 + len(json.dumps(CONFIG))  # links not twice
@@ -109,7 +129,7 @@ def test_damage_hides_no_model() -> None:
     paths.profile_path(HUB.slug, "float16").parent.mkdir(parents=True)
     paths.profile_path(HUB.slug, "float16").write_bytes(b"\xff" * 20)
     model = inventory.find(HUB.slug)
-    assert (model.name, model.checkpoints[0].methods) == (HUB.slug, ())
+    assert (model.name, model.checkpoints[0].profile.methods) == (HUB.slug, ())
 
 
 def test_a_model_is_found_by_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +160,7 @@ def test_removal_takes_what_is_ours_alone(hub_cache: Path) -> None:
     assert (left.owned, left.download, left.last_used) == ([], folder, None)
     assert inventory.folder_bytes(folder) > 5000
     assert models.last_used() is None
-    assert [c.methods for c in inventory.find(other.name).checkpoints] == [
+    assert [c.profile.methods for c in inventory.find(other.name).checkpoints] == [
         ("sensitivity", "greedy", "uniform")
     ]
     assert not list((paths.data_dir() / "models").glob(f"*{HUB.slug}"))

@@ -120,6 +120,19 @@ def test_they_win_back_and_keep_the_target(
     assert realised(decoder, windows, setting) == pytest.approx(0.5, abs=0.003)
 
 
+def test_learning_starts_from_the_vectors_of_the_model_before_rounding(
+    decoder: Decoder, windows: Tensor, profile: Profile
+) -> None:
+    start = Recovery.nothing(decoder, {}).learnt(0.5, 0.0, random_vectors(decoder))
+    one_step = dataclasses.replace(lesson(decoder, windows, steps=1), start=start)
+    assert learning._rate(0.25, 1.0) == 0  # the last step, which is the first, changes nothing
+    found = learnt(profile, one_step, 0.25, 0.6).recovery[METHOD]
+    for name in FIELDS:
+        expected = (getattr(start.at(0.25), name), getattr(own_vectors(decoder), name))
+        for target, wanted in zip((0.25, 0.6), expected, strict=True):
+            torch.testing.assert_close(getattr(found.at(target), name), wanted)
+
+
 def realised(decoder: Decoder, windows: Tensor, setting: Any) -> float:
     from teal_cli.sparsity.skips import SkipCount
 

@@ -139,6 +139,7 @@ def test_a_quantized_model_learns_from_what_it_was_rounded_from(
     assert "what rounding lost" not in said
     found = profile_of(tiny_model, "int8").recovery["uniform"].provenance
     assert found["dense"] == floats.fingerprint != made.fingerprint
+    assert found["start"] == f"vectors of {tiny_model} before rounding"
 
 
 def test_eval_and_chat_use_them_unless_told_otherwise(

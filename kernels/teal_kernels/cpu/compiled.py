@@ -30,7 +30,7 @@ from teal_kernels.cpu.intrinsics import (
     pause,
     store,
 )
-from teal_kernels.cpu.rows import add_bias, compiled, dots, project_rows, weigh
+from teal_kernels.cpu.rows import add_bias, compiled, dots, fetch_bias, project_rows, weigh
 from teal_kernels.cpu.structures import (
     DOWN_BIAS,
     GATE_UP_BIAS,
@@ -226,16 +226,18 @@ def _attention_block(team, model, shared, scratch, layer, position, thresholds, 
     vectors, me = model.vectors[layer], team.thread
     mates, alone = (me, team.threads), (0, 1)
     qkv = shared.wide[:, : (model.heads + 2 * model.kv_heads) * model.head_dim]
+    fetch_bias(vectors[QKV_BIAS], *_share(qkv.shape[1], team))
+    fetch_bias(vectors[O_BIAS], *_share(model.hidden, team))
     _norm(np.float32, vectors[INPUT_NORM], scratch.hidden, model.eps, scratch.normed)
     project_rows(model.qkv, layer, scratch.normed, 0, model.hidden, thresholds[0:3], qkv[me],
                  scratch, kept[0:3], mates)  # fmt: skip
-    add_bias(vectors[QKV_BIAS] if me == 0 else 0, qkv[me])
+    add_bias(vectors[QKV_BIAS], qkv[me], *_share(len(qkv[me]), team))
     _wait(team)
     low, high = _share(model.heads * model.head_dim, team)
     _attention(model, scratch, vectors, layer, position, qkv, low, high)
     project_rows(model.o, layer, scratch.inputs, low, high, thresholds[3:4], shared.narrow[me],
                  scratch, kept[3:4], alone)  # fmt: skip
-    add_bias(vectors[O_BIAS] if me == 0 else 0, shared.narrow[me])
+    add_bias(vectors[O_BIAS], shared.narrow[me], *_share(len(shared.narrow[me]), team))
     _add_parts(team, model, shared, scratch)
 
 
@@ -259,16 +261,18 @@ def _mlp_block(team, model, shared, scratch, layer, thresholds, kept):
     me, mates, alone = team.thread, (team.thread, team.threads), (0, 1)
     vectors = model.vectors[layer]
     gate_up, inner = shared.wide[:, : 2 * model.inner], scratch.inputs[: model.inner]
+    fetch_bias(vectors[GATE_UP_BIAS], *_share(2 * model.inner, team))
+    fetch_bias(vectors[DOWN_BIAS], *_share(model.hidden, team))
     _norm(np.float32, vectors[POST_NORM], scratch.hidden, model.eps, scratch.normed)
     project_rows(model.gate_up, layer, scratch.normed, 0, model.hidden, thresholds[4:6],
                  gate_up[me], scratch, kept[4:6], mates)  # fmt: skip
-    add_bias(vectors[GATE_UP_BIAS] if me == 0 else 0, gate_up[me])
+    add_bias(vectors[GATE_UP_BIAS], gate_up[me], *_share(len(gate_up[me]), team))
     _wait(team)
     low, high = _share(model.inner, team)
     _activate(gate_up, me, low, high, inner)
     project_rows(model.down, layer, inner, low, high, thresholds[6:7], shared.narrow[me], scratch,
                  kept[6:7], alone)  # fmt: skip
-    add_bias(vectors[DOWN_BIAS] if me == 0 else 0, shared.narrow[me])
+    add_bias(vectors[DOWN_BIAS], shared.narrow[me], *_share(len(shared.narrow[me]), team))
     _add_parts(team, model, shared, scratch)
 
 

@@ -27,6 +27,7 @@ from teal_kernels.cpu.vectors import (
     I64,
     STORED,
     call,
+    fetch,
     load_vector,
     offset_of,
     store_vector,
@@ -115,6 +116,17 @@ def store(typingctx: Any, dtype: Any, base: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(dtype, types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Bring the cache line at an address while other work goes on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        fetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @intrinsic

@@ -116,7 +116,7 @@ def _fill_cache(model, layer, tokens, position, count, team):
     start, stop = _share(count, team)
     for t in range(start, stop):
         qkv, at = tokens.qkv[t], position + t
-        add_bias(vectors[QKV_BIAS], qkv)
+        add_bias(vectors[QKV_BIAS], qkv, 0, len(qkv))
         cos, sin = model.cos[at, :pairs], model.sin[at, :pairs]
         for head in range(model.heads + model.kv_heads):
             row = qkv[head * size : (head + 1) * size]

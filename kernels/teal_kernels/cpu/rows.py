@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from teal_kernels.cpu.intrinsics import address_of, load, load_address, store
+from teal_kernels.cpu.intrinsics import address_of, load, load_address, prefetch, store
 from teal_kernels.cpu.sums import (
     add_codes,
     add_rows,
@@ -61,11 +61,22 @@ def weigh(dtype, base, stride, factors, count, out):
 
 
 @compiled
-def add_bias(bias, part):
-    """part += the float32 bias at an address, if there is one."""
+def add_bias(bias, part, start, stop):
+    """part[start:stop] += that of the float32 bias at an address, if there is one."""
     if bias != 0:
-        for i in range(len(part)):
+        for i in range(start, stop):
             part[i] += load(np.float32, bias, i)
+
+
+@compiled
+def fetch_bias(bias, start, stop):
+    """Bring what `add_bias` is to add, if there is a bias, while weights are read.
+
+    The demo model's biases are 0.6 MB: 0.2 ms a token without this, on a Sapphire Rapids.
+    """
+    if bias != 0:
+        for i in range(start, stop, 16):
+            prefetch(bias + 4 * i)
 
 
 @compiled
