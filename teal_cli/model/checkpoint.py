@@ -11,6 +11,7 @@ from torch import Tensor
 from teal_cli.errors import TealError
 from teal_cli.model.config import ModelConfig, read_object
 from teal_cli.model.decoder import Decoder
+from teal_cli.model.huge_pages import placing
 from teal_cli.model.quantization import QUANTIZATIONS, Quantization, quantization
 from teal_cli.model.tokenizer import load_tokenizer
 from teal_cli.model.weights import load_weights, stored_tensors
@@ -115,7 +116,7 @@ class Checkpoint:
         return sum(self._manifest["shards"].values())
 
     def load(self, device: str | torch.device = "cpu") -> Decoder:
-        """The decoder; on a CPU its weights are memory-mapped, so this is quick.
+        """The decoder; on a CPU its weights are copied into huge pages, or else memory-mapped.
 
         Raises:
             TealError: a shard is damaged or does not hold what the config asks for.
@@ -123,11 +124,12 @@ class Checkpoint:
         from safetensors import SafetensorError, safe_open
 
         tensors: dict[str, Tensor] = {}
+        place = placing(device, self.nbytes)
         try:
             for shard in self._manifest["shards"]:
                 with safe_open(self.folder / shard, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118 (not a dict)
-                        tensors[name] = file.get_tensor(name).to(device)
+                        tensors[name] = place(file.get_tensor(name).to(device))
         except (SafetensorError, OSError) as error:
             raise TealError(
                 f"{self.folder / shard} is damaged: {error}", hint=_MEND.format(name=self.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from teal_cli.model.config import ModelConfig
 from teal_cli.model.decoder import Decoder
+from teal_cli.model.huge_pages import placing
 from teal_cli.model.quantization import Quantization, Quantized
 from teal_cli.model.weights import build_weights, tensor_shapes
 
@@ -35,9 +37,14 @@ def random_decoder(
     shapes = tensor_shapes(config, kind)
     generator = torch.Generator(device).manual_seed(seed)
 
+    place = placing(device, 0)
+
     def tensor(name: str) -> Tensor | Quantized:
         made = floats(name)
-        return kind.round(name, made) if kind is not None and kind.quantizes(name) else made
+        if kind is None or not kind.quantizes(name):
+            return place(made)
+        rounded = kind.round(name, made)
+        return replace(rounded, rows=place(rounded.rows))
 
     def floats(name: str) -> Tensor:
         shape = shapes[name]

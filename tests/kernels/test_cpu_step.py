@@ -61,8 +61,9 @@ def check(
     thresholds: list[float] | None,
     threads: int,
     vectors: RecoveryVectors | None = None,
+    error: float = 4e-6,
 ) -> None:
-    step, oracle = small.step(threads=threads), Oracle(small)
+    step, oracle = small.step(threads=threads), Oracle(small, error)
     oracle.vectors = vectors
     step.set_vectors(vectors)
     if thresholds is not None:
@@ -73,7 +74,8 @@ def check(
         logits = step(token, position)
         expected = oracle(token, position)
         assert logits.dtype == torch.float32
-        torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+        bound = 2.5 * error
+        torch.testing.assert_close(logits.double(), expected, rtol=bound, atol=bound)
     assert torch.equal(step.kept, oracle.kept)
 
 
@@ -128,7 +130,7 @@ def _two(small: Small) -> tuple[RecoveryVectors, RecoveryVectors]:
 
 
 MATRICES = ("qkv", "o", "gate_up", "down")
-# Groups by matrix; 0 is int8, and groups of 8 are summed as exactly as floats are.
+# Groups by matrix; 0 is int8, and groups of 8 are summed as floats are.
 EXACT = [
     pytest.param(dict.fromkeys(MATRICES, 0), True, id="int8"),
     pytest.param({"qkv": 0, "gate_up": 8, "down": 0}, False, id="mixed"),
@@ -143,8 +145,9 @@ def test_quantized(groups: dict[str, int], lm_head: bool, thresholds: list[float
         rotary=(6, 0), multipliers=(3.0, 0.4, 0.3),
     )  # fmt: skip
     small.quantize(groups, lm_head=lm_head)
-    check(small, thresholds, 2)
-    check(small, thresholds, 2, small.vectors())
+    # Where four products take one instruction, x is rounded to 16 bits.
+    check(small, thresholds, 2, error=1e-4)
+    check(small, thresholds, 2, small.vectors(), error=1e-4)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3], ids="threads-{}".format)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from teal_kernels.cpu import vectors
+from teal_kernels.cpu.quads import LINE, LINE_BYTES
 from teal_kernels.cpu.structures import Matrix, Model, Scratch, Shared
 from teal_kernels.quantized import QuantizedMatrix, QuantizedRows
 from teal_kernels.tensors import MATRICES, RecoveryVectors, StepTensors
@@ -153,6 +154,7 @@ def scratch_of(model: Model) -> Scratch:
         hidden=np.empty(model.hidden, dtype=np.float32),
         normed=np.empty(model.hidden, dtype=np.float32),
         inputs=np.empty(widest, dtype=np.float32),
+        lines=np.empty(model.hidden // LINE * LINE_BYTES, dtype=np.uint8),
         scores=np.empty(model.length, dtype=np.float32),
         **dict(zip(("query", "key", "value"), head, strict=True)),
     )
@@ -169,8 +171,9 @@ def survivors(inputs: int, matrices: Sequence[Matrix]) -> Scratch:
         rows=np.empty(rows, dtype=np.int64),
         factors=np.empty(rows, dtype=np.float32),
         steps=np.empty(groups, dtype=np.float32),
-        pairs=np.empty(vectors.ROWS // 2 * groups, dtype=np.int32),
+        products=np.empty(vectors.ROWS // 2 * groups, dtype=np.int32),
         sums=np.empty(groups, dtype=np.float32),
+        lines=np.empty(0, dtype=np.uint8),
         scores=none,
         query=none,
         key=none,

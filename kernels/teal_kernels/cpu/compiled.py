@@ -277,12 +277,15 @@ def _mlp_block(team, model, shared, scratch, layer, thresholds, kept):
 
 
 @compiled
-def _logits(team, model, normed, logits):
-    """The thread's share of logits [vocab]: the lm_head's rows times `normed`."""
+def _logits(team, model, normed, logits, room):
+    """The thread's share of logits [vocab]: the lm_head's rows times `normed`.
+
+    room: address, as `dots` has it.
+    """
     row_bytes = address_of(model.lm_head_dtype, 0, model.hidden)
     start, stop = _share(model.vocab, team)
     rows, x = model.lm_head + start * row_bytes, normed.ctypes.data
-    dots(model.lm_head_dtype, rows, row_bytes, x, model.hidden, logits[start:stop])
+    dots(model.lm_head_dtype, rows, row_bytes, x, model.hidden, logits[start:stop], room)
     if model.logits_multiplier != 1:
         for i in range(start, stop):
             logits[i] *= model.logits_multiplier
@@ -315,7 +318,7 @@ def decode(team, model, shared, scratch, token, position, thresholds, kept):
         _attention_block(team, model, shared, scratch, layer, position, levels, counts)
         _mlp_block(team, model, shared, scratch, layer, levels, counts)
     _norm(np.float32, model.norm, scratch.hidden, model.eps, scratch.normed)
-    _logits(team, model, scratch.normed, shared.logits)
+    _logits(team, model, scratch.normed, shared.logits, scratch.lines.ctypes.data)
 
 
 @_cached

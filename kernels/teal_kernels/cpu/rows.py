@@ -13,15 +13,10 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from teal_kernels.cpu.int4 import add_codes, in_order, scale_factors
 from teal_kernels.cpu.intrinsics import address_of, load, load_address, prefetch, store
-from teal_kernels.cpu.sums import (
-    add_codes,
-    add_rows,
-    dot_rows,
-    in_order,
-    scale_factors,
-    weigh_rows,
-)
+from teal_kernels.cpu.quads import add_bytes, dot_quads, in_quads, split_lines
+from teal_kernels.cpu.sums import add_rows, dot_rows, weigh_rows
 from teal_kernels.cpu.vectors import AHEAD, BLOCK, DOTS, HALF, INT4, ROWS, WIDTH
 
 # Division as in numpy: Python's, which raises, would keep loops from being vectorised.
@@ -29,16 +24,21 @@ compiled = njit(nogil=True, error_model="numpy")
 
 
 @compiled
-def dots(dtype, base, stride, x, size, out):
+def dots(dtype, base, stride, x, size, out, room=0):
     """out = the products of rows of `size` weights, `stride` bytes apart, with float32 x.
 
     base, x: addresses; stride: what a row takes, at least.
+    room: address of LINE_BYTES for every LINE of x, with which INT8 is faster; 0 is none.
     """
     columns = 64 // address_of(dtype, 0, 1)
     lines, whole = size // columns, len(out) // DOTS * DOTS
     ahead, to = DOTS * stride * (1 + AHEAD // (DOTS * stride)), out.ctypes.data
+    quads = room != 0 and split_lines(dtype, x, lines, room)
     for i in range(0, whole, DOTS):
-        dot_rows(dtype, base + i * stride, stride, ahead, x, lines, to + 4 * i)
+        if quads:
+            dot_quads(base + i * stride, stride, ahead, room, lines, to + 4 * i)
+        else:
+            dot_rows(dtype, base + i * stride, stride, ahead, x, lines, to + 4 * i)
     for i in range(len(out)):
         if i >= whole:
             out[i] = 0
@@ -101,10 +101,12 @@ def _compact(x, start, stop, threshold, matrix, layer, rows, factors):
 @compiled
 def _add_integers(layout, rows, ahead, factors, first, columns, to, room):
     """Add ROWS rows of INT4: codes times scales to `to`, offsets to the room's sums."""
-    (stride, group, groups), (pairs, steps, sums) = layout, room
+    (stride, group, groups), (products, steps, sums) = layout, room
     at, whole = stride - 4 * groups, _in_blocks(group, first, columns)
-    scale_factors(rows, ahead, at, factors, groups, pairs, steps)
-    add_codes(rows, ahead, first, group, groups, pairs, steps, whole, to)
+    scale_factors(rows, ahead, at, factors, groups, products, steps)
+    # In between, for the codes have to wait for the last division.
+    add_rows(HALF, rows, ahead, at + 2 * groups, factors, groups, sums)
+    add_codes(rows, ahead, first, group, groups, products, steps, whole, to)
     for i in range(whole, columns):
         total = load(np.float32, to, i)
         for k in range(ROWS):
@@ -112,7 +114,6 @@ def _add_integers(layout, rows, ahead, factors, first, columns, to, room):
             product = load(np.float32, factors, k) * load(HALF, row + at, (first + i) // group)
             total += product * load(INT4, row, first + i)
         store(np.float32, to, i, total)
-    add_rows(HALF, rows, ahead, at + 2 * groups, factors, groups, sums)
 
 
 @compiled
@@ -135,7 +136,7 @@ def _add_block(dtype, layout, rows, ahead, factors, first, columns, to, room):
     layout: stride, group and groups of the matrix.
     rows, ahead: addresses of ROWS addresses of rows. Those ahead are fetched while the first are
         added: no hardware prefetcher can guess which rows survive.
-    room: addresses of a thread's pairs, steps and sums.
+    room: addresses of a thread's products, steps and sums.
     """
 
 
@@ -146,10 +147,15 @@ def _typed_add_block(dtype, layout, rows, ahead, factors, first, columns, to, ro
     def integers(dtype, layout, rows, ahead, factors, first, columns, to, room):
         _add_integers(layout, rows, ahead, factors, first, columns, to, room)
 
+    def whole_bytes(dtype, layout, rows, ahead, factors, first, columns, to, room):
+        whole = in_quads(columns)
+        add_bytes(rows, ahead, first, factors, whole, to)
+        add_rows(dtype, rows, ahead, first + whole, factors, columns - whole, to + 4 * whole)
+
     def values(dtype, layout, rows, ahead, factors, first, columns, to, room):
         add_rows(dtype, rows, ahead, address_of(dtype, 0, first), factors, columns, to)
 
-    return integers if dtype.instance_type is types.uint8 else values
+    return {types.uint8: integers, types.int8: whole_bytes}.get(dtype.instance_type, values)
 
 
 @compiled
@@ -157,11 +163,13 @@ def _finish(matrix, layer, first, part, scratch):
     """Bring sums of integers, which start at column `first`, into order and to scale."""
     group, last = matrix.group, first + len(part)
     if group != 0:
-        in_order(part.ctypes.data, _in_blocks(group, first, len(part)))
+        in_order(matrix.dtype, part.ctypes.data, _in_blocks(group, first, len(part)))
         for g in range(first // group, (last + group - 1) // group):
             offset = scratch.sums[g]
             for i in range(max(first, g * group) - first, min(last, (g + 1) * group) - first):
                 part[i] += offset
+    elif matrix.scales[layer] != 0:  # INT8
+        in_order(matrix.dtype, part.ctypes.data, in_quads(len(part)))
     if matrix.scales[layer] != 0:
         for i in range(len(part)):
             part[i] *= load(np.float32, matrix.scales[layer], first + i)
@@ -188,7 +196,7 @@ def project_rows(matrix, layer, x, start, stop, thresholds, part, scratch, kept,
     layout = (matrix.stride, matrix.group, _groups(matrix))
     rows, factors = scratch.rows.ctypes.data, scratch.factors.ctypes.data
     lead = ROWS * (1 + AHEAD // (ROWS * matrix.stride))
-    room = (scratch.pairs.ctypes.data, scratch.steps.ctypes.data, scratch.sums.ctypes.data)
+    room = (scratch.products.ctypes.data, scratch.steps.ctypes.data, scratch.sums.ctypes.data)
     p = 0
     while p < len(thresholds):
         q = p + 1  # neighbours with the same threshold are one matrix

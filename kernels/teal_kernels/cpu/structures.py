@@ -81,9 +81,10 @@ class Scratch(NamedTuple):
     inputs: Any  # float32 [widest of o and down]; a thread fills the channels that it computes
     rows: Any  # int64 [longest input + ROWS], addresses of the surviving channels' weights
     factors: Any  # float32, the same size, the channels' values
-    steps: Any  # float32 [most groups of a row of INT4], what one unit of `pairs` stands for
-    pairs: Any  # int32 [ROWS / 2, most groups], values times scales in 16 bits, two rows each
+    steps: Any  # float32 [most groups of a row of INT4], what one unit of `products` stands for
+    products: Any  # int32 [ROWS / 2, most groups], values times scales as `scale_factors` has them
     sums: Any  # float32 [most groups], the sum of values times offsets
+    lines: Any  # uint8 [hidden / LINE, LINE_BYTES], `normed` as the lm_head's rows multiply it
     scores: Any  # float32 [length]
     query: Any  # float32 [head_dim]
     key: Any  # float32 [head_dim]

@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from teal_kernels.cpu.vectors import (
-    BLOCK,
     CONTRACT,
     DOTS,
     F32,
-    I1,
-    I16,
-    I32,
     I64,
-    ROWS,
     SUMS,
     WIDTH,
     by_width,
     call,
     constant,
     fetch,
-    indices,
+    floats_at,
     load_vector,
     many,
-    registers,
     splat,
+    starts_of,
     store_vector,
     suffix,
 )
-
-
-def starts_of(builder: Any, rows: Any, at: Any) -> list[Any]:
-    """IR: the ROWS addresses at `rows`, each plus `at`."""
-    pointers = (
-        builder.inttoptr(builder.add(rows, I64(8 * i)), I64.as_pointer()) for i in range(ROWS)
-    )
-    return [builder.add(builder.load(pointer), at) for pointer in pointers]
-
-
-def floats_at(builder: Any, address: Any) -> list[Any]:
-    """IR: the ROWS float32 at an address."""
-    return [
-        load_vector(builder, builder.add(address, I64(4 * i)), types.float32, 1)
-        for i in range(ROWS)
-    ]
 
 
 @intrinsic
@@ -85,170 +62,6 @@ def add_rows(
         return context.get_dummy_value()
 
     return types.void(dtype, *[types.int64] * 6), codegen
-
-
-@intrinsic
-def scale_factors(
-    typingctx: Any, rows: Any, ahead: Any, at: Any, factors: Any, groups: Any, pairs: Any,
-    steps: Any,
-) -> Any:  # fmt: skip
-    """Multiply ROWS factors with the `groups` float16 scales in each row, in 16 bits.
-
-    rows, ahead, at, factors: as for `add_rows`.
-    pairs: address of int32 [ROWS / 2, groups] for the products as multiples of a step, rounded to
-        16 bits, two rows in one: the first in the low half.
-    steps: address of float32 [groups]: a 32767th of the largest product of a group.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows, ahead, at, factors, groups, pairs, steps = args
-        starts, weighs = starts_of(builder, rows, at), floats_at(builder, factors)
-        later = starts_of(builder, ahead, at)
-
-        def scale(index: Any, width: int) -> None:
-            floats, ints = many(F32, width), many(I32, width)
-            offset, place = (builder.mul(index, I64(size)) for size in (2, 4))
-            products, top = [], constant(floats, 1e-30)
-            for start, weigh in zip(starts, weighs, strict=True):
-                scales = load_vector(builder, builder.add(start, offset), types.float16, width)
-                products.append(builder.fmul(scales, splat(builder, weigh, width)))
-                size = call(builder, f"llvm.fabs.{suffix(width)}", floats, [products[-1]])
-                top = builder.select(builder.fcmp_ordered(">", size, top), size, top)
-            for start in later:
-                fetch(builder, builder.add(start, offset))
-            step = builder.fmul(top, constant(floats, 1 / 32767))
-            store_vector(builder, step, builder.add(steps, place))
-            each = builder.fdiv(constant(floats, 1.0), step)
-            whole = []
-            for product in products:
-                # Added to a number whose last bit is worth one, it is rounded to the nearest.
-                shifted = builder.fadd(
-                    builder.fmul(product, each, flags=CONTRACT),
-                    constant(floats, 1.5 * 2**23), flags=CONTRACT,
-                )  # fmt: skip
-                whole.append(builder.bitcast(shifted, ints))
-            for i in range(0, ROWS, 2):
-                low = builder.and_(whole[i], constant(ints, 0xFFFF))
-                high = builder.shl(whole[i + 1], constant(ints, 16))
-                row = builder.mul(groups, I64(2 * i))
-                address = builder.add(builder.add(pairs, row), place)
-                store_vector(builder, builder.or_(low, high), address)
-
-        by_width(builder, groups, (8, 4, 2, 1), scale)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 7), codegen
-
-
-@intrinsic
-def add_codes(
-    typingctx: Any, rows: Any, ahead: Any, first: Any, group: Any, groups: Any, pairs: Any,
-    steps: Any, columns: Any, to: Any,
-) -> Any:  # fmt: skip
-    """`columns` float32 at `to` += the sum of steps * pairs * the rows' INT4 codes.
-
-    Integers are summed, which takes two rows with one instruction where there is one like x86's
-    `vpmaddwd`. The sums are in the order of `in_order`.
-
-    rows, ahead: as for `add_rows`.
-    first, group, columns: the column to start with, the columns of a group, and how many there are;
-        multiples of BLOCK.
-    groups, pairs, steps: as for `scale_factors`.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows, ahead, first, group, groups, pairs, steps, columns, to = args
-        starts = starts_of(builder, rows, builder.lshr(first, I64(1)))
-        later = starts_of(builder, ahead, builder.lshr(first, I64(1)))
-
-        def add(index: Any, width: int) -> None:
-            lanes = width // 8
-            dwords, words = many(I32, lanes), many(I16, 2 * lanes)
-            offset, column = builder.lshr(index, I64(1)), builder.add(first, index)
-            places = [
-                builder.mul(builder.udiv(builder.add(column, I64(more)), group), I64(4))
-                for more in range(0, width, BLOCK)
-            ]
-
-            def of_groups(base: Any, dtype: Any) -> Any:
-                """The value of each group, in the lanes of its columns."""
-                parts = [
-                    splat(builder, load_vector(builder, builder.add(base, at), dtype, 1), lanes)
-                    for at in places
-                ]
-                low = ir.Constant(ir.VectorType(I1, lanes), [I1(i < 8) for i in range(lanes)])
-                return builder.select(low, parts[0], parts[1]) if parts[1:] else parts[0]
-
-            totals = [constant(dwords, 0)] * 8
-            for i in range(0, ROWS, 2):
-                row = builder.add(pairs, builder.mul(groups, I64(2 * i)))
-                factor = builder.bitcast(of_groups(row, types.uint32), words)
-                a, b = (
-                    load_vector(builder, builder.add(start, offset), types.uint32, lanes)
-                    for start in starts[i : i + 2]
-                )
-                for n, codes in enumerate(interleaved(builder, a, b, lanes)):
-                    totals[n] = builder.add(totals[n], multiply_add(builder, codes, factor, lanes))
-            for start in later:
-                fetch(builder, builder.add(start, offset))
-            step = of_groups(steps, types.float32)
-            target = builder.add(to, builder.mul(index, I64(4)))
-            for n, total in enumerate(totals):
-                address = builder.add(target, I64(4 * lanes * n))
-                product = builder.fmul(
-                    builder.sitofp(total, many(F32, lanes)), step, flags=CONTRACT
-                )
-                before = load_vector(builder, address, types.float32, lanes)
-                store_vector(builder, builder.fadd(before, product, flags=CONTRACT), address)
-
-        by_width(builder, columns, [8 * lanes for lanes in registers(context)], add)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 9), codegen
-
-
-def interleaved(builder: Any, a: Any, b: Any, lanes: int) -> Iterator[Any]:
-    """IR: eight vectors of words, codes of `a` and of `b` by turns; the nth of each lane's."""
-    words = many(I16, 2 * lanes)
-    sixteen = constant(a.type, 16)
-    turns = indices(i + 2 * lanes * (i % 2) for i in range(2 * lanes))
-    for low, high in ((a, builder.shl(b, sixteen)), (builder.lshr(a, sixteen), b)):
-        both = builder.shuffle_vector(
-            builder.bitcast(low, words), builder.bitcast(high, words), turns
-        )
-        for n in range(4):
-            codes = builder.lshr(both, constant(words, 4 * n))
-            yield builder.and_(codes, constant(words, 15))
-
-
-def multiply_add(builder: Any, a: Any, b: Any, lanes: int) -> Any:
-    """IR: the sum of the products of two neighbouring words each, int32; x86's `vpmaddwd`."""
-    wide = many(I32, 2 * lanes)
-    product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-    even, odd = (
-        builder.shuffle_vector(product, product, indices(range(start, 2 * lanes, 2)))
-        for start in (0, 1)
-    )
-    return builder.add(even, odd)
-
-
-@intrinsic
-def in_order(typingctx: Any, address: Any, columns: Any) -> Any:
-    """Bring float32 that `add_codes` summed up into the order of their columns."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address, columns = args
-
-        def order(index: Any, width: int) -> None:
-            at = builder.add(address, builder.mul(index, I64(4)))
-            found = load_vector(builder, at, types.float32, width)
-            turns = indices(i // 8 + width // 8 * (i % 8) for i in range(width))
-            store_vector(builder, builder.shuffle_vector(found, found, turns), at)
-
-        by_width(builder, columns, [8 * lanes for lanes in registers(context)], order)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -39,13 +39,18 @@ STORED = {
 CONTRACT = ("contract",)  # allow a multiply and an add to become one fused instruction
 
 
+def features_of(context: Any) -> set[str]:
+    """What the CPU can do, by LLVM's names with a plus before them."""
+    _, _, features = context.codegen().magic_tuple()
+    return set(features.split(","))
+
+
 def registers(context: Any) -> tuple[int, ...]:
     """Lanes of 32 bits of the registers that are worth using, the widest first.
 
     All machines of today can do eight with one instruction or with two.
     """
-    _, _, features = context.codegen().magic_tuple()
-    return (16, 8) if "+avx512bw" in features.split(",") else (8,)
+    return (16, 8) if "+avx512bw" in features_of(context) else (8,)
 
 
 def many(element: Any, width: int) -> Any:
@@ -136,3 +141,19 @@ def fetch(builder: Any, address: Any) -> None:
     """IR: bring the cache line at an address, which may lie outside of what is ours."""
     pointer = builder.inttoptr(address, I8.as_pointer())
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(3), I32(1)])
+
+
+def starts_of(builder: Any, rows: Any, at: Any) -> list[Any]:
+    """IR: the ROWS addresses at `rows`, each plus `at`."""
+    pointers = (
+        builder.inttoptr(builder.add(rows, I64(8 * i)), I64.as_pointer()) for i in range(ROWS)
+    )
+    return [builder.add(builder.load(pointer), at) for pointer in pointers]
+
+
+def floats_at(builder: Any, address: Any) -> list[Any]:
+    """IR: the ROWS float32 at an address."""
+    return [
+        load_vector(builder, builder.add(address, I64(4 * i)), types.float32, 1)
+        for i in range(ROWS)
+    ]
