@@ -45,7 +45,7 @@ def check(small: Small, threads: int, tolerance: float = 1e-5, **options: Any) -
     prefill, oracle = small.prefill(threads=threads, **options), Oracle(small, error=tolerance)
     tokens = [position * 17 % small.vocab for position in range(small.length)]
     position = 0
-    for size in (1, 2, 6, small.length):
+    for size in (1, 2, 5, 8, small.length):
         part = tokens[position : position + size]
         hidden = small.embed_tokens[part].float() * small.multipliers[0]
         for layer in range(len(small.layers)):
@@ -86,14 +86,27 @@ GROUPS = [
     pytest.param(dict.fromkeys(MATRICES, 0), id="int8"),
     pytest.param(dict.fromkeys(MATRICES, 8), id="int4-in-parts-of-vectors"),
     pytest.param(dict.fromkeys(MATRICES, 64), id="int4"),
+    pytest.param(dict.fromkeys(MATRICES, 128), id="int4-128"),
     pytest.param({"qkv": 128, "gate_up": 0}, id="mixed"),
 ]
 
 
-@pytest.mark.parametrize(("units", "tolerance"), UNITS)
+# AMX multiplies integers with inputs, and INT4's scales, of 16 bits of the largest: a product is off
+# by some 6e-5 of its size, the logits of two layers by 2e-3 at most.
+FIXED = [UNITS[0], pytest.param(True, 4e-3, id="amx", marks=UNITS[1].marks)]
+SIZES = [
+    pytest.param({"hidden": 264, "inner": 200, "head_dim": 32, "length": 45}, id="one-block"),
+    pytest.param({"hidden": 832, "inner": 1672, "length": 40}, id="several-blocks"),
+]
+
+
+@pytest.mark.parametrize(("units", "tolerance"), FIXED)
+@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("groups", GROUPS)
-def test_integers(groups: dict[str, int], units: bool, tolerance: float) -> None:
-    small = Small(dtype=torch.float16, hidden=264, inner=200, head_dim=32, bias=True, length=45)
+def test_integers(
+    groups: dict[str, int], sizes: dict[str, Any], units: bool, tolerance: float
+) -> None:
+    small = Small(dtype=torch.float16, bias=True, **sizes)
     small.quantize(groups, lm_head=True)
     check(small, 2, tolerance, units=units)
 

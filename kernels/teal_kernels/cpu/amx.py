@@ -2,7 +2,7 @@
 
 A float32 is handed to them as two bfloat16, the second of which is what the first leaves over:
 together they hold 16 bits of its fraction, 32 times as fine as float16. A float16 is exact in two,
-a bfloat16 and a code of INT8 in one. The product of two second parts, below 2^-16, is left out.
+a bfloat16 in one. The product of two second parts, below 2^-16, is left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from teal_kernels.cpu.tiles import FEATURES, weights_of
+from teal_kernels.cpu.tiles import FEATURES
 from teal_kernels.cpu.vectors import (
     F32,
     I8,
@@ -28,6 +28,7 @@ from teal_kernels.cpu.vectors import (
     call,
     constant,
     fetch,
+    load_vector,
     many,
     offset_of,
     store_vector,
@@ -61,6 +62,12 @@ def configuration() -> Any:
 
 def _pointer(builder: Any, address: Any) -> Any:
     return builder.inttoptr(address, I8.as_pointer())
+
+
+def move(builder: Any, name: str, tile: int, address: Any, step: Any) -> None:
+    """IR: load a tile from an address, or store it there, its rows `step` bytes apart."""
+    arguments = [I8(tile), _pointer(builder, address), step]
+    call(builder, f"llvm.x86.{name}64", ir.VoidType(), arguments)
 
 
 @intrinsic
@@ -126,41 +133,37 @@ def _store_pairs(builder: Any, pair: list[Any], width: int, to: Any, low: Any | 
 
 def _has_second(kind: Any) -> bool:
     """Whether weights of a dtype need a second part."""
-    return kind in (types.float16, types.uint8)
+    return bool(kind == types.float16)
 
 
 @intrinsic
 def unpack_pairs(
-    typingctx: Any, dtype: Any, place: Any, stride: Any, first: Any, panels: Any, ahead: Any,
+    typingctx: Any, dtype: Any, row: Any, stride: Any, first: Any, panels: Any, ahead: Any,
     to: Any, step: Any, second: Any,
 ) -> Any:  # fmt: skip
     """Store two rows' columns from `first` on as `add_tile` reads them, in panels of SIDE each.
 
-    place, ahead: of the first row, as `tiles.unpack` has them.
-    stride: bytes to the other row.
+    row, stride: address of the first row, and bytes to the other one.
+    ahead: bytes to rows that are fetched meanwhile.
     step, second: bytes from a panel to the next, and from first parts to second ones.
     """
     kind = dtype.instance_type
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, place, stride, first, panels, ahead, to, step, second = args
-        row, group, groups, scales = cgutils.unpack_tuple(builder, place)
-        other = (builder.add(row, stride), group, groups, builder.add(scales, stride))
-        places = ((row, group, groups, scales), other)
+        _, row, stride, first, panels, ahead, to, step, second = args
         with cgutils.for_range(builder, panels) as loop:
             column = builder.add(first, builder.mul(loop.index, I64(SIDE)))
+            address = offset_of(builder, row, kind, column)
             pair = []
-            for place in places:
-                address = offset_of(builder, place[0], kind, column)
-                fetch(builder, builder.add(address, ahead))
-                pair.append(weights_of(builder, kind, place, column, SIDE))
+            for place in (address, builder.add(address, stride)):
+                fetch(builder, builder.add(place, ahead))
+                pair.append(load_vector(builder, place, kind, SIDE))
             at = builder.add(to, builder.mul(loop.index, step))
             low = builder.add(at, second) if _has_second(kind) else None
             _store_pairs(builder, pair, SIDE, at, low)
         return context.get_dummy_value()
 
-    integers = [types.int64] * 7
-    return types.void(dtype, types.UniTuple(types.int64, 4), *integers), codegen
+    return types.void(dtype, *[types.int64] * 8), codegen
 
 
 @intrinsic
@@ -196,15 +199,11 @@ def _adding(tiles: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _, x, x_step, x_low, panel, panel_step, low, steps, to, to_step = args
 
-            def move(name: str, tile: int, address: Any, step: Any) -> None:
-                arguments = [I8(tile), _pointer(builder, address), step]
-                call(builder, f"llvm.x86.{name}64", ir.VoidType(), arguments)
-
             def sums(name: str) -> None:
                 for i in range(tiles):
                     row = builder.add(to, builder.mul(to_step, I64(SIDE * i)))
                     for j in range(2):
-                        move(name, 2 * i + j, builder.add(row, I64(64 * j)), to_step)
+                        move(builder, name, 2 * i + j, builder.add(row, I64(64 * j)), to_step)
 
             sums("tileloadd")
             with cgutils.for_range(builder, steps) as loop:
@@ -215,11 +214,11 @@ def _adding(tiles: int) -> Any:
                         for j in range(2):
                             at = builder.add(weights, low) if second else weights
                             at = builder.add(at, panel_step) if j else at
-                            move("tileloadd", 6 + j, at, I64(64))
+                            move(builder, "tileloadd", 6 + j, at, I64(64))
                     for i in range(tiles):
                         at = builder.add(column, builder.mul(x_step, I64(i)))
                         at = builder.add(at, x_low) if second_x else at
-                        move("tileloadd", 4 + i, at, I64(2 * STEP))
+                        move(builder, "tileloadd", 4 + i, at, I64(2 * STEP))
                     for i in range(tiles):
                         for j in range(2):
                             operands = [I8(2 * i + j), I8(4 + i), I8(6 + j)]

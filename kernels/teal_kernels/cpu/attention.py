@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from teal_kernels.cpu.intrinsics import address_of, exp, load
-from teal_kernels.cpu.product import add_tiles
+from teal_kernels.cpu.panels import add_tiles
 from teal_kernels.cpu.rows import compiled
 from teal_kernels.cpu.tiles import COLUMNS
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from teal_kernels.cpu.amx import configure, restore
+from teal_kernels.cpu.amx import SIDE, configure, restore
 from teal_kernels.cpu.attention import QUERIES, attend_block
-from teal_kernels.cpu.compiled import _cached, _norm, _rotate, _share, _wait
+from teal_kernels.cpu.compiled import _cached, _norm, _share, _wait
 from teal_kernels.cpu.intrinsics import address_of, borrow, exp, load, store
-from teal_kernels.cpu.product import WIDTH, multiply, put
-from teal_kernels.cpu.rows import add_bias, compiled, dots
+from teal_kernels.cpu.product import dot_few, multiply, prepare, width
+from teal_kernels.cpu.rows import add_bias, compiled
 from teal_kernels.cpu.structures import (
     INPUT_NORM,
     K_NORM,
@@ -25,27 +25,35 @@ from teal_kernels.cpu.structures import (
     Q_NORM,
     QKV_BIAS,
 )
+from teal_kernels.cpu.tiles import FEW, scale_row
 
 # Tokens that go through a layer together. Weights are turned to floats once for all of them.
 CHUNK = 256
 # Rows of the lm_head that stay in the cache for all tokens.
-_ROWS = 64
+ROWS = 64
+
+
+class Inputs(NamedTuple):
+    """What a matrix is multiplied with."""
+
+    values: Any  # float32 [whole tiles of tokens, columns and some more]
+    parts: Any  # what AMX multiplies instead (uint8); float32 and empty without it
+    scales: Any  # float32 [whole tiles of tokens], of what is in `parts` as integers
 
 
 class Tokens(NamedTuple):
     """What the threads hand to each other, a row for each of CHUNK tokens."""
 
-    inputs: Any  # of qkv, o and gate_up, as `product` has them, in whole tiles
-    inner: Any  # the same for down
+    inputs: Inputs  # of qkv, o and gate_up
+    inner: Inputs  # of down; its parts and scales are the same
     qkv: Any  # float32 [tokens, columns of qkv]
 
 
 class Room(NamedTuple):
     """What one thread writes to, float32."""
 
-    normed: Any  # [hidden]
     panels: Any  # a block of weights, keys or values
-    part: Any  # [whole tiles of tokens, WIDTH of a block]
+    part: Any  # [whole tiles of tokens times `product.width` of so many]
     up: Any  # the same
     queries: Any  # [whole tiles of QUERIES times heads, head_dim]
     scores: Any  # [the same, KEYS]
@@ -53,15 +61,38 @@ class Room(NamedTuple):
     top: Any  # [the same]
     total: Any  # [the same]
     tiles: Any  # uint8, `amx.configuration`
+    # For integers on AMX, as `integers` has them.
+    codes: Any  # int8
+    products: Any  # int32 [4, tokens of a tile, columns of a tile]
+    scaled: Any  # uint8
+    factors: Any  # int16 [groups, rows of a block]
+    largest: Any  # [groups]
+    offsets: Any  # [whole tiles of tokens, groups]
 
 
 @compiled
-def _norm_rows(model, weight, hidden, tokens, room, team):
-    """tokens.inputs = norm(hidden), a thread's share of the tokens."""
+def _sums(flat, count):
+    """Room for a block's sums, [tokens, columns], the rows off each other's sets of the cache."""
+    columns = width(count) + 64
+    return flat[: len(flat) // columns * columns].reshape(-1, columns)
+
+
+@compiled
+def _norm_rows(model, matrix, weight, hidden, tokens, team):
+    """tokens.inputs = norm(hidden), ready for a matrix; a thread's share of the tokens."""
     start, stop = _share(len(hidden), team)
     for t in range(start, stop):
-        _norm(np.float32, weight, hidden[t], model.eps, room.normed)
-        put(tokens.inputs, t, 0, room.normed)
+        _norm(np.float32, weight, hidden[t], model.eps, tokens.inputs.values[t, : model.hidden])
+    prepare(matrix, tokens.inputs, start, stop, model.hidden, len(hidden))
+
+
+@compiled
+def _prepare_all(matrix, x, inputs, count, team):
+    """What several threads wrote gets ready for a matrix, and all wait for that, if it has to."""
+    if len(x.parts) > 0:
+        start, stop = _share(count, team)
+        prepare(matrix, x, start, stop, inputs, count)
+        _wait(team)
 
 
 @compiled
@@ -84,14 +115,14 @@ def _columns(matrix_columns, team):
 @compiled
 def _fill_qkv(model, layer, tokens, room, count, team):
     start, stop = _columns((model.heads + 2 * model.kv_heads) * model.head_dim, team)
-    for first in range(start, stop, WIDTH):
-        columns = min(WIDTH, stop - first)
-        multiply(model.qkv, layer, tokens.inputs, model.hidden, count, first, columns, room.panels,
-                 room.part)  # fmt: skip
+    most, part = width(count), _sums(room.part, count)
+    for first in range(start, stop, most):
+        columns = min(most, stop - first)
+        multiply(model.qkv, layer, tokens.inputs, model.hidden, count, first, columns, room, part)
         for t in range(count):
-            row, part = tokens.qkv[t, first : first + columns], room.part[t]
+            row, sums = tokens.qkv[t, first : first + columns], part[t]
             for i in range(len(row)):
-                row[i] = part[i]
+                row[i] = sums[i]
 
 
 @compiled
@@ -99,13 +130,26 @@ def _add_product(model, matrix, layer, x, inputs, hidden, room, team):
     """hidden += the multiple of x times a matrix, a thread's share of the columns."""
     count = len(hidden)
     start, stop = _columns(hidden.shape[1], team)
-    for first in range(start, stop, WIDTH):
-        columns = min(WIDTH, stop - first)
-        multiply(matrix, layer, x, inputs, count, first, columns, room.panels, room.part)
+    most, part = width(count), _sums(room.part, count)
+    for first in range(start, stop, most):
+        columns = min(most, stop - first)
+        multiply(matrix, layer, x, inputs, count, first, columns, room, part)
         for t in range(count):
-            row, part = hidden[t, first : first + columns], room.part[t]
+            row, sums = hidden[t, first : first + columns], part[t]
             for i in range(len(row)):
-                row[i] += model.residual_multiplier * part[i]
+                row[i] += model.residual_multiplier * sums[i]
+
+
+@compiled
+def _rotate(first, second, cos, sin):
+    """Rotary embedding of a head in place, whose channels `first` are paired with `second`.
+
+    As slices: what `compiled._rotate` does one value at a time, LLVM does for several here.
+    """
+    for i in range(len(first)):
+        a, b = first[i], second[i]
+        first[i] = a * cos[i] - b * sin[i]
+        second[i] = b * cos[i] + a * sin[i]
 
 
 @compiled
@@ -123,7 +167,7 @@ def _fill_cache(model, layer, tokens, position, count, team):
             weight = vectors[Q_NORM] if head < model.heads else vectors[K_NORM]
             if weight != 0:
                 _norm(model.dtype, weight, row, model.eps, row)
-            _rotate(row, cos, sin)
+            _rotate(row[:pairs], row[pairs:], cos, sin)
         for group in range(model.kv_heads):
             base = (layer * model.kv_heads + group) * head_bytes
             key = (model.heads + group) * size
@@ -155,33 +199,32 @@ def _attention(model, layer, tokens, room, position, count, team):
         attend_block(model, room, model.keys + at, model.values + at, window, position + first, n,
                      heads * n)  # fmt: skip
         for r in range(heads * n):
-            query, seen = (group * heads + r // n) * size, room.sums[r, :size]
-            for d in range(len(seen)):
-                seen[d] /= room.total[r]
-            put(tokens.inputs, first + r % n, query, seen)
+            query, seen = (group * heads + r // n) * size, room.sums[r]
+            out = tokens.inputs.values[first + r % n, query : query + size]
+            for d in range(len(out)):
+                out[d] = seen[d] / room.total[r]
 
 
 @compiled
 def _fill_inner(model, layer, tokens, room, count, team):
     """tokens.inner = SiLU(gate) * up, a thread's share of the columns."""
     start, stop = _columns(model.inner, team)
-    gate, up = room.part, room.up
-    for first in range(start, stop, WIDTH):
-        columns = min(WIDTH, stop - first)
+    most, gate, up = width(count), _sums(room.part, count), _sums(room.up, count)
+    for first in range(start, stop, most):
+        columns = min(most, stop - first)
         for part, column in ((gate, first), (up, model.inner + first)):
             multiply(model.gate_up, layer, tokens.inputs, model.hidden, count, column, columns,
-                     room.panels, part)  # fmt: skip
+                     room, part)  # fmt: skip
         for t in range(count):
-            gates, ups = gate[t, :columns], up[t]
-            for i in range(len(gates)):
-                gates[i] = gates[i] / (np.float32(1) + exp(-gates[i])) * ups[i]
-            put(tokens.inner, t, first, gates)
+            row, gates, ups = tokens.inner.values[t, first : first + columns], gate[t], up[t]
+            for i in range(len(row)):
+                row[i] = gates[i] / (np.float32(1) + exp(-gates[i])) * ups[i]
 
 
 @compiled
 def _layer(team, model, layer, tokens, room, hidden, position):
     count, vectors = len(hidden), model.vectors[layer]
-    _norm_rows(model, vectors[INPUT_NORM], hidden, tokens, room, team)
+    _norm_rows(model, model.qkv, vectors[INPUT_NORM], hidden, tokens, team)
     _wait(team)
     _fill_qkv(model, layer, tokens, room, count, team)
     _wait(team)
@@ -189,14 +232,16 @@ def _layer(team, model, layer, tokens, room, hidden, position):
     _wait(team)
     _attention(model, layer, tokens, room, position, count, team)
     _wait(team)
-    _add_product(model, model.o, layer, tokens.inputs, model.heads * model.head_dim, hidden, room,
-                 team)  # fmt: skip
+    seen = model.heads * model.head_dim
+    _prepare_all(model.o, tokens.inputs, seen, count, team)
+    _add_product(model, model.o, layer, tokens.inputs, seen, hidden, room, team)
     _wait(team)
     _add_biases(model, vectors[O_BIAS], hidden, team)
-    _norm_rows(model, vectors[POST_NORM], hidden, tokens, room, team)
+    _norm_rows(model, model.gate_up, vectors[POST_NORM], hidden, tokens, team)
     _wait(team)
     _fill_inner(model, layer, tokens, room, count, team)
     _wait(team)
+    _prepare_all(model.down, tokens.inner, model.inner, count, team)
     _add_product(model, model.down, layer, tokens.inner, model.inner, hidden, room, team)
     _wait(team)
 
@@ -214,8 +259,10 @@ def run_layers(team, model, tokens, room, hidden, position, first, last):
         position: of the first token.
     """
     team, model, tokens, room = borrow(team), borrow(model), borrow(tokens), borrow(room)
-    hidden, units = borrow(hidden), tokens.inputs.ndim == 3
+    hidden, units = borrow(hidden), len(tokens.inputs.parts) > 0
     if units:
+        for tile in range(6):  # sums and inputs; the others hold weights
+            room.tiles[48 + tile] = min(len(hidden), SIDE)
         configure(room.tiles.ctypes.data)
     for layer in range(first, last):
         for start in range(0, len(hidden), CHUNK):
@@ -226,23 +273,33 @@ def run_layers(team, model, tokens, room, hidden, position, first, last):
 
 
 @_cached
-def answer(team, model, hidden, normed, logits):
-    """logits [tokens, vocab] = lm_head(norm(hidden)), a thread's share; all float32."""
+def answer(team, model, hidden, normed, block, logits):
+    """logits [tokens, vocab] = lm_head(norm(hidden)), a thread's share; all float32.
+
+    Args:
+        team: this thread's.
+        model: the weights.
+        hidden: [tokens, hidden].
+        normed: the same in whole FEW tokens, to work in.
+        block: [FEW, ROWS], this thread's, to work in.
+        logits: the threads'.
+    """
     team, model, hidden = borrow(team), borrow(model), borrow(hidden)
-    normed, logits = borrow(normed), borrow(logits)
+    normed, block, logits = borrow(normed), borrow(block), borrow(logits)
     start, stop = _share(len(hidden), team)
     for t in range(start, stop):
         _norm(np.float32, model.norm, hidden[t], model.eps, normed[t])
     _wait(team)
     row_bytes = address_of(model.lm_head_dtype, 0, model.hidden)
     start, stop = _share(model.vocab, team)
-    for first in range(start, stop, _ROWS):
-        rows, last = model.lm_head + first * row_bytes, min(first + _ROWS, stop)
-        for t in range(len(normed)):
-            out, x = logits[t, first:last], normed[t].ctypes.data
-            dots(model.lm_head_dtype, rows, row_bytes, x, model.hidden, out)
-            for i in range(len(out)):
-                scale = model.logits_multiplier
+    for first in range(start, stop, ROWS):
+        rows, last = model.lm_head + first * row_bytes, min(first + ROWS, stop)
+        for t in range(0, len(hidden), FEW):
+            count, products = min(FEW, len(hidden) - t), block[:, : last - first]
+            dot_few(model.lm_head_dtype, rows, row_bytes, normed[t : t + FEW], count, products)
+            for i in range(count):
+                out, found = logits[t + i, first:last], products[i]
+                for r in range(len(out)):
+                    out[r] = found[r] * model.logits_multiplier
                 if model.lm_head_scales != 0:
-                    scale *= load(np.float32, model.lm_head_scales, first + i)
-                out[i] *= scale
+                    scale_row(out.ctypes.data, model.lm_head_scales + 4 * first, len(out))

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teal_kernels.cpu import amx, binding, layers, team
+from teal_kernels.cpu import amx, binding, codes, integers, layers, product, team
 from teal_kernels.cpu.attention import KEYS, QUERIES
-from teal_kernels.cpu.layers import CHUNK, Room, Tokens
-from teal_kernels.cpu.product import BLOCK_BYTES, WIDTH
+from teal_kernels.cpu.layers import CHUNK, Inputs, Room, Tokens
+from teal_kernels.cpu.panels import BLOCK_BYTES
 from teal_kernels.cpu.step import _compile, _team
 from teal_kernels.cpu.structures import Model
-from teal_kernels.cpu.tiles import COLUMNS, TOKENS
+from teal_kernels.cpu.tiles import COLUMNS, FEW, TOKENS
 from teal_kernels.tensors import StepTensors
 
 
@@ -50,7 +50,7 @@ class Prefill:
             raise ValueError("AMX cannot be used here")
         units = able if units is None else units
         self._tokens = _tokens(model, units)
-        self._rooms = [_room(model) for _ in range(count)]
+        self._rooms = [_room(model, units) for _ in range(count)]
         rows = np.empty((0, model.hidden), dtype=np.float32)
         logits = np.empty((0, model.vocab), dtype=np.float32)
         self._run_layers = _compile(layers.run_layers, self._layers_arguments(0, rows, 0, 0, 0))
@@ -83,7 +83,7 @@ class Prefill:
             ValueError: hidden is not contiguous float32.
         """
         rows = self._checked(hidden)
-        normed = np.empty_like(rows)
+        normed = np.empty((_whole(len(rows), FEW), rows.shape[1]), dtype=np.float32)
         logits = np.empty((len(rows), self._model.vocab), dtype=np.float32)
         self._run(
             lambda thread: self._answer(*self._answer_arguments(thread, rows, normed, logits))
@@ -117,43 +117,55 @@ class Prefill:
     def _answer_arguments(
         self, thread: int, hidden: Any, normed: Any, logits: Any
     ) -> tuple[Any, ...]:
-        return self._mate(thread), self._model, hidden, normed, logits
+        block = np.empty((FEW, layers.ROWS), dtype=np.float32)
+        return self._mate(thread), self._model, hidden, normed, block, logits
 
 
 def _tokens(model: Model, units: bool) -> Tokens:
     """Room for CHUNK tokens, or as many as the cache has positions."""
     count = min(CHUNK, model.length)
 
-    def inputs(columns: int) -> Any:
-        """In whole tiles, and some more so that rows do not share sets of the cache."""
-        if units:
-            tiles = _whole(count, 2 * amx.SIDE) // amx.SIDE
-            return np.zeros((2, tiles, _whole(columns, amx.STEP) * amx.SIDE), dtype=np.uint16)
-        return np.zeros((_whole(count, TOKENS), columns + 16), dtype=np.float32)
+    rows = _whole(count, TOKENS)
+    hidden, inner = max(model.hidden, model.heads * model.head_dim), model.inner
+    size = 4 * _whole(count, 2 * amx.SIDE) * _whole(max(hidden, inner), codes.STEP)
+    parts = np.zeros(size, dtype=np.uint8) if units else np.zeros(0, dtype=np.float32)
+    scales = np.zeros(_whole(count, amx.SIDE), dtype=np.float32)
+
+    def inputs(columns: int) -> Inputs:
+        """Rows in whole steps, and some more so that they do not share sets of the cache."""
+        values = np.zeros((rows, _whole(columns, codes.STEP) + 16), dtype=np.float32)
+        return Inputs(values, parts, scales)
 
     return Tokens(
-        inputs=inputs(max(model.hidden, model.heads * model.head_dim)),
-        inner=inputs(model.inner),
+        inputs=inputs(hidden),
+        inner=inputs(inner),
         qkv=np.empty((count, int(model.qkv.offsets[-1])), dtype=np.float32),
     )
 
 
-def _room(model: Model) -> Room:
+def _room(model: Model, units: bool) -> Room:
     size = model.head_dim
     tokens = _whole(_whole(min(CHUNK, model.length), TOKENS), 2 * amx.SIDE)
     rows = _whole(QUERIES * model.heads // model.kv_heads, TOKENS)
+    few = _whole(FEW, TOKENS) * (product.FEW_WIDTH + 64)
+    sums = max(tokens * (product.WIDTH + 64), few)
     unpacked = max(BLOCK_BYTES, KEYS * _whole(size, COLUMNS) * 4)
     return Room(
-        normed=np.empty(model.hidden, dtype=np.float32),
         panels=np.zeros(unpacked // 4, dtype=np.float32),
-        part=np.empty((tokens, WIDTH + 16), dtype=np.float32),
-        up=np.empty((tokens, WIDTH + 16), dtype=np.float32),
+        part=np.empty(sums, dtype=np.float32),
+        up=np.empty(sums, dtype=np.float32),
         queries=np.zeros((rows, size + 16), dtype=np.float32),
         scores=np.zeros((rows, KEYS + 16), dtype=np.float32),
         sums=np.empty((rows, _whole(size, COLUMNS) + 16), dtype=np.float32),
         top=np.empty(rows, dtype=np.float32),
         total=np.empty(rows, dtype=np.float32),
         tiles=amx.configuration(),
+        codes=np.empty(integers.CODES if units else 0, dtype=np.int8),
+        products=np.empty(4 * amx.SIDE**2, dtype=np.int32),
+        scaled=np.empty(integers.SCALED if units else 0, dtype=np.uint8),
+        factors=np.empty(integers.FACTORS, dtype=np.int16),
+        largest=np.empty(integers.GROUPS, dtype=np.float32),
+        offsets=np.empty((tokens, COLUMNS + 16), dtype=np.float32),
     )
 
 

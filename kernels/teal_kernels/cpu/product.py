@@ -1,206 +1,246 @@
 # mypy: allow-untyped-defs
 # numba infers the types of what it compiles.
-"""Products of several tokens with a matrix: weights are turned to floats by blocks that stay in
-the cache, each of them once.
+"""Products of several tokens with a matrix, each weight of which is read from memory once.
 
-Tokens are float32 [tokens, inputs], or, for AMX, uint16 [2, tokens / SIDE, inputs * SIDE]: both
-parts of each value (see `amx`), the SIDE x STEP of a tile side by side. Rows of their own would lie
-on more pages than the core knows the addresses of.
+Few tokens are multiplied with floats as these are read. Otherwise weights are unpacked by blocks
+that stay in the cache. For AMX the tokens are unpacked as well, the SIDE x STEP of a tile side by
+side: rows of their own would lie on more pages than the core knows the addresses of.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numba import types
 from numba.extending import overload
 
-from teal_kernels.cpu import amx
-from teal_kernels.cpu.amx import SIDE, STEP, split, store_pair, unpack_pairs
-from teal_kernels.cpu.intrinsics import load, store
-from teal_kernels.cpu.rows import compiled
-from teal_kernels.cpu.tiles import (
-    COLUMNS,
-    TOKENS,
-    add_half_tile,
-    add_quarter_tile,
-    add_tile,
-    unpack,
+from teal_kernels.cpu import integers
+from teal_kernels.cpu.amx import SIDE, STEP, split
+from teal_kernels.cpu.intrinsics import address_of, load
+from teal_kernels.cpu.panels import (
+    DEPTH,
+    PANEL,
+    add_pairs,
+    add_tiles,
+    unpack_block,
+    unpack_pair_block,
 )
-from teal_kernels.cpu.vectors import HALF
+from teal_kernels.cpu.rows import compiled, dots
+from teal_kernels.cpu.tiles import (
+    FEW,
+    ROWS_OF_5,
+    ROWS_OF_8,
+    add_to_2,
+    add_to_5,
+    add_to_8,
+    dot_5,
+    dot_8,
+    scale_row,
+)
+from teal_kernels.cpu.vectors import AHEAD, BLOCK
 
-# Rows and columns of a block. As floats it takes half of the second-level cache of most machines.
-DEPTH, WIDTH = 128, 512
-# Bytes of a panel, COLUMNS or SIDE of a block's columns: whole lines more than a power of two keep
-# panels off each other's sets of the cache.
-PANEL, PAIRS = DEPTH * COLUMNS * 4 + 128, DEPTH * SIDE * 2 + 64
-_SECOND = WIDTH // SIDE * PAIRS  # from first parts to second ones
-BLOCK_BYTES = max(WIDTH // COLUMNS * PANEL, 2 * _SECOND)
-_AHEAD = 8  # rows that are fetched before they are unpacked
-
-
-@compiled
-def _place(matrix, row):
-    """Where an intrinsic finds a row: its address, columns a group, groups, address of scales."""
-    groups = 0 if matrix.group == 0 else (matrix.offsets[-1] + matrix.group - 1) // matrix.group
-    return row, matrix.group, groups, row + matrix.stride - 4 * groups
-
-
-@compiled
-def _weight(matrix, row, column):
-    value = load(matrix.dtype, row, column)
-    if matrix.group == 0:
-        return value
-    _, group, groups, scales = _place(matrix, row)
-    g = column // group
-    return value * load(HALF, scales, g) + load(HALF, scales, groups + g)
+# The most columns of a product, by the number of tokens: few can have longer sums.
+FEW_WIDTH, WIDTH = integers.FEW_WIDTH, 512
+_FEW_ROWS = 16  # that are added at a time
 
 
 @compiled
-def _panels(matrix, first, columns, width):
-    """Whole panels of the columns from `first` on, each of them in one group."""
-    alike = matrix.group == 0 or (matrix.group % width == 0 and first % width == 0)
-    return columns // width if alike else 0
+def width(tokens):
+    """The most columns that `multiply` takes at a time."""
+    return FEW_WIDTH if tokens <= FEW else WIDTH
 
 
 @compiled
-def _unpack(matrix, row, depth, first, columns, panels):
-    """`depth` rows from the one at an address on, columns first to first + columns, to panels."""
-    whole, ahead = _panels(matrix, first, columns, COLUMNS), _AHEAD * matrix.stride
-    for k in range(depth):
-        to = panels + k * COLUMNS * 4
-        unpack(matrix.dtype, _place(matrix, row), first, whole, ahead, to, PANEL)
-        for i in range(whole * COLUMNS, columns):
-            at = to + i // COLUMNS * PANEL
-            store(np.float32, at, i % COLUMNS, _weight(matrix, row, first + i))
-        row += matrix.stride
+def _parts(x, token, inputs):
+    """Both parts of a token's values (see `amx`), zeros up to whole steps."""
+    steps, second = (inputs + STEP - 1) // STEP, len(x.parts) // 4
+    at = (token // SIDE * steps * SIDE + token % SIDE) * STEP
+    parts, values = x.parts.view(np.uint16), x.values[token]
+    for k in range(0, steps * STEP, STEP):
+        count = min(STEP, inputs - k)
+        row, low, own = parts[at : at + STEP], parts[second + at : second + at + STEP], values[k:]
+        for i in range(count):
+            row[i], low[i] = split(own[i])
+        for i in range(count, STEP):
+            row[i] = low[i] = 0
+        at += SIDE * STEP
+
+
+def _kinds(matrix, x):
+    """numba's types of a matrix's values, and whether its products are AMX's."""
+    dtype, parts = (
+        kind.types[kind.fields.index(name)] for kind, name in ((matrix, "dtype"), (x, "parts"))
+    )
+    return dtype.instance_type, parts.dtype == types.uint8
+
+
+def _prepare(matrix, x, token, inputs, few):
+    """Turn a token's values to what AMX multiplies with a matrix, if it does."""
+
+
+@overload(_prepare)
+def _typed_prepare(matrix, x, token, inputs, few):
+    kind, units = _kinds(matrix, x)
+
+    def nothing(matrix, x, token, inputs, few):
+        pass
+
+    def fixed(matrix, x, token, inputs, few):
+        if matrix.group != 0 or not few:
+            integers.prepare(matrix, x, token, inputs)
+
+    def parts(matrix, x, token, inputs, few):
+        if not few:
+            _parts(x, token, inputs)
+
+    if not units:
+        return nothing
+    return fixed if kind in (types.int8, types.uint8) else parts
 
 
 @compiled
-def _unpack_pairs(matrix, row, depth, first, columns, panels):
-    """The same for AMX, pairs of rows side by side, and zeros up to whole steps."""
-    whole, ahead = _panels(matrix, first, columns, SIDE), _AHEAD * matrix.stride
-    for k in range(0, (depth + STEP - 1) // STEP * STEP, 2):
-        other, to = row + matrix.stride, panels + k * SIDE * 2
-        done = 0
-        if k + 1 < depth:
-            unpack_pairs(matrix.dtype, _place(matrix, row), matrix.stride, first, whole, ahead,
-                         to, PAIRS, _SECOND)  # fmt: skip
-            done = whole * SIDE
-        for i in range(done, columns):
-            a = b = np.float32(0)
-            if k < depth:
-                a = _weight(matrix, row, first + i)
-            if k + 1 < depth:
-                b = _weight(matrix, other, first + i)
-            at = to + i // SIDE * PAIRS + i % SIDE * 4
-            store_pair(a, b, at, at + _SECOND)
-        row = other + matrix.stride
+def prepare(matrix, x, start, stop, inputs, count):
+    """Turn tokens start to stop, of `count`, to what `multiply` reads."""
+    for t in range(start, stop):
+        _prepare(matrix, x, t, inputs, count <= FEW)
 
 
 @compiled
-def add_tiles(x, x_step, tokens, depth, panels, panel_bytes, columns, to, to_step):
-    """to[:tokens, :columns] += x[:tokens, :depth] @ the panels; all by address, steps in bytes.
+def _add_whole_rows(matrix, row, rows, ahead, x, tokens, first, columns, part):
+    """part[:tokens, :columns] += x[:tokens, :rows] times rows from an address on, unscaled."""
+    blocks = columns // BLOCK
+    start, stride, to_step = address_of(matrix.dtype, row, first), matrix.stride, part.strides[0]
+    to, x_step = part.ctypes.data, x.strides[0]
+    values = x.ctypes.data
+    if tokens <= 2:
+        add_to_2(matrix.dtype, start, stride, rows, ahead, blocks, values, x_step, to, to_step)
+    elif tokens <= 5:
+        add_to_5(matrix.dtype, start, stride, rows, ahead, blocks, values, x_step, to, to_step)
+    else:
+        add_to_8(matrix.dtype, start, stride, rows, ahead, blocks, values, x_step, to, to_step)
+    for column in range(blocks * BLOCK, columns):
+        for t in range(tokens):
+            total = part[t, column]
+            for k in range(rows):
+                total += x[t, k] * load(matrix.dtype, row + k * stride, first + column)
+            part[t, column] = total
 
-    Whole tiles are computed: what is beyond the tokens and columns is garbage.
+
+@compiled
+def _multiply_few(matrix, layer, x, inputs, tokens, first, columns, part):
+    """part[:tokens, :columns] += x times columns from `first` on, not of INT4, unscaled."""
+    for k in range(0, inputs, _FEW_ROWS):
+        rows = min(_FEW_ROWS, inputs - k)
+        _add_whole_rows(matrix, matrix.addresses[layer] + k * matrix.stride, rows,
+                        _FEW_ROWS * matrix.stride, x.values[:, k : k + rows], tokens, first,
+                        columns, part)  # fmt: skip
+
+
+@compiled
+def _multiply_floats(matrix, layer, x, inputs, tokens, first, columns, room, part):
+    to, to_step, panels = part.ctypes.data, part.strides[0], room.panels.ctypes.data
+    for start in range(0, columns, WIDTH):  # INT4 comes here with few tokens as well
+        count = min(WIDTH, columns - start)
+        for k in range(0, inputs, DEPTH):
+            row, depth = matrix.addresses[layer] + k * matrix.stride, min(DEPTH, inputs - k)
+            unpack_block(matrix, row, depth, first + start, count, panels)
+            add_tiles(x.values.ctypes.data + 4 * k, x.values.strides[0], tokens, depth, panels,
+                      PANEL, count, to + 4 * start, to_step)  # fmt: skip
+
+
+@compiled
+def _multiply_pairs(matrix, layer, x, inputs, tokens, first, columns, room, part):
+    steps, low = (inputs + STEP - 1) // STEP, len(x.parts) // 2
+    for k in range(0, inputs, DEPTH):
+        row = matrix.addresses[layer] + k * matrix.stride
+        depth, panels = min(DEPTH, inputs - k), room.panels.ctypes.data
+        unpack_pair_block(matrix, row, depth, first, columns, panels)
+        add_pairs(matrix.dtype, x.parts.ctypes.data + 2 * SIDE * k, 2 * steps * SIDE * STEP, low,
+                  tokens, depth, panels, columns, part.ctypes.data, part.strides[0])  # fmt: skip
+
+
+@compiled
+def dot_few(dtype, base, stride, x, tokens, out):
+    """out[:tokens] = x[:tokens] times as many rows from an address on as out has columns.
+
+    x, out: [FEW, inputs] and [FEW, rows] float32; beyond the tokens they hold anything.
     """
-    for p in range(0, columns, COLUMNS):
-        panel = panels + p // COLUMNS * panel_bytes
-        t = 0
-        while t < tokens:
-            left = tokens - t
-            values, target = x + t * x_step, to + t * to_step + p * 4
-            if left > TOKENS // 2:
-                add_tile(values, x_step, panel, depth, target, to_step)
-                t += TOKENS
-            elif left > TOKENS // 4:
-                add_half_tile(values, x_step, panel, depth, target, to_step)
-                t += TOKENS // 2
+    size, count, done, columns = x.shape[1], out.shape[1], 0, 64 // address_of(dtype, 0, 1)
+    to, x_step, to_step = out.ctypes.data, x.strides[0], out.strides[0]
+    lines = size // columns
+    if tokens > 1:
+        rows = ROWS_OF_5 if tokens <= 5 else ROWS_OF_8
+        ahead, done = rows * stride * (1 + AHEAD // (rows * stride)), count // rows * rows
+        for r in range(0, done, rows):
+            row, place = base + r * stride, to + 4 * r
+            if tokens <= 5:
+                dot_5(dtype, row, stride, ahead, x.ctypes.data, x_step, lines, place, to_step)
             else:
-                add_quarter_tile(values, x_step, panel, depth, target, to_step)
-                t += TOKENS // 4
+                dot_8(dtype, row, stride, ahead, x.ctypes.data, x_step, lines, place, to_step)
+        for t in range(tokens):
+            for column in range(lines * columns, size):
+                for r in range(done):
+                    out[t, r] += x[t, column] * load(dtype, base + r * stride, column)
+    if done < count:
+        for t in range(tokens):
+            dots(dtype, base + done * stride, stride, x[t].ctypes.data, size, out[t, done:])
+
+
+def _multiply(matrix, layer, x, inputs, tokens, first, columns, room, part):
+    """part[:tokens, :columns] += x times columns from `first` on, but for the columns' scales."""
+
+
+@overload(_multiply)
+def _typed_multiply(matrix, layer, x, inputs, tokens, first, columns, room, part):
+    """Choose when numba compiles, so that nothing is compiled that this CPU does not need."""
+    kind, units = _kinds(matrix, x)
+
+    def vectors(matrix, layer, x, inputs, tokens, first, columns, room, part):
+        if tokens <= FEW:
+            _multiply_few(matrix, layer, x, inputs, tokens, first, columns, part)
+        else:
+            _multiply_floats(matrix, layer, x, inputs, tokens, first, columns, room, part)
+
+    def pairs(matrix, layer, x, inputs, tokens, first, columns, room, part):
+        if tokens <= FEW:
+            _multiply_few(matrix, layer, x, inputs, tokens, first, columns, part)
+        else:
+            _multiply_pairs(matrix, layer, x, inputs, tokens, first, columns, room, part)
+
+    def codes(matrix, layer, x, inputs, tokens, first, columns, room, part):
+        if tokens <= FEW:
+            _multiply_few(matrix, layer, x, inputs, tokens, first, columns, part)
+        else:
+            integers.multiply_integers(matrix, layer, x, inputs, tokens, first, columns, room, part)
+
+    def packed(matrix, layer, x, inputs, tokens, first, columns, room, part):
+        if integers.fits(matrix, first):
+            integers.multiply_integers(matrix, layer, x, inputs, tokens, first, columns, room, part)
+        else:
+            _multiply_floats(matrix, layer, x, inputs, tokens, first, columns, room, part)
+
+    if kind is types.uint8:
+        return packed if units else _multiply_floats.py_func
+    if not units:
+        return vectors
+    return codes if kind is types.int8 else pairs
 
 
 @compiled
-def _add_pairs(dtype, x, x_step, x_low, tokens, depth, panels, columns, to, to_step):
-    """The same for AMX."""
-    steps = (depth + STEP - 1) // STEP
-    for p in range(0, columns, 2 * SIDE):
-        panel = panels + p // SIDE * PAIRS
-        for t in range(0, tokens, 2 * SIDE):
-            values, target = x + t // SIDE * x_step, to + t * to_step + p * 4
-            if tokens - t > SIDE:
-                amx.add_two_tiles(dtype, values, x_step, x_low, panel, PAIRS, _SECOND, steps,
-                                  target, to_step)  # fmt: skip
-            else:
-                amx.add_tile(dtype, values, x_step, x_low, panel, PAIRS, _SECOND, steps,
-                             target, to_step)  # fmt: skip
-
-
-def put(x, token, first, values):
-    """x[token, first :] = float32 values."""
-
-
-@overload(put)
-def _typed_put(x, token, first, values):
-    def floats(x, token, first, values):
-        row = x[token, first : first + len(values)]
-        for i in range(len(row)):
-            row[i] = values[i]
-
-    def parts(x, token, first, values):
-        done = 0
-        while done < len(values):
-            column = first + done
-            count = min(STEP - column % STEP, len(values) - done)
-            at = column // STEP * SIDE * STEP + token % SIDE * STEP + column % STEP
-            row, second = x[0, token // SIDE, at : at + count], x[1, token // SIDE, at:]
-            part = values[done:]
-            for i in range(len(row)):
-                row[i], second[i] = split(part[i])
-            done += count
-
-    return floats if x.ndim == 2 else parts
-
-
-def _add_block(matrix, row, x, k, depth, tokens, first, columns, panels, part):
-    """part[:tokens, :columns] += x[:tokens, k : k + depth] times rows from an address on."""
-
-
-@overload(_add_block)
-def _typed_add_block(matrix, row, x, k, depth, tokens, first, columns, panels, part):
-    def floats(matrix, row, x, k, depth, tokens, first, columns, panels, part):
-        _unpack(matrix, row, depth, first, columns, panels)
-        add_tiles(x.ctypes.data + 4 * k, x.strides[0], tokens, depth, panels, PANEL, columns,
-                  part.ctypes.data, part.strides[0])  # fmt: skip
-
-    def parts(matrix, row, x, k, depth, tokens, first, columns, panels, part):
-        _unpack_pairs(matrix, row, depth, first, columns, panels)
-        _add_pairs(matrix.dtype, x.ctypes.data + 2 * SIDE * k, x.strides[1], x.strides[0], tokens,
-                   depth, panels, columns, part.ctypes.data, part.strides[0])  # fmt: skip
-
-    return floats if x.ndim == 2 else parts
-
-
-@compiled
-def multiply(matrix, layer, x, inputs, tokens, first, columns, panels, part):
-    """part[:tokens, :columns] = x @ columns first to first + columns (at most WIDTH).
+def multiply(matrix, layer, x, inputs, tokens, first, columns, room, part):
+    """part[:tokens, :columns] = x @ columns first to first + columns, at most `width(tokens)`.
 
     Args:
         matrix: of every layer.
-        x: the tokens; rows and columns up to whole tiles and steps are finite.
-        panels: room for BLOCK_BYTES.
+        x: the tokens, prepared for this matrix; their rows up to whole tiles are there.
+        room: of this thread, to work in.
         part: float32 [whole tiles, whole panels].
     """
     for t in range(tokens):
         row = part[t, :columns]
         for i in range(len(row)):
             row[i] = 0
-    for k in range(0, inputs, DEPTH):
-        row = matrix.addresses[layer] + k * matrix.stride
-        depth = min(DEPTH, inputs - k)
-        _add_block(matrix, row, x, k, depth, tokens, first, columns, panels.ctypes.data, part)
+    _multiply(matrix, layer, x, inputs, tokens, first, columns, room, part)
     if matrix.scales[layer] != 0:
         scales = matrix.scales[layer] + 4 * first
         for t in range(tokens):
-            row = part[t, :columns]
-            for i in range(len(row)):
-                row[i] *= load(np.float32, scales, i)
+            scale_row(part[t].ctypes.data, scales, columns)

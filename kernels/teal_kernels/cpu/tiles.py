@@ -10,11 +10,15 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from teal_kernels.cpu.vectors import (
+    BLOCK,
     CONTRACT,
     F32,
     I8,
     I32,
     I64,
+    bits_of,
+    by_width,
+    call,
     constant,
     fetch,
     indices,
@@ -23,6 +27,7 @@ from teal_kernels.cpu.vectors import (
     offset_of,
     splat,
     store_vector,
+    suffix,
 )
 
 FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
@@ -88,34 +93,54 @@ def unpack(
     return types.void(dtype, types.UniTuple(types.int64, 4), *integers), codegen
 
 
-def _adding(tokens: int) -> Any:
-    """The intrinsic that adds a product for that many tokens."""
+@intrinsic
+def scale_row(typingctx: Any, row: Any, scales: Any, count: Any) -> Any:
+    """`count` float32 at an address *= those at another."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        row, scales, count = args
+
+        def scale(index: Any, width: int) -> None:
+            place, at = (builder.add(base, builder.mul(index, I64(4))) for base in (row, scales))
+            values, factors = (
+                load_vector(builder, address, types.float32, width) for address in (place, at)
+            )
+            store_vector(builder, builder.fmul(values, factors), place)
+
+        by_width(builder, count, (COLUMNS, 1), scale)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+def _adding(tokens: int, columns: int = COLUMNS) -> Any:
+    """The intrinsic that adds a product for that many tokens and columns."""
 
     @intrinsic
     def add_tile(
         typingctx: Any, x: Any, x_step: Any, panel: Any, depth: Any, to: Any, to_step: Any
     ) -> Any:
-        """to[t, :COLUMNS] += the sum of x[t, k] * panel[k] over `depth` k, for each token t.
+        """to[t, :columns] += the sum of x[t, k] * panel[k] over `depth` k, for each token t.
 
         All are float32 and addresses. The sums stay in registers.
 
         x_step, to_step: bytes from a token to the next.
-        panel: [depth, COLUMNS].
+        panel: [depth, columns].
         """
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x, x_step, panel, depth, to, to_step = args
             values = [builder.add(x, builder.mul(x_step, I64(t))) for t in range(tokens)]
             targets = [builder.add(to, builder.mul(to_step, I64(t))) for t in range(tokens)]
-            before = [load_vector(builder, at, types.float32, COLUMNS) for at in targets]
+            before = [load_vector(builder, at, types.float32, columns) for at in targets]
             sums = [cgutils.alloca_once_value(builder, vector) for vector in before]
             with cgutils.for_range(builder, depth) as loop:
-                at = builder.add(panel, builder.mul(loop.index, I64(4 * COLUMNS)))
-                weights = load_vector(builder, at, types.float32, COLUMNS)
+                at = builder.add(panel, builder.mul(loop.index, I64(4 * columns)))
+                weights = load_vector(builder, at, types.float32, columns)
                 offset = builder.mul(loop.index, I64(4))
                 for value, total in zip(values, sums, strict=True):
                     factor = load_vector(builder, builder.add(value, offset), types.float32, 1)
-                    product = builder.fmul(weights, splat(builder, factor, COLUMNS), flags=CONTRACT)
+                    product = builder.fmul(weights, splat(builder, factor, columns), flags=CONTRACT)
                     builder.store(builder.fadd(builder.load(total), product, flags=CONTRACT), total)
             for target, total in zip(targets, sums, strict=True):
                 store_vector(builder, builder.load(total), target)
@@ -127,3 +152,131 @@ def _adding(tokens: int) -> Any:
 
 
 add_tile, add_half_tile, add_quarter_tile = map(_adding, (TOKENS, TOKENS // 2, TOKENS // 4))
+NARROW = COLUMNS // 2
+add_narrow_tile = _adding(TOKENS, NARROW)
+
+
+def _adding_rows(tokens: int) -> Any:
+    """The intrinsic that adds rows of weights, which are turned to floats once, for few tokens."""
+    width = COLUMNS if tokens <= TOKENS else COLUMNS // 2
+
+    @intrinsic
+    def add_rows(
+        typingctx: Any, dtype: Any, row: Any, stride: Any, rows: Any, ahead: Any, blocks: Any,
+        x: Any, x_step: Any, to: Any, to_step: Any,
+    ) -> Any:  # fmt: skip
+        """to[t] += the sum of x[t, k] times row k over `rows` rows, `blocks` times BLOCK columns.
+
+        row, stride: address of the first column, and bytes to the next row; not of INT4.
+        ahead: bytes to rows that are fetched meanwhile.
+        x, x_step, to, to_step: addresses of float32, and bytes to the next token.
+        """
+        kind = dtype.instance_type
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _, row, stride, rows, ahead, blocks, x, x_step, to, to_step = args
+            values = [builder.add(x, builder.mul(x_step, I64(t))) for t in range(tokens)]
+            targets = [builder.add(to, builder.mul(to_step, I64(t))) for t in range(tokens)]
+            floats = many(F32, width)
+            sums = [cgutils.alloca_once(builder, floats) for _ in targets]
+
+            def add(column: Any, lines: int) -> None:
+                start = offset_of(builder, row, kind, column)
+                places = [builder.add(to, builder.mul(column, I64(4))) for to in targets]
+                for place, total in zip(places, sums, strict=True):
+                    builder.store(load_vector(builder, place, types.float32, width), total)
+                with cgutils.for_range(builder, rows) as loop:
+                    at = builder.add(start, builder.mul(loop.index, stride))
+                    for line in range(lines):
+                        fetch(builder, builder.add(builder.add(at, ahead), I64(64 * line)))
+                    weights = load_vector(builder, at, kind, width)
+                    offset = builder.mul(loop.index, I64(4))
+                    for value, total in zip(values, sums, strict=True):
+                        factor = load_vector(builder, builder.add(value, offset), types.float32, 1)
+                        product = builder.fmul(
+                            weights, splat(builder, factor, width), flags=CONTRACT
+                        )
+                        added = builder.fadd(builder.load(total), product, flags=CONTRACT)
+                        builder.store(added, total)
+                for place, total in zip(places, sums, strict=True):
+                    store_vector(builder, builder.load(total), place)
+
+            with cgutils.for_range(builder, blocks) as loop:
+                first = builder.mul(loop.index, I64(BLOCK))
+                for column in range(0, BLOCK, width):
+                    # Once a line, where the first of its columns are read.
+                    begun, done = (c * bits_of(kind) // 8 for c in (column, column + width))
+                    add(builder.add(first, I64(column)), -(-done // 64) - -(-begun // 64))
+            return context.get_dummy_value()
+
+        return types.void(dtype, *[types.int64] * 9), codegen
+
+    return add_rows
+
+
+# Up to so many tokens, weights are multiplied as they are read; fewer than a form takes, like whole
+# tiles, leave garbage in the rows beyond theirs.
+FEW = 8
+add_to_2, add_to_5, add_to_8 = map(_adding_rows, (2, 5, FEW))
+
+
+def _dotting(tokens: int) -> Any:
+    """The intrinsic that multiplies rows with so many tokens."""
+    rows = TOKENS // 3 if tokens <= 5 else TOKENS // 6  # sums that fill the registers
+
+    @intrinsic
+    def dot_rows(
+        typingctx: Any, dtype: Any, base: Any, stride: Any, ahead: Any, x: Any, x_step: Any,
+        lines: Any, to: Any, to_step: Any,
+    ) -> Any:  # fmt: skip
+        """to[t, :rows] = x[t] times the rows, over `lines` cache lines of each row.
+
+        base, stride: address of the first row, and bytes from one to the next.
+        ahead: bytes from a weight to the one that is fetched beside it.
+        x, x_step, to, to_step: addresses of float32, and bytes to the next token.
+        """
+        kind = dtype.instance_type
+        columns = 64 * 8 // bits_of(kind)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _, base, stride, ahead, x, x_step, lines, to, to_step = args
+            floats = many(F32, NARROW)
+            starts = [builder.add(base, builder.mul(stride, I64(r))) for r in range(rows)]
+            values = [builder.add(x, builder.mul(x_step, I64(t))) for t in range(tokens)]
+            sums = [
+                [cgutils.alloca_once_value(builder, constant(floats, 0.0)) for _ in starts]
+                for _ in values
+            ]
+            with cgutils.for_range(builder, lines) as loop:
+                line = builder.mul(loop.index, I64(64))
+                for start in starts:
+                    fetch(builder, builder.add(builder.add(start, line), ahead))
+                first = builder.mul(loop.index, I64(4 * columns))
+                for column in range(0, columns, NARROW):
+                    at = builder.add(line, I64(column * bits_of(kind) // 8))
+                    weights = [
+                        load_vector(builder, builder.add(start, at), kind, NARROW)
+                        for start in starts
+                    ]
+                    at = builder.add(first, I64(4 * column))
+                    for value, totals in zip(values, sums, strict=True):
+                        own = load_vector(builder, builder.add(value, at), types.float32, NARROW)
+                        for row, total in zip(weights, totals, strict=True):
+                            product = builder.fmul(row, own, flags=CONTRACT)
+                            added = builder.fadd(builder.load(total), product, flags=CONTRACT)
+                            builder.store(added, total)
+            name = f"llvm.vector.reduce.fadd.{suffix(NARROW)}"
+            for t, totals in enumerate(sums):
+                place = builder.add(to, builder.mul(to_step, I64(t)))
+                for r, total in enumerate(totals):
+                    lanes = [F32(0.0), builder.load(total)]
+                    value = call(builder, name, F32, lanes, fastmath=("reassoc",))
+                    store_vector(builder, value, builder.add(place, I64(4 * r)))
+            return context.get_dummy_value()
+
+        return types.void(dtype, *[types.int64] * 8), codegen
+
+    return rows, dot_rows
+
+
+(ROWS_OF_5, dot_5), (ROWS_OF_8, dot_8) = map(_dotting, (5, FEW))
