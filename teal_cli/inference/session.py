@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from teal_cli.errors import UsageError, whole
-from teal_cli.faults import is_out_of_memory
+from teal_cli.errors import UsageError
 from teal_cli.inference.guesses import Guesser, Guesses
-from teal_cli.inference.launches import stored_launches
+from teal_cli.inference.kernels import FUSED_STEPS, Backend, choose_kernels
 from teal_cli.inference.pace import LENGTHS
 from teal_cli.inference.sampling import Sampler, at_position, not_finite
-from teal_cli.inference.step import (
-    ChoosingStep,
-    DecoderPrefill,
-    DecoderStep,
-    Prefill,
-    Step,
-    step_tensors,
-)
+from teal_cli.inference.step import ChoosingStep, DecoderStep
 from teal_cli.inference.verification import Verification
 from teal_cli.model.cache import KVCache
 from teal_cli.model.decoder import Decoder
@@ -30,8 +20,6 @@ from teal_cli.progress import Reporter, Silent, Task
 from teal_cli.sparsity.setting import DENSE, Setting
 from teal_cli.sparsity.shape import ModelShape
 from teal_cli.sparsity.skips import Skips
-
-Backend = Literal["auto", "reference"]
 
 # Positions that prefill takes at a time. A CPU's attention may hold the scores, near 1 GB at 32
 # heads and 8192 positions; a GPU's does not, and there the layers' widest activations count.
@@ -42,9 +30,6 @@ _STRETCH = 256
 
 # Tokens of a pass over a few.
 _AT_ONCE = LENGTHS[-1] + 1
-
-# Where the fused step of a device is, and what it is written in.
-_FUSED_STEPS = {"cuda": ("teal_kernels.gpu", "triton"), "cpu": ("teal_kernels.cpu", "numba")}
 
 
 class Interrupted(Exception):
@@ -91,7 +76,7 @@ class Session:
         self.deterministic = deterministic or decoder.device.type == "cpu"
         self.tokens: list[int] = []
         self._steps = 0
-        self._step, self._prefill = _choose_kernels(
+        self._step, self._prefill = choose_kernels(
             decoder, self.cache, backend, deterministic, reporter or Silent()
         )
         self._verification = Verification(
@@ -116,7 +101,7 @@ class Session:
         """What decodes: "numba", "triton" or "torch"."""
         if isinstance(self._step, DecoderStep):
             return "torch"
-        return _FUSED_STEPS[self.decoder.device.type][1]
+        return FUSED_STEPS[self.decoder.device.type][1]
 
     @property
     def decodes_ahead(self) -> bool:
@@ -350,40 +335,3 @@ def common_prefix(seen: Sequence[int], wanted: Sequence[int]) -> int:
     while length < shorter and seen[length] == wanted[length]:
         length += 1
     return length
-
-
-def _choose_kernels(
-    decoder: Decoder, cache: KVCache, backend: Backend, deterministic: bool, reporter: Reporter
-) -> tuple[Step, Prefill]:
-    """The fused kernels of the decoder's device where they can be had, otherwise the decoder."""
-    if backend == "auto":
-        try:
-            return _fused_kernels(decoder, cache, deterministic, reporter)
-        except Exception as error:  # a broken numba, Triton or LLVM fails in any way it likes
-            if is_out_of_memory(error):
-                raise
-            reporter.note(
-                f"the compiled kernels cannot be used here ({whole(error)}); "
-                "decoding in plain torch, which sparsity does not make faster"
-            )
-    return DecoderStep(decoder, cache), DecoderPrefill(decoder, cache)
-
-
-def _fused_kernels(
-    decoder: Decoder, cache: KVCache, deterministic: bool, reporter: Reporter
-) -> tuple[Step, Prefill]:
-    name, language = _FUSED_STEPS[decoder.device.type]
-    module = importlib.import_module(name)
-    options: dict[str, Any] = {}
-    if language == "triton":
-        options["launches"] = stored_launches(decoder, reporter)
-        options["deterministic"] = deterministic
-    tensors = step_tensors(decoder, cache)
-    step: Step = module.DecodeStep(tensors, **options)
-    step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches
-    prefill: Prefill = DecoderPrefill(decoder, cache)
-    if language == "numba":
-        prefill = module.Prefill(tensors)
-        if (problem := module.cache_problem()) is not None:
-            reporter.note(problem)
-    return step, prefill

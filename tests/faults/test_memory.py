@@ -15,7 +15,7 @@ import torch
 from teal_cli import app, console
 from teal_cli.chat import answers, editor
 from teal_cli.faults import explain
-from teal_cli.inference import session
+from teal_cli.inference import kernels
 from teal_cli.inference.session import Session
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.decoder import Decoder
@@ -41,7 +41,7 @@ def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     """Run `teal` in this process; return its exit code, stdout and stderr."""
     monkeypatch.setenv("TEAL_HOME", str(home))
     # Compiling the kernels takes longer than all the rest.
-    monkeypatch.setattr(session, "_fused_kernels", fails(ImportError("no numba")))
+    monkeypatch.setattr(kernels, "fused_kernels", fails(ImportError("no numba")))
     monkeypatch.delenv("TEAL_DEBUG", raising=False)
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
@@ -67,7 +67,7 @@ def fails(error: Exception) -> Callable[..., Any]:
 PLACES = {
     "loading": (Checkpoint, "load"),
     "cache": (Decoder, "new_cache"),
-    "fused step": (session, "_fused_kernels"),
+    "fused step": (kernels, "fused_kernels"),
     "prefill": (Session, "prefill"),
     "decode": (Session, "step"),
 }
@@ -96,7 +96,7 @@ def test_other_commands(
     }[command]
     for name in ("layer", "forward"):
         monkeypatch.setattr(Decoder, name, fails(FULL))
-    monkeypatch.setattr(session, "_fused_kernels", fails(FULL))
+    monkeypatch.setattr(kernels, "fused_kernels", fails(FULL))
     code, out, said = run(command, tiny_model, *options, "--device", "cpu", "--offline")
     assert (code, out) == (1, ""), said
     assert SENTENCE in said

@@ -56,7 +56,7 @@ SAMPLINGS = {
 def decoder() -> Iterator[Decoder]:
     with pytest.MonkeyPatch.context() as patch:
         if os.environ.get("TRITON_INTERPRET") == "1":
-            patch.setitem(sessions._FUSED_STEPS, "cpu", sessions._FUSED_STEPS["cuda"])
+            patch.setitem(sessions.FUSED_STEPS, "cpu", sessions.FUSED_STEPS["cuda"])
             device = "cpu"
         elif torch.cuda.is_available():
             device = "cuda"

@@ -117,7 +117,7 @@ def test_the_kernels_are_told_the_target(
 
     monkeypatch.setattr(
         session_module,
-        "_choose_kernels",
+        "choose_kernels",
         lambda decoder, cache, *rest: (Choosing(decoder, cache), DecoderPrefill(decoder, cache)),
     )
     session = Session(decoder, max_length=40, setting=Setting("greedy", 0.65, thresholds))
@@ -181,7 +181,7 @@ def test_a_broken_triton_costs_one_warning_and_no_text(
     listener = Notes()
     broken = SimpleNamespace(DecodeStep=_Broken) if fault == "launch" else None
     monkeypatch.setitem(sys.modules, "teal_kernels.gpu", broken)
-    monkeypatch.setitem(session_module._FUSED_STEPS, "cpu", ("teal_kernels.gpu", "triton"))
+    monkeypatch.setitem(session_module.FUSED_STEPS, "cpu", ("teal_kernels.gpu", "triton"))
     session = Session(decoder, max_length=64, setting=half(thresholds), reporter=listener)
     expected = Session(decoder, max_length=64, setting=half(thresholds), backend="reference")
     assert session.backend == "torch"

@@ -49,7 +49,7 @@ SETTING = Setting("uniform", 0.5, torch.tensor([[0.4, 0.3, 0.5, 0.1, 0.4, 0.5, 0
 def decoder() -> Iterator[Decoder]:
     with pytest.MonkeyPatch.context() as patch:
         if os.environ.get("TRITON_INTERPRET") == "1":
-            patch.setitem(sessions._FUSED_STEPS, "cpu", sessions._FUSED_STEPS["cuda"])
+            patch.setitem(sessions.FUSED_STEPS, "cpu", sessions.FUSED_STEPS["cuda"])
             device = "cpu"
         elif torch.cuda.is_available():
             device = "cuda"

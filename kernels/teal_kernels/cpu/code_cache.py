@@ -25,6 +25,11 @@ class CodeCache(FunctionCache):
         self._cache_file = _CheckedFiles(self._cache_path, self._impl.filename_base, stamp)
         self.problem: str | None = None  # why what was compiled is not kept
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was kept yet."""
+        return not os.path.exists(self._cache_file._index_path)
+
     def _load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super()._load_overload(sig, target_context)

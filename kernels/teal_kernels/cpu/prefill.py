@@ -11,12 +11,19 @@ from torch import Tensor
 
 from teal_kernels.cpu import amx, binding, codes, integers, layers, product, team
 from teal_kernels.cpu.attention import KEYS, QUERIES
+from teal_kernels.cpu.compiled import decode
 from teal_kernels.cpu.layers import CHUNK, Inputs, Room, Tokens
 from teal_kernels.cpu.panels import BLOCK_BYTES
 from teal_kernels.cpu.step import _compile, _team
 from teal_kernels.cpu.structures import Model
 from teal_kernels.cpu.tiles import COLUMNS, FEW, TOKENS
 from teal_kernels.tensors import StepTensors
+
+
+def is_compiled() -> bool:
+    """Whether code of the step and of prefill is kept on disk; that it fits is not looked at."""
+    functions = (decode, layers.run_layers, layers.answer)
+    return not any(getattr(function._cache, "is_empty", True) for function in functions)
 
 
 class Prefill:
