@@ -73,7 +73,7 @@ def vllm(folder: Path, *options: str, ranks: int = 1) -> Iterator[Any]:
             if process.poll() is not None:
                 raise SystemExit(f"vLLM did not start, see {log.name}")
             time.sleep(1)
-        named = " ".join((folder.name, *command[8:]))
+        named = " ".join((folder.name, *command[9:]))
         print(f"{named}: up after {time.monotonic() - began:.0f} s", flush=True)
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
     finally:
