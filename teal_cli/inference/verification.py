@@ -59,8 +59,12 @@ class Verification:
         self._on_device = on_device
 
     def warm_up(self) -> None:
-        """Compile and capture a pass; what it caches is written anew with its position."""
-        self.logits([0], 0)
+        """Compile and capture a pass, or see that it cannot be; the cache is still empty."""
+        try:
+            self.logits([0], 0)
+        except Exception as error:
+            self._give_up(error)
+            self._kernels = None
 
     @property
     def short_prompt(self) -> int:
@@ -127,14 +131,18 @@ class Verification:
             with torch.inference_mode(False):  # buffers that are written in any mode
                 kernels: VerifyStep = module.VerifyStep(step_tensors(self._decoder, self._cache))
             return kernels
-        except Exception as error:  # a broken Triton fails in any way it likes
-            if is_out_of_memory(error):
-                raise
-            self._reporter.note(
-                f"the compiled kernels for several tokens cannot be used here ({whole(error)}); "
-                "guesses are checked in plain torch, which takes longer"
-            )
+        except Exception as error:
+            self._give_up(error)
             return None
+
+    def _give_up(self, error: Exception) -> None:
+        """Say so where a broken Triton fails, in any way it likes; raise what memory is lacking."""
+        if is_out_of_memory(error):
+            raise error
+        self._reporter.note(
+            f"the compiled kernels for several tokens cannot be used here ({whole(error)}); "
+            "guesses are checked in plain torch, which takes longer"
+        )
 
     @cached_property
     def _chooser(self) -> RowChoices:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from model.families import FAMILIES, hf_model, our_decoder
+from reporters import Notes
 from torch import Tensor
 
 from teal_cli.inference import drafting as drafting_module
@@ -23,6 +24,8 @@ from teal_cli.inference.generate import Finish, Token, generate
 from teal_cli.inference.guesses import DraftCounts
 from teal_cli.inference.sampling import Sampler, Sampling, candidates, penalised
 from teal_cli.inference.session import Session
+from teal_cli.inference.step import DecoderPrefill
+from teal_cli.inference.verification import Verification
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.random_weights import random_decoder
 from teal_cli.sparsity.setting import Setting
@@ -338,6 +341,23 @@ def test_what_a_token_takes_is_known_before_the_first(
     session.drafting.warm_up(session)
     assert session.tokens == []
     assert 0 < session.drafting._costs.token_s < 0.2
+
+
+def test_passes_that_cannot_be_compiled_are_the_decoders(decoder: Decoder) -> None:
+    """As soon as a session is made, and not in the midst of a prompt."""
+
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("no such instruction")
+
+    reporter = Notes()
+    cache = decoder.new_cache(20)
+    prefill = DecoderPrefill(decoder, cache)
+    verification = Verification(decoder, cache, prefill, reporter, on_device=True)
+    verification._kernels = broken  # type: ignore[assignment]
+    verification.warm_up()
+    assert "no such instruction" in reporter.notes[0]
+    assert verification.short_prompt == 0
+    assert verification.logits([1, 2], 0).shape == (2, decoder.config.vocab_size)
 
 
 def test_assumed_acceptance_is_what_is_met(decoder: Decoder) -> None:
