@@ -91,8 +91,8 @@ GROUPS = [
 ]
 
 
-# AMX multiplies integers with inputs, and INT4's scales, of 16 bits of the largest: a product is off
-# by some 6e-5 of its size, the logits of two layers by 2e-3 at most.
+# AMX multiplies integers with inputs, and INT4's scales, of 16 bits of the largest: a product is
+# off by some 6e-5 of its size, the logits of two layers by 2e-3 at most.
 FIXED = [UNITS[0], pytest.param(True, 4e-3, id="amx", marks=UNITS[1].marks)]
 SIZES = [
     pytest.param({"hidden": 264, "inner": 200, "head_dim": 32, "length": 45}, id="one-block"),
