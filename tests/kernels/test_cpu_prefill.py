@@ -97,6 +97,8 @@ FIXED = [UNITS[0], pytest.param(True, 4e-3, id="amx", marks=UNITS[1].marks)]
 SIZES = [
     pytest.param({"hidden": 264, "inner": 200, "head_dim": 32, "length": 45}, id="one-block"),
     pytest.param({"hidden": 832, "inner": 1672, "length": 40}, id="several-blocks"),
+    # Columns that end with 16, 24 and 56 of a chunk of 64.
+    pytest.param({"hidden": 312, "inner": 216, "head_dim": 10, "length": 25}, id="parts-of-chunks"),
 ]
 
 

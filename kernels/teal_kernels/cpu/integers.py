@@ -153,7 +153,7 @@ def multiply_integers(matrix, layer, x, inputs, tokens, first, columns, room, pa
         steps = (depth + STEP - 1) // STEP
         _interleave(matrix, row, depth, first, columns, room.codes, tile)
         if not packed:
-            for pair in range((columns + CHUNK // 2 - 1) // (CHUNK // 2)):
+            for pair in range(2 * ((columns + CHUNK - 1) // CHUNK)):  # both share a chunk's columns
                 to = part.ctypes.data + pair // 2 * CHUNK * 4
                 for t in range(0, tokens, SIDE):
                     values = x.parts.ctypes.data + (t // SIDE * steps_of_all + k // STEP) * TILE
@@ -172,7 +172,8 @@ def multiply_integers(matrix, layer, x, inputs, tokens, first, columns, room, pa
                 words = x.parts.ctypes.data + (t // SIDE * steps_of_all + k // STEP) * 2 * TILE
                 scale_tiles(words, room.factors.ctypes.data + 2 * g * most, rows, steps,
                             room.scaled.ctypes.data)  # fmt: skip
-                for column in range(low_column, high_column, CHUNK // 2):
+                whole = (high_column + CHUNK - 1) // CHUNK * CHUNK
+                for column in range(low_column, whole, CHUNK // 2):
                     pair = column // (CHUNK // 2)
                     multiply_codes(room.scaled.ctypes.data, TILE, 2 * TILE,
                                    codes + 2 * pair * tile, tile, steps, sums)  # fmt: skip
