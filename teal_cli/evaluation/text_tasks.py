@@ -64,7 +64,7 @@ def config(name: str) -> dict[str, Any]:
         "test_split": "test",
         "doc_to_text": "{{text}}",
         "output_type": "loglikelihood",
-        "doc_to_target": "{{target}}",
+        "doc_to_target": "{{' ' + target}}",  # lm-eval's delimiter is for choices alone
         "metric_list": [_metric("acc")],
         "metadata": {"version": 1.0},
     }

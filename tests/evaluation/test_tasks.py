@@ -16,7 +16,7 @@ from evaluation.tasks_data import DOCUMENTS, write_group, write_task
 from torch import Tensor
 
 from teal_cli.errors import TealError
-from teal_cli.evaluation import text_tasks
+from teal_cli.evaluation import task_files, text_tasks
 from teal_cli.evaluation.task_files import check_specs
 from teal_cli.inference.drafters import ModelDrafter
 from teal_cli.inference.drafting import Drafting
@@ -427,6 +427,14 @@ def test_what_a_made_task_asks() -> None:
             assert a + b == total
     with pytest.raises(TealError, match="too little prose for the task text_last_word"):
         text_tasks.make("text_last_word", Corpus("short", ("Nothing.",), "f"))
+
+
+def test_a_made_target_is_words_of_its_own() -> None:
+    document = {"text": "First: a, b. Again: a,", "target": "b"}
+    task = task_files._task("text_copying", [document])
+    task.set_config(key="num_fewshot", value=0)
+    task.build_all_requests(rank=0, world_size=1)
+    assert [request.args for request in task.instances] == [("First: a, b. Again: a,", " b")]
 
 
 def test_without_lm_eval_the_hint_is_the_extra(
