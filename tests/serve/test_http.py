@@ -253,6 +253,7 @@ def test_the_log_has_a_line_each_and_no_words(running: Running) -> None:
     assert ask(running, secret)[0] == 200
     ask(running, path="/my/secret/path?secret=1")
     ask(running, path="/v1/models/secret")
+    until(lambda: len(running.log) - before >= 3)  # a line follows its answer
     lines = running.log[before:]
     assert len(lines) == 3
     assert f"POST {CHAT} 200 prompt " in lines[0]
