@@ -78,17 +78,6 @@ def _four_rows(builder: Any, rows: list[Any]) -> list[Any]:
 
 
 @intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Bring the cache line at an address, which may lie outside of what is ours."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        fetch(builder, args[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@intrinsic
 def interleave(
     typingctx: Any, dtype: Any, row: Any, stride: Any, first: Any, chunks: Any, ahead: Any, to: Any,
     tile: Any,

@@ -21,13 +21,12 @@ from teal_kernels.cpu.codes import (
     largest_of,
     multiply_codes,
     place_of,
-    prefetch,
     raise_to,
     scale_tiles,
     settle,
     to_fixed,
 )
-from teal_kernels.cpu.intrinsics import address_of, load
+from teal_kernels.cpu.intrinsics import address_of, load, prefetch
 from teal_kernels.cpu.rows import compiled
 from teal_kernels.cpu.tiles import FEW, NARROW, TOKENS, add_narrow_tile
 from teal_kernels.cpu.vectors import HALF

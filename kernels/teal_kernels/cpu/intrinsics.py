@@ -120,7 +120,7 @@ def store(typingctx: Any, dtype: Any, base: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
-    """Bring the cache line at an address while other work goes on."""
+    """Bring the cache line at an address, which may lie outside of what is ours."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         fetch(builder, args[0])
