@@ -20,6 +20,7 @@ from teal_kernels.cpu.vectors import (
     by_width,
     call,
     constant,
+    features_of,
     fetch,
     indices,
     load_vector,
@@ -30,7 +31,7 @@ from teal_kernels.cpu.vectors import (
     suffix,
 )
 
-FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
+FEATURES = features_of(cpu_target.target_context)
 # Tokens and columns of a tile: its sums, a row's columns and a token's value fill the registers.
 TOKENS, COLUMNS = (12, 32) if "+avx512f" in FEATURES else (6, 16)
 
