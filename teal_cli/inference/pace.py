@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Guesses in a round: few lengths, so that each is soon known. One more token is checked: on CUDA
 # eight take as long as two, and nine longer.
-LENGTHS = (1, 2, 4, 7)
+LENGTHS = (1, 2, 3, 4, 7)
 # What is never lost by more: this share of the time, and so many tokens' time at the beginning.
 _SHARE = 0.01
 _TOKENS = 1.0

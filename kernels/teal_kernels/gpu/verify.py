@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,18 +21,37 @@ from teal_kernels.tensors import MATRICES, StepTensors
 
 # Tokens of a call: the last one that is certain, and those that are to be verified.
 ROWS = 8
-# Programs that a product of integers is cut into where its inputs allow: three a multiprocessor.
-_PROGRAMS = 400
-# Inputs and outputs of a program's tile of int8 and of int4: the fastest of 60 on an H100.
-_TILES = {8: (128, 128), 4: (64, 256)}
-_STAGES = 3
+
+
+class _Tile(NamedTuple):
+    """Inputs and outputs that a program multiplies at a time, how many of them are on their way.
+
+    A product is cut into about so many `programs`, where its inputs allow. Rows of `ahead` inputs
+    are asked for before what multiplies them is there.
+    """
+
+    block_k: int
+    block_n: int
+    stages: int
+    programs: int
+    ahead: int
+
+
+# By bits of a weight, the fastest on an H100.
+_TILES = {
+    4: _Tile(64, 256, 3, 400, 64),
+    8: _Tile(128, 128, 3, 400, 128),
+    16: _Tile(64, 128, 4, 132, 64),
+    32: _Tile(32, 128, 4, 132, 32),
+}
+# Of the lm_head, which lies the other way: inputs, outputs, stages.
+_HEAD_TILES = {8: (128, 64, 3), 16: (128, 64, 4), 32: (64, 64, 3)}
 
 
 class VerifyStep:
     """Runs up to ROWS tokens a call, over the weights and the cache of a `DecodeStep`.
 
-    Weights are read once for all of them. Products with floats are the library's, which on an H100
-    take as long for 8 rows as for one; integers are unpacked on the way to the tensor cores.
+    Weights are read once for all of them, on the way to the tensor cores.
 
     A graph serves every number of tokens; rows beyond it compute what nobody reads, and cache
     nothing. There is a graph for each reach, as in `DecodeStep`. Sums are float32, in one order for
@@ -54,6 +73,7 @@ class VerifyStep:
                 device
             ) >= (9, 0)
         self._launch = partial(launch, dependent_launch)
+        self._dependent = dependent_launch
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.reach = tensors.length
         self._allocate()
@@ -178,34 +198,29 @@ class VerifyStep:
 
     def _product(self, x: Tensor, weight: Tensor | QuantizedMatrix) -> Tensor:
         """x [ROWS, K] → float32 [parts, ROWS, N], to be added up by the next kernel."""
-        parts, per_part = _parts(weight)
-        (inputs, outputs), size = weight.shape, ROWS * weight.shape[1]
-        sums = self._sums[: parts * size].view(parts, ROWS, outputs)
-        if isinstance(weight, Tensor):
-            _multiply(x, weight, sums[0])
-            return sums
-        block_k, block_n = _TILES[weight.bits]
+        tile, (parts, per_part) = _tile(weight), _parts(weight)
+        inputs, outputs = weight.shape
+        sums = self._sums[: parts * ROWS * outputs].view(parts, ROWS, outputs)
+        blocks = triton.cdiv(outputs, tile.block_n)
+        matrix = _arguments(weight)
         self._launch(
             products.product_rows_kernel,
-            (triton.cdiv(outputs, block_n), parts),
+            (blocks, parts),
             4,
             parts_ptr=sums,
             x_ptr=x,
-            codes_ptr=weight.rows,
-            grid_ptr=weight.rows.view(torch.float16)[:, outputs // 4 :] if weight.group else None,
-            scales_ptr=weight.scales,
             rows=ROWS,
             K=inputs,
             N=outputs,
             per_part=per_part,
-            groups=weight.groups,
-            stride_codes=weight.rows.stride(0),
-            GROUP=weight.group,
-            UNIT=min(64, weight.group & -weight.group) or block_n,
-            BLOCK_K=block_k,
-            BLOCK_N=block_n,
+            UNIT=min(64, matrix["GROUP"] & -matrix["GROUP"]) or tile.block_n,
+            BLOCK_K=tile.block_k,
+            BLOCK_N=tile.block_n,
+            AHEAD=tile.ahead if self._dependent else 0,
+            PROGRAMS=blocks * parts,
             DOT=self._dot,
-            STAGES=_STAGES,
+            STAGES=tile.stages,
+            **matrix,
         )
         return sums
 
@@ -296,27 +311,25 @@ class VerifyStep:
 
     def _project_logits(self) -> None:
         t, head = self.tensors, self.tensors.lm_head
-        if isinstance(head, Tensor):
-            _multiply(self.normed, head.t(), self.logits)
-            if t.logits_multiplier != 1:
-                self.logits.mul_(t.logits_multiplier)
-            return
+        rows, scales = (head, None) if isinstance(head, Tensor) else (head.rows, head.scales)
+        block_h, block_v, stages = _HEAD_TILES[8 * rows.element_size()]
         self._launch(
             products.logits_rows_kernel,
-            (triton.cdiv(t.vocab_size, 64),),
+            (triton.cdiv(t.vocab_size, block_v),),
             4,
             logits_ptr=self.logits,
             x_ptr=self.normed,
-            codes_ptr=head.rows,
-            scales_ptr=head.scales,
+            w_ptr=rows,
+            scales_ptr=scales,
             rows=ROWS,
             H=t.hidden_size,
             V=t.vocab_size,
+            stride_w=rows.stride(0),
             MULTIPLIER=t.logits_multiplier,
-            BLOCK_H=128,
-            BLOCK_V=64,
+            BLOCK_H=block_h,
+            BLOCK_V=block_v,
             DOT=self._dot,
-            STAGES=_STAGES,
+            STAGES=stages,
         )
 
     @property
@@ -325,20 +338,36 @@ class VerifyStep:
         return DOT[torch.float32 if INTERPRETED else self.tensors.keys.dtype]
 
 
-def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out float32 [rows, N] = x [rows, K] times floats [K, N]."""
-    if x.is_cuda and x.dtype != torch.float32:
-        torch.mm(x, weight, out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(x.float(), weight.float(), out=out)
+def _arguments(weight: Tensor | QuantizedMatrix) -> dict[str, Any]:
+    """The matrix as its product's kernel names it."""
+    if isinstance(weight, Tensor):
+        return {
+            "w_ptr": weight,
+            "grid_ptr": None,
+            "scales_ptr": None,
+            "groups": 0,
+            "stride_w": weight.stride(0),
+            "GROUP": 0,
+        }
+    grid = weight.rows.view(torch.float16)[:, weight.columns // 4 :] if weight.group else None
+    return {
+        "w_ptr": weight.rows,
+        "grid_ptr": grid,
+        "scales_ptr": weight.scales,
+        "groups": weight.groups,
+        "stride_w": weight.rows.stride(0),
+        "GROUP": weight.group,
+    }
+
+
+def _tile(weight: Tensor | QuantizedMatrix) -> _Tile:
+    return _TILES[8 * weight.element_size() if isinstance(weight, Tensor) else weight.bits]
 
 
 def _parts(weight: Tensor | QuantizedMatrix) -> tuple[int, int]:
     """Parts that a product's inputs are cut into, and the inputs of each."""
-    inputs, outputs = weight.shape
-    if isinstance(weight, Tensor):
-        return 1, inputs
-    block_k, block_n = _TILES[weight.bits]
-    blocks, tiles = triton.cdiv(outputs, block_n), triton.cdiv(inputs, block_k)
-    per_part = triton.cdiv(tiles, min(8, tiles, triton.cdiv(_PROGRAMS, blocks))) * block_k
+    tile, (inputs, outputs) = _tile(weight), weight.shape
+    blocks, tiles = triton.cdiv(outputs, tile.block_n), triton.cdiv(inputs, tile.block_k)
+    parts = min(8, tiles, max(1, round(tile.programs / blocks)))
+    per_part = triton.cdiv(tiles, parts) * tile.block_k
     return triton.cdiv(inputs, per_part), per_part
