@@ -36,6 +36,7 @@ _TYPES = {
     torch.float64: "fp64",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -49,6 +50,7 @@ class _Compiler:
 
         self.target = GPUTarget("cuda", capability, 32)
         self.compiled: dict[str, set[str]] = {}
+        self.ptx: dict[str, list[str]] = {}
 
     def __call__(self, pdl: bool, kernel: Any, grid: Any, num_warps: int, **arguments: Any) -> None:
         from triton.compiler import ASTSource
@@ -75,6 +77,7 @@ class _Compiler:
         binary = triton.compile(source, target=self.target, options=options)
         assert binary.asm["cubin"]
         self.compiled[kernel.__name__].add(key)
+        self.ptx.setdefault(kernel.__name__, []).append(binary.asm["ptx"])
 
 
 @pytest.mark.parametrize(
@@ -120,18 +123,26 @@ def test_all_kernels_compile(
     assert set(compiler.compiled) == kernels | {"peak_kernel", "select_kernel", "penalise_kernel"}
 
 
+# The matrices' product, and the kind of the weights.
+_SEVERAL = {
+    "sm75": (75, torch.float16, None, "product"),
+    "sm80-int4-128": (80, torch.bfloat16, Quantization(128, head=True), "int4"),
+    "sm90-int8": (90, torch.float16, Quantization(0, head=True), "int8"),
+    "sm90-int4": (90, torch.float16, Quantization(64), "int4"),
+    "sm90-int8-bf16": (90, torch.bfloat16, Quantization(0), "int8"),
+    "sm90-int4-24": (90, torch.float16, Quantization(24), "int4"),
+}
+
+
 @pytest.mark.parametrize(
-    ("capability", "dtype", "kind"),
-    [
-        (75, torch.float16, None),
-        (80, torch.bfloat16, Quantization(128, head=True)),
-        (90, torch.float16, Quantization(0, head=True)),
-        (90, torch.float16, Quantization(64)),
-    ],
-    ids=["sm75", "sm80-int4-128", "sm90-int8", "sm90-int4"],
+    ("capability", "dtype", "kind", "product"), _SEVERAL.values(), ids=list(_SEVERAL)
 )
 def test_the_kernels_for_several_tokens_compile(
-    capability: int, dtype: torch.dtype, kind: Quantization | None, monkeypatch: pytest.MonkeyPatch
+    capability: int,
+    dtype: torch.dtype,
+    kind: Quantization | None,
+    product: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from teal_kernels.gpu import VerifyStep, verify
 
@@ -142,9 +153,14 @@ def test_the_kernels_for_several_tokens_compile(
     tensors = step_tensors(decoder, decoder.new_cache(256))
     VerifyStep(tensors, dependent_launch=capability >= 90).launch_all()
     kernels = {"embed_rows_kernel", "norm_rows_kernel", "place_rows_kernel", "activate_rows_kernel"}
-    kernels |= {"attention_rows_kernel", "combine_rows_kernel", "product_rows_kernel"}
-    kernels |= {"logits_rows_kernel"}
-    assert set(compiler.compiled) == kernels
+    kernels |= {"attention_rows_kernel", "combine_rows_kernel", "logits_rows_kernel"}
+    rows = "product_rows_kernel" if kind is None else f"{product}_rows_kernel"
+    assert set(compiler.compiled) == kernels | {rows}
+    if kind is not None and dtype != torch.float32 and capability >= 80:
+        # Integers are unpacked on their way from shared memory, not before.
+        for ptx in compiler.ptx[rows]:
+            assert "ldmatrix" in ptx
+            assert ".trans." in ptx
 
 
 def test_what_prefill_dequantizes_with_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,36 +16,12 @@ from teal_kernels.gpu.chain import DOT, launch
 from teal_kernels.gpu.handover import INTERPRETED
 from teal_kernels.gpu.launch import attention_chunk
 from teal_kernels.gpu.step import FIRST_REACH, captured
+from teal_kernels.gpu.verify_launch import HEAD_TILES, product, split
 from teal_kernels.quantized import QuantizedMatrix
 from teal_kernels.tensors import MATRICES, StepTensors
 
 # Tokens of a call: the last one that is certain, and those that are to be verified.
 ROWS = 8
-
-
-class _Tile(NamedTuple):
-    """Inputs and outputs that a program multiplies at a time, how many of them are on their way.
-
-    A product is cut into about so many `programs`, where its inputs allow. Rows of `ahead` inputs
-    are asked for before what multiplies them is there.
-    """
-
-    block_k: int
-    block_n: int
-    stages: int
-    programs: int
-    ahead: int
-
-
-# By bits of a weight, the fastest on an H100.
-_TILES = {
-    4: _Tile(64, 256, 3, 400, 64),
-    8: _Tile(128, 128, 3, 400, 128),
-    16: _Tile(64, 128, 4, 132, 64),
-    32: _Tile(32, 128, 4, 132, 32),
-}
-# Of the lm_head, which lies the other way: inputs, outputs, stages.
-_HEAD_TILES = {8: (128, 64, 3), 16: (128, 64, 4), 32: (64, 64, 3)}
 
 
 class VerifyStep:
@@ -171,7 +147,7 @@ class VerifyStep:
         self.maxima, self.sums = buffer(splits, ROWS, heads), buffer(splits, ROWS, heads)
         self.logits = buffer(ROWS, t.vocab_size)
         most = max(
-            _parts(weight)[0] * weight.shape[1]
+            split(weight)[0] * weight.shape[1]
             for weight in (getattr(t.layers[0], name) for name in MATRICES)
         )
         # Of one product: the kernel after it has read them when the next one is begun.
@@ -198,29 +174,12 @@ class VerifyStep:
 
     def _product(self, x: Tensor, weight: Tensor | QuantizedMatrix) -> Tensor:
         """x [ROWS, K] → float32 [parts, ROWS, N], to be added up by the next kernel."""
-        tile, (parts, per_part) = _tile(weight), _parts(weight)
-        inputs, outputs = weight.shape
+        parts, _ = split(weight)
+        outputs = weight.shape[1]
         sums = self._sums[: parts * ROWS * outputs].view(parts, ROWS, outputs)
-        blocks = triton.cdiv(outputs, tile.block_n)
-        matrix = _arguments(weight)
+        kernel, grid, arguments = product(weight, ahead=self._dependent)
         self._launch(
-            products.product_rows_kernel,
-            (blocks, parts),
-            4,
-            parts_ptr=sums,
-            x_ptr=x,
-            rows=ROWS,
-            K=inputs,
-            N=outputs,
-            per_part=per_part,
-            UNIT=min(64, matrix["GROUP"] & -matrix["GROUP"]) or tile.block_n,
-            BLOCK_K=tile.block_k,
-            BLOCK_N=tile.block_n,
-            AHEAD=tile.ahead if self._dependent else 0,
-            PROGRAMS=blocks * parts,
-            DOT=self._dot,
-            STAGES=tile.stages,
-            **matrix,
+            kernel, grid, 4, parts_ptr=sums, x_ptr=x, ROWS=ROWS, DOT=self._dot, **arguments
         )
         return sums
 
@@ -312,7 +271,7 @@ class VerifyStep:
     def _project_logits(self) -> None:
         t, head = self.tensors, self.tensors.lm_head
         rows, scales = (head, None) if isinstance(head, Tensor) else (head.rows, head.scales)
-        block_h, block_v, stages = _HEAD_TILES[8 * rows.element_size()]
+        block_h, block_v, stages = HEAD_TILES[8 * rows.element_size()]
         self._launch(
             products.logits_rows_kernel,
             (triton.cdiv(t.vocab_size, block_v),),
@@ -336,38 +295,3 @@ class VerifyStep:
     def _dot(self) -> Any:
         # The interpreter's dot is wrong in bfloat16.
         return DOT[torch.float32 if INTERPRETED else self.tensors.keys.dtype]
-
-
-def _arguments(weight: Tensor | QuantizedMatrix) -> dict[str, Any]:
-    """The matrix as its product's kernel names it."""
-    if isinstance(weight, Tensor):
-        return {
-            "w_ptr": weight,
-            "grid_ptr": None,
-            "scales_ptr": None,
-            "groups": 0,
-            "stride_w": weight.stride(0),
-            "GROUP": 0,
-        }
-    grid = weight.rows.view(torch.float16)[:, weight.columns // 4 :] if weight.group else None
-    return {
-        "w_ptr": weight.rows,
-        "grid_ptr": grid,
-        "scales_ptr": weight.scales,
-        "groups": weight.groups,
-        "stride_w": weight.rows.stride(0),
-        "GROUP": weight.group,
-    }
-
-
-def _tile(weight: Tensor | QuantizedMatrix) -> _Tile:
-    return _TILES[8 * weight.element_size() if isinstance(weight, Tensor) else weight.bits]
-
-
-def _parts(weight: Tensor | QuantizedMatrix) -> tuple[int, int]:
-    """Parts that a product's inputs are cut into, and the inputs of each."""
-    tile, (inputs, outputs) = _tile(weight), weight.shape
-    blocks, tiles = triton.cdiv(outputs, tile.block_n), triton.cdiv(inputs, tile.block_k)
-    parts = min(8, tiles, max(1, round(tile.programs / blocks)))
-    per_part = triton.cdiv(tiles, parts) * tile.block_k
-    return triton.cdiv(inputs, per_part), per_part
