@@ -126,10 +126,11 @@ def test_all_kernels_compile(
 # The matrices' product, and the kind of the weights.
 _SEVERAL = {
     "sm75": (75, torch.float16, None, "product"),
+    "sm75-int4": (75, torch.float16, Quantization(64), "int4"),
     "sm80-int4-128": (80, torch.bfloat16, Quantization(128, head=True), "int4"),
+    "sm80-int8-fp32": (80, torch.float32, Quantization(0), "int8"),
     "sm90-int8": (90, torch.float16, Quantization(0, head=True), "int8"),
     "sm90-int4": (90, torch.float16, Quantization(64), "int4"),
-    "sm90-int8-bf16": (90, torch.bfloat16, Quantization(0), "int8"),
     "sm90-int4-24": (90, torch.float16, Quantization(24), "int4"),
 }
 
@@ -144,14 +145,16 @@ def test_the_kernels_for_several_tokens_compile(
     product: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from teal_kernels.gpu import VerifyStep, verify
+    from teal_kernels.gpu import VerifyStep, launch, verify
 
+    device = launch.DeviceClass((capability // 10, capability % 10), 132)
+    monkeypatch.setattr(launch.DeviceClass, "of", lambda _: device)
     compiler = _Compiler(capability)
     monkeypatch.setattr(verify, "launch", compiler)
     config = ModelConfig.from_dict(_CONFIG)
     decoder = random_decoder(config, device="cpu", dtype=dtype, seed=0, kind=kind)
     tensors = step_tensors(decoder, decoder.new_cache(256))
-    VerifyStep(tensors, dependent_launch=capability >= 90).launch_all()
+    VerifyStep(tensors).launch_all()
     kernels = {"embed_rows_kernel", "norm_rows_kernel", "place_rows_kernel", "activate_rows_kernel"}
     kernels |= {"attention_rows_kernel", "combine_rows_kernel", "logits_rows_kernel"}
     rows = "product_rows_kernel" if kind is None else f"{product}_rows_kernel"

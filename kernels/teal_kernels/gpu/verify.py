@@ -14,7 +14,7 @@ from teal_kernels.gpu import verify_kernels as kernels
 from teal_kernels.gpu import verify_products as products
 from teal_kernels.gpu.chain import DOT, launch
 from teal_kernels.gpu.handover import INTERPRETED
-from teal_kernels.gpu.launch import attention_chunk
+from teal_kernels.gpu.launch import DeviceClass, attention_chunk
 from teal_kernels.gpu.step import FIRST_REACH, captured
 from teal_kernels.gpu.verify_launch import HEAD_TILES, product, split
 from teal_kernels.quantized import QuantizedMatrix
@@ -44,12 +44,14 @@ class VerifyStep:
         """Bind the step to tensors; without `capture` no graph is made."""
         self.tensors, device = tensors, tensors.embed_tokens.device
         self.capture = capture and device.type == "cuda"
+        capability = DeviceClass.of(device).capability
         if dependent_launch is None:
-            dependent_launch = device.type == "cuda" and torch.cuda.get_device_capability(
-                device
-            ) >= (9, 0)
+            dependent_launch = capability >= (9, 0)
         self._launch = partial(launch, dependent_launch)
         self._dependent = dependent_launch
+        self._tensor_cores = INTERPRETED or (
+            capability >= (8, 0) and tensors.keys.dtype != torch.float32
+        )
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.reach = tensors.length
         self._allocate()
@@ -147,7 +149,7 @@ class VerifyStep:
         self.maxima, self.sums = buffer(splits, ROWS, heads), buffer(splits, ROWS, heads)
         self.logits = buffer(ROWS, t.vocab_size)
         most = max(
-            split(weight)[0] * weight.shape[1]
+            split(weight, tensor_cores=self._tensor_cores)[0] * weight.shape[1]
             for weight in (getattr(t.layers[0], name) for name in MATRICES)
         )
         # Of one product: the kernel after it has read them when the next one is begun.
@@ -174,10 +176,12 @@ class VerifyStep:
 
     def _product(self, x: Tensor, weight: Tensor | QuantizedMatrix) -> Tensor:
         """x [ROWS, K] → float32 [parts, ROWS, N], to be added up by the next kernel."""
-        parts, _ = split(weight)
+        parts, _ = split(weight, tensor_cores=self._tensor_cores)
         outputs = weight.shape[1]
         sums = self._sums[: parts * ROWS * outputs].view(parts, ROWS, outputs)
-        kernel, grid, arguments = product(weight, ahead=self._dependent)
+        kernel, grid, arguments = product(
+            weight, tensor_cores=self._tensor_cores, ahead=self._dependent
+        )
         self._launch(
             kernel, grid, 4, parts_ptr=sums, x_ptr=x, ROWS=ROWS, DOT=self._dot, **arguments
         )

@@ -34,13 +34,16 @@ _TILES = {
     16: Tile(64, 128, 4, 132, 8, 64),
     32: Tile(32, 128, 4, 132, 8, 32),
 }
+# Of integers where no tensor cores take 8 tokens: what is unrolled then takes minutes to compile in
+# larger tiles.
+_UNROLLED = Tile(16, 128, 2, 400, 8, 0)
 # Of the lm_head, which lies the other way: inputs, outputs, stages.
 HEAD_TILES = {8: (128, 64, 3), 16: (128, 64, 4), 32: (64, 64, 3)}
 
 
-def split(weight: Tensor | QuantizedMatrix) -> tuple[int, int]:
+def split(weight: Tensor | QuantizedMatrix, *, tensor_cores: bool) -> tuple[int, int]:
     """Parts that a product's inputs are cut into, and the inputs of each."""
-    tile, (inputs, outputs) = _tile(weight), weight.shape
+    tile, (inputs, outputs) = _tile(weight, tensor_cores), weight.shape
     blocks, tiles = triton.cdiv(outputs, tile.block_n), triton.cdiv(inputs, tile.block_k)
     parts = min(tile.most, tiles, max(1, round(tile.programs / blocks)))
     per_part = triton.cdiv(tiles, parts) * tile.block_k
@@ -48,13 +51,17 @@ def split(weight: Tensor | QuantizedMatrix) -> tuple[int, int]:
 
 
 def product(
-    weight: Tensor | QuantizedMatrix, *, ahead: bool
+    weight: Tensor | QuantizedMatrix, *, tensor_cores: bool, ahead: bool
 ) -> tuple[Any, tuple[int, int], dict[str, Any]]:
     """The kernel of a product, its grid, and its arguments but for x, the parts and their dtype.
 
-    Rows are asked for ahead only if `ahead` says that there is time for it.
+    Args:
+        weight: the matrix.
+        tensor_cores: whether there are some that take products of 8 tokens in the step's dtype.
+        ahead: whether there is time to ask for rows ahead.
     """
-    tile, (parts, per_part), (inputs, outputs) = _tile(weight), split(weight), weight.shape
+    tile, (inputs, outputs) = _tile(weight, tensor_cores), weight.shape
+    parts, per_part = split(weight, tensor_cores=tensor_cores)
     arguments: dict[str, Any] = {"K": inputs, "N": outputs, "per_part": per_part}
     arguments |= {"BLOCK_K": tile.block_k, "BLOCK_N": tile.block_n, "STAGES": tile.stages}
     if isinstance(weight, Tensor):
@@ -90,5 +97,7 @@ def _groups(weight: QuantizedMatrix, columns: int) -> dict[str, Any]:
     }
 
 
-def _tile(weight: Tensor | QuantizedMatrix) -> Tile:
-    return _TILES[8 * weight.element_size() if isinstance(weight, Tensor) else weight.bits]
+def _tile(weight: Tensor | QuantizedMatrix, tensor_cores: bool) -> Tile:
+    if isinstance(weight, Tensor):
+        return _TILES[8 * weight.element_size()]
+    return _TILES[weight.bits] if tensor_cores else _UNROLLED
