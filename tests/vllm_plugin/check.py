@@ -61,7 +61,6 @@ def vllm(folder: Path, *options: str, ranks: int = 1) -> Iterator[Any]:
         "HF_HUB_OFFLINE": "1",
     }
     if ranks > 1:
-        command += ["--tensor-parallel-size", str(ranks)]
         # vLLM's own choice wants a memory node for each rank.
         cores = sorted(os.sched_getaffinity(0))
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores[:ranks]))
@@ -323,9 +322,10 @@ def main(place: Path) -> int:
         measured["0.4"] = speeds(client)
     with vllm(sparse, "--dtype", "float32") as client:
         right &= check_sparse(client, Oracle(sparse, torch.float64), tokens=12, least=24)
-    with vllm(tiny, "--dtype", "float32", ranks=2) as client:
-        oracle = Oracle(tiny, torch.float64)
-        right &= check_sparse(client, oracle, tokens=24, least=48, prompts=PROMPTS[:4])
+    for way in ("--tensor-parallel-size", "--pipeline-parallel-size"):
+        with vllm(tiny, "--dtype", "float32", way, "2", ranks=2) as client:
+            oracle = Oracle(tiny, torch.float64)
+            right &= check_sparse(client, oracle, tokens=24, least=48, prompts=PROMPTS[:4])
     print("clients " + "".join(f"{clients:8}" for clients in CLIENTS) + "   (tokens/s together)")
     for sparsity, found in measured.items():
         print(f"at {sparsity:<5}" + "".join(f"{found[clients]:8.1f}" for clients in CLIENTS))
