@@ -1,17 +1,19 @@
-"""A checkpoint as an ordinary Hugging Face folder, with the thresholds in its config."""
+"""A checkpoint as an ordinary Hugging Face folder, thresholds in its config, vectors beside it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
+from teal_kernels.tensors import RecoveryVectors
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -20,13 +22,14 @@ from teal_cli.model.checkpoint import MANIFEST, Checkpoint
 from teal_cli.model.convert import SHARD_BYTES
 from teal_cli.model.hf_layout import hf_shapes, parts, take_apart
 from teal_cli.model.shards import Stored, plan_shards, write_shard
-from teal_cli.model.sites import PROJECTIONS
+from teal_cli.model.sites import FUSED, PROJECTIONS
 from teal_cli.model.weights import tensor_shapes
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.profile import Profile
 from teal_cli.sparsity.setting import Setting
 from teal_cli.store import artifacts
 from teal_cli.version import __version__
+from teal_cli.vllm_plugin import vectors
 
 QUANT_METHOD, FORMAT = "teal", 1
 
@@ -58,8 +61,8 @@ def export(
     Args:
         checkpoint: the model, not quantized.
         folder: a new one, or an empty one.
-        setting: how sparse a step decodes that takes few sequences; dense leaves the model as it
-            came.
+        setting: how sparse a step decodes that takes few sequences, and its vectors; dense leaves
+            the model as it came.
         profile: where its thresholds come from; told in the config.
         max_sequences: with how many sequences a step still decodes sparsely.
         reporter: told what is written where.
@@ -113,6 +116,10 @@ def export(
         raw["tie_word_embeddings"] = config.tie_word_embeddings
         raw["quantization_config"] = _description(checkpoint, setting, profile, max_sequences)
         _write(temporary / "config.json", raw)
+        if setting.vectors is not None:
+            file = temporary / vectors.FILE
+            file.parent.mkdir()
+            save_file(_vectors(checkpoint, setting.vectors), file)
 
 
 def _description(
@@ -130,6 +137,7 @@ def _description(
         "method": setting.method,
         "max_sequences": max_sequences,
         "thresholds": thresholds,  # of each projection, a number a layer; None is dense
+        "vectors": setting.vectors is not None,  # in a file
         "provenance": {
             "teal": __version__,
             "model": checkpoint.name,
@@ -142,18 +150,50 @@ def _description(
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:
     """Hugging Face's tensors one after another, in the order of their names above."""
+    names = list(tensor_shapes(checkpoint.config))
+    for name, tensor in zip(names, _stored(checkpoint, names), strict=True):
+        yield from take_apart(name, tensor, checkpoint.config).values()
+
+
+def _stored(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[Tensor]:
+    """A checkpoint's own tensors one after another."""
     files = [
         safe_open(path, framework="pt") for path in sorted(checkpoint.folder.glob("*.safetensors"))
     ]
     where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
-    for name in tensor_shapes(checkpoint.config):
+    for name in names:
         if name not in where:
             raise TealError(
                 f"{checkpoint.folder} has no tensor {name}",
                 hint="Make it again: `teal convert --force`.",
             )
-        tensor: torch.Tensor = where[name].get_tensor(name)
-        yield from take_apart(name, tensor, checkpoint.config).values()
+        yield where[name].get_tensor(name)
+
+
+def _vectors(checkpoint: Checkpoint, recovery: RecoveryVectors) -> dict[str, Tensor]:
+    """What `vllm_plugin.vectors` reads: norms as factors of what the model's own hand on.
+
+    The final norm's is left out: vLLM computes logits when the step that they belong to is over.
+    """
+    config = checkpoint.config
+    widths = {
+        "qkv": (config.q_size, config.kv_size, config.kv_size),
+        "o": (config.hidden_size,),
+        "gate_up": (config.intermediate_size,) * 2,
+        "down": (config.hidden_size,),
+    }
+    found = {}
+    for fused, names in FUSED.items():
+        parts = getattr(recovery, fused).float().split(widths[fused], dim=1)
+        for name, part in zip(names, parts, strict=True):
+            found[f"{name}_proj.bias"] = part.contiguous()
+    for site, norm in (("attn_in", "input_layernorm"), ("mlp_in", "post_attention_layernorm")):
+        layers = [f"layers.{layer}.{norm}" for layer in range(config.num_hidden_layers)]
+        own = torch.stack([weight.float() for weight in _stored(checkpoint, layers)])
+        # What the model's own weight makes 0 no factor changes.
+        learnt = getattr(recovery, norm).float()
+        found[f"{site}.factor"] = torch.where(own == 0, 1.0, learnt / own)
+    return found
 
 
 def _write(path: Path, document: Any) -> None:

@@ -13,6 +13,7 @@ from teal_cli.options import (
     DtypeOption,
     MethodOption,
     ModelArgument,
+    NoRecoverOption,
     OfflineOption,
     RevisionOption,
     SparsityOption,
@@ -39,6 +40,7 @@ def export(
     sparsity: SparsityOption = None,
     max_sequences: MaxSequencesOption = 1,
     method: MethodOption = None,
+    no_recover: NoRecoverOption = False,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
@@ -75,8 +77,6 @@ def export(
         if found is None:
             raise stored.no_profile(stored.arguments(checkpoint))
         profile = found[0]
-        setting = profile.setting(target, method, recover=False)
-        if profile.setting(target, method).vectors is not None:
-            reporter.note("the profile's vectors of recovery are left out: vLLM has its own norms")
+        setting = profile.setting(target, method, recover=not no_recover)
     write(checkpoint, folder, setting, profile, max_sequences=max_sequences, reporter=reporter)
     console.print_path(folder.resolve())

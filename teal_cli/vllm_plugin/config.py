@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 import vllm
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from teal_cli.vllm_plugin.thresholds import Thresholds
+from teal_cli.vllm_plugin import vectors
+from teal_cli.vllm_plugin.thresholds import Place, Thresholds
 from teal_cli.vllm_plugin.versions import NEWEST, OLDEST, known
 
 
@@ -60,7 +62,14 @@ class TealConfig(QuantizationConfig):
 
         if not isinstance(layer, LinearBase):
             return None
-        levels = self.thresholds.of(prefix)
-        if levels is None:
+        place = Place.of(prefix)
+        levels = None if place is None else self.thresholds.of(place)
+        if place is None or levels is None:
             return UnquantizedLinearMethod()
-        return TealLinearMethod(levels, self.thresholds.max_sequences)
+        found = None
+        if self.thresholds.vectors:
+            config = get_current_vllm_config()
+            model = config.model_config
+            file = vectors.find(model.model, model.revision, config.load_config.download_dir)
+            found = vectors.read(file, *place)
+        return TealLinearMethod(levels, found, self.thresholds.max_sequences)

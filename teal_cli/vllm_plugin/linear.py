@@ -18,6 +18,9 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
+from teal_cli.vllm_plugin.product import sparse_product
+from teal_cli.vllm_plugin.vectors import Vectors
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layer:
@@ -43,29 +46,45 @@ class TealLinearMethod(UnquantizedLinearMethod):
 
     supports_pre_processed_weights = False
 
-    def __init__(self, thresholds: Sequence[float], max_sequences: int) -> None:
+    def __init__(
+        self, thresholds: Sequence[float], vectors: Vectors | None, max_sequences: int
+    ) -> None:
         super().__init__()
         self._thresholds = thresholds
+        self._vectors = vectors
         self._max_sequences = max_sequences
         self._widths: list[int] = []
+        self._bias: Tensor | None = None
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
-        *sizes: Any,
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """As vLLM does; notes this rank's columns of each projection."""
+        """As vLLM does; notes this rank's columns of each projection, and its biases."""
         self._widths = list(output_partition_sizes)
         if len(self._widths) != len(self._thresholds):
             raise ValueError(
                 f"a layer has {len(self._widths)} projections side by side, and thresholds of "
                 f"{len(self._thresholds)}"
             )
+        rank, ranks = layer.tp_rank, layer.tp_size
+        # Ranks that divide the inputs add up their outputs: one of them has the bias.
+        if self._vectors is not None and (rank == 0 or input_size_per_partition == input_size):
+            self._bias = self._vectors.bias(self._widths, rank, ranks)
         super().create_weights(
-            layer, input_size_per_partition, output_partition_sizes, *sizes, **attributes
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **attributes,
         )
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -84,7 +103,14 @@ class TealLinearMethod(UnquantizedLinearMethod):
             def dense(x: Tensor, bias: Tensor | None) -> Tensor:
                 return torch.nn.functional.linear(x, rows.t(), bias)
 
-        sparse = _sparse_product(rows, self._widths, thresholds)
+        factor = None if self._vectors is None else self._vectors.factor
+        sparse = sparse_product(
+            rows,
+            self._widths,
+            thresholds,
+            factor=None if factor is None else factor.to(rows.device),
+            bias=None if self._bias is None else self._bias.to(rows.device),
+        )
         layer.register_buffer("teal_rows", rows, persistent=False)
         _layers[rows.data_ptr()] = _Layer(sparse, dense, self._max_sequences)
 
@@ -92,24 +118,6 @@ class TealLinearMethod(UnquantizedLinearMethod):
         """x [..., K] -> [..., N]."""
         result: Tensor = torch.ops.teal.linear(x, layer.teal_rows, bias)
         return result
-
-
-def _sparse_product(
-    rows: Tensor, widths: Sequence[int], thresholds: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """The product of the channels above a threshold, for a few inputs [M, K] at once."""
-    if rows.device.type == "cpu":
-        from teal_kernels.cpu import Projection
-
-        projection = Projection([rows], widths)
-
-        def on_cpu(x: Tensor) -> Tensor:
-            return projection(0, x.float(), thresholds).to(x.dtype)
-
-        return on_cpu
-    from teal_kernels.gpu.linear import Linear
-
-    return Linear(rows, widths, thresholds)
 
 
 def _linear(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:

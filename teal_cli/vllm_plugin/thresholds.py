@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 _FORMAT = 1
 # The projections that stand side by side in vLLM's layers.
@@ -17,11 +17,27 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
 
 
+class Place(NamedTuple):
+    """A linear layer of the model."""
+
+    layer: int
+    projections: tuple[str, ...]  # that stand side by side in it
+
+    @classmethod
+    def of(cls, prefix: str) -> Place | None:
+        """By its name in the model; None is one that is none of a decoder layer's."""
+        found = _LAYER.fullmatch(prefix)
+        if found is None:
+            return None
+        return cls(int(found[1]), _FUSED.get(found[2], (found[2],)))
+
+
 @dataclass(frozen=True, slots=True)
 class Thresholds:
     """What the config holds: by projection, one for each layer; empty is dense."""
 
     by_projection: Mapping[str, Sequence[float]]
+    vectors: bool  # whether they came with vectors of recovery, which lie in a file
     max_sequences: int
 
     @classmethod
@@ -45,15 +61,10 @@ class Thresholds:
             )
         if not isinstance(most, int) or most < 1:
             raise ValueError("quantization_config is damaged: max_sequences must be 1 or more")
-        return cls(found, most)
+        return cls(found, bool(content.get("vectors")), most)
 
-    def of(self, prefix: str) -> tuple[float, ...] | None:
-        """Those of a linear layer by its name in the model, a number for each projection in it."""
-        place = _LAYER.fullmatch(prefix)
-        if not self.by_projection or place is None:
+    def of(self, place: Place) -> tuple[float, ...] | None:
+        """Those of a linear layer, a number for each projection in it; None is dense."""
+        if any(name not in self.by_projection for name in place.projections):
             return None
-        layer, name = int(place[1]), place[2]
-        names = _FUSED.get(name, (name,))
-        if any(part not in self.by_projection for part in names):
-            return None
-        return tuple(self.by_projection[part][layer] for part in names)
+        return tuple(self.by_projection[name][place.layer] for name in place.projections)

@@ -33,23 +33,40 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize(("inputs", "offsets"), SHAPES)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("with_factor", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
 def test_each_row_has_its_own_survivors(
     device: str,
     inputs: int,
     offsets: tuple[int, ...],
     sparsity: float,
     dtype: torch.dtype,
+    with_factor: bool,
+    with_bias: bool,
 ) -> None:
     cases = [make_case(inputs, offsets, sparsity, dtype, seed=n) for n in range(3)]
     first = cases[0]
     cases = [case._replace(weight=first.weight, thresholds=first.thresholds) for case in cases]
     widths = [end - start for start, end in pairwise(offsets)]
-    product = linear.Linear(first.weight.to(device), widths, first.thresholds.to(device))
+    factor = 0.5 + torch.rand(inputs) if with_factor else None
+    bias = torch.randn(offsets[-1]) if with_bias else None
+    product = linear.Linear(
+        first.weight.to(device),
+        widths,
+        first.thresholds.to(device),
+        factor=None if factor is None else factor.to(device),
+        bias=None if bias is None else bias.to(device),
+    )
     y = product(torch.stack([case.x for case in cases]).to(device)).cpu()
     assert y.dtype == dtype
+    if factor is not None:
+        cases = [case._replace(x=case.x.float() * factor) for case in cases]
     expected = torch.stack([oracle(case) for case in cases])
     # Float32 sums of K products, then one rounding to the dtype.
     size = torch.stack([case.x.double().abs() @ case.weight.double().abs() for case in cases])
+    if bias is not None:
+        expected += bias
+        size += bias.abs()
     bound = size * inputs * 2**-24 + expected.abs() * torch.finfo(dtype).eps + 1e-6
     assert ((y.double() - expected).abs() <= bound).all()
 
@@ -76,7 +93,11 @@ def test_vllms_layers_as_a_graph_holds_them(layer: str, dtype: torch.dtype, devi
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(inputs, sum(widths), generator=generator, device=device).to(dtype)
     thresholds = torch.tensor([0.5, 0.6, 0.55][: len(widths)], device=device)
-    product = linear.Linear(weight, widths, thresholds)
+    bias = torch.randn(sum(widths), generator=generator, device=device)
+    factor = 0.5 + torch.rand(inputs, generator=generator, device=device)
+    if layer.startswith(("o", "down")):  # nothing that is learnt of their inputs
+        factor = None
+    product = linear.Linear(weight, widths, thresholds, factor=factor, bias=bias)
     for sequences in (1, 2, 8):
         x = torch.randn(sequences, inputs, generator=generator, device=device).to(dtype)
         if device == "cpu":
@@ -91,9 +112,11 @@ def test_vllms_layers_as_a_graph_holds_them(layer: str, dtype: torch.dtype, devi
             for _ in range(2):
                 graph.replay()
         parts = weight.double().split(widths, dim=1)
-        kept = [torch.where(x.float().abs() > level, x.double(), 0) for level in thresholds]
-        expected = torch.cat([k @ part for k, part in zip(kept, parts, strict=True)], dim=1)
+        x = x.float() if factor is None else x.float() * factor
+        kept = [torch.where(x.abs() > level, x.double(), 0) for level in thresholds]
+        expected = torch.cat([k @ part for k, part in zip(kept, parts, strict=True)], dim=1) + bias
         size = torch.cat([k.abs() @ p.abs() for k, p in zip(kept, parts, strict=True)], dim=1)
+        size += bias.abs()
         bound = size * inputs**0.5 * 2**-23 + expected.abs() * torch.finfo(dtype).eps
         assert ((y.double() - expected).abs() <= bound).all()
 

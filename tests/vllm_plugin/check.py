@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from teal_kernels.tensors import RecoveryVectors
 from torch import Tensor
 
 PROMPTS = (
@@ -59,7 +61,6 @@ def vllm(folder: Path, *options: str, ranks: int = 1) -> Iterator[Any]:
         "HF_HUB_OFFLINE": "1",
     }
     if ranks > 1:
-        command += ["--tensor-parallel-size", str(ranks)]
         # vLLM's own choice wants a memory node for each rank.
         cores = sorted(os.sched_getaffinity(0))
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores[:ranks]))
@@ -91,7 +92,7 @@ def is_up(port: int) -> bool:
 
 
 class Oracle:
-    """transformers on the same folder, with the config's thresholds on the answer's tokens."""
+    """transformers on the same folder, thresholds and vectors on the answer's tokens."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -102,6 +103,7 @@ class Oracle:
         self._thresholds = None
         if found["thresholds"] is not None:
             self._thresholds = torch.tensor([*found["thresholds"].values()]).T
+        self._vectors = exported_vectors(self._model, folder) if found["vectors"] else None
 
     def prompt(self, text: str) -> list[int]:
         turn = [{"role": "user", "content": text}]
@@ -113,10 +115,39 @@ class Oracle:
         from teal_cli.sparsified import put_thresholds
 
         if self._thresholds is not None:
-            put_thresholds(self._model, self._thresholds * factor, sparse_from=len(prompt))
+            put_thresholds(
+                self._model,
+                self._thresholds * factor,
+                sparse_from=len(prompt),
+                vectors=self._vectors,
+            )
         with torch.inference_mode():
             found: Tensor = self._model(torch.tensor([prompt + answer])).logits
         return found[0, len(prompt) - 1 : -1]
+
+
+def exported_vectors(model: Any, folder: Path) -> RecoveryVectors:
+    """Those of an exported folder, as `put_thresholds` takes them with transformers' model."""
+    from teal_cli.vllm_plugin import vectors
+
+    found = load_file(folder / vectors.FILE)
+
+    def biases(*names: str) -> Tensor:
+        return torch.cat([found[f"{name}_proj.bias"] for name in names], dim=1)
+
+    def norms(name: str, site: str) -> Tensor:
+        own = [layer.get_submodule(name).weight.detach() for layer in model.model.layers]
+        return torch.stack(own) * found[f"{site}.factor"]
+
+    return RecoveryVectors(
+        qkv=biases("q", "k", "v"),
+        o=biases("o"),
+        gate_up=biases("gate", "up"),
+        down=biases("down"),
+        input_layernorm=norms("input_layernorm", "attn_in"),
+        post_attention_layernorm=norms("post_attention_layernorm", "mlp_in"),
+        norm=model.model.norm.weight.detach(),
+    )
 
 
 def ask(client: Any, prompt: list[int], tokens: int) -> tuple[list[int], Tensor]:
@@ -241,16 +272,13 @@ def check_bounds(folder: Path) -> bool:
 
 
 def export_demo(folder: Path, sparsity: float) -> None:
-    if not folder.exists():
-        words = ["--sparsity", str(sparsity), "--max-sequences", str(max(CLIENTS))]
-        command = ["teal", "export", "demo", str(folder), *words, "--dtype", "bfloat16"]
-        subprocess.run(command, check=True)
+    words = ["--sparsity", str(sparsity), "--max-sequences", str(max(CLIENTS))]
+    command = ["teal", "export", "demo", str(folder), *words, "--dtype", "bfloat16"]
+    subprocess.run(command, check=True)
 
 
 def export_tiny(folder: Path) -> None:
     """A random Llama whose heads two ranks can share; the demo model's nine cannot be halved."""
-    if folder.exists():
-        return
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import tiny
 
@@ -258,6 +286,7 @@ def export_tiny(folder: Path) -> None:
     from teal_cli.model.checkpoint import Checkpoint
     from teal_cli.model.convert import convert
     from teal_cli.progress import Silent
+    from teal_cli.sparsity.recovery import FIELDS, own_vectors
     from teal_cli.sparsity.setting import Setting
     from teal_cli.store import hub, models
 
@@ -268,7 +297,14 @@ def export_tiny(folder: Path) -> None:
     checkpoint = Checkpoint(convert(fetched, dtype="float32", reporter=Silent()))
     # Some 40 % of these inputs lie below, by site, and no two projections share a threshold.
     levels = torch.tensor([0.53, 0.54, 0.55, 0.4, 0.54, 0.56, 0.24]) + torch.arange(4)[:, None] / 99
-    setting = Setting("uniform", 0.4, levels)
+    own = own_vectors(checkpoint.load())
+    generator = torch.Generator().manual_seed(0)
+    learnt = {  # all but the final norm, which is not exported
+        name: getattr(own, name) + 0.2 * torch.randn(getattr(own, name).shape, generator=generator)
+        for name in FIELDS
+        if name != "norm"
+    }
+    setting = Setting("uniform", 0.4, levels, RecoveryVectors(**learnt, norm=own.norm))
     export(checkpoint, folder, setting, None, max_sequences=8, reporter=Silent())
 
 
@@ -286,9 +322,10 @@ def main(place: Path) -> int:
         measured["0.4"] = speeds(client)
     with vllm(sparse, "--dtype", "float32") as client:
         right &= check_sparse(client, Oracle(sparse, torch.float64), tokens=12, least=24)
-    with vllm(tiny, "--dtype", "float32", ranks=2) as client:
-        oracle = Oracle(tiny, torch.float64)
-        right &= check_sparse(client, oracle, tokens=24, least=48, prompts=PROMPTS[:4])
+    for way in ("--tensor-parallel-size", "--pipeline-parallel-size"):
+        with vllm(tiny, "--dtype", "float32", way, "2", ranks=2) as client:
+            oracle = Oracle(tiny, torch.float64)
+            right &= check_sparse(client, oracle, tokens=24, least=48, prompts=PROMPTS[:4])
     print("clients " + "".join(f"{clients:8}" for clients in CLIENTS) + "   (tokens/s together)")
     for sparsity, found in measured.items():
         print(f"at {sparsity:<5}" + "".join(f"{found[clients]:8.1f}" for clients in CLIENTS))
