@@ -104,9 +104,10 @@ class Drafting:
             self._costs.checked(length + 1, seconds)
         for pace, drafter in zip(self._paces, self.drafters, strict=True):
             drafter.read(session.tokens)
+            said = [*session.tokens, 0]  # one that the first time has to read
             for _ in range(2):
                 started = time.perf_counter()
-                made = known(drafter.propose(session.tokens, 0, min(4, room - 1), sampler, 0))
+                made = known(drafter.propose(said, 0, min(4, room - 2), sampler, 0))
                 seconds = time.perf_counter() - started
             if made:
                 pace.guessed(len(made), seconds)
@@ -166,14 +167,9 @@ class Drafting:
             if by is None:
                 self._costs.decoded(spent)
             else:
-                pace, count = self._paces[by], len(guesses)
-                if ahead:  # the device did both, and the host cannot tell them apart
-                    pace.guessed(count, max(spent - self._costs.check_s(count + 1), 0.0))
-                else:
-                    pace.guessed(count, guessed - began)
-                    self._costs.checked(count + 1, spent - (guessed - began))
-                pace.judged(count, right)
-                self._costs.round_ended(right + 1, spent)
+                # Where the device did both, the host cannot tell them apart.
+                guessing_s = None if ahead else guessed - began
+                self._paces[by].round_ended(len(guesses), right, spent, guessing_s)
             yield token
 
     def _guess(

@@ -43,7 +43,7 @@ class Costs:
         self._checks[count] = _mean(self._checks.get(count, 0.0), seconds)
 
     def round_ended(self, tokens: int, seconds: float) -> None:
-        """A round of guesses gave so many tokens, in so much time in all."""
+        """A round of guesses gave so many tokens, at the cost of so much time in all."""
         self._spent_s += seconds
         self._rounds += 1
         lost = self._lost + seconds - tokens * self.token_s
@@ -88,10 +88,31 @@ class Pace:
         """So many tokens were guessed."""
         self._guess_s = _mean(self._guess_s, seconds / count)
 
-    def judged(self, guesses: int, right: int) -> None:
-        """So many of a round's guesses were right, up to the first that was wrong."""
+    def round_s(self, guesses: int) -> float:
+        """What a round with so many guesses takes, as far as that is known."""
+        return self._costs.check_s(guesses + 1) + guesses * self._guess_s
+
+    def round_ended(
+        self, guesses: int, right: int, seconds: float, guessing_s: float | None = None
+    ) -> None:
+        """So many of a round's guesses were right, up to the first that was wrong.
+
+        Args:
+            guesses: in the round.
+            right: of them.
+            seconds: of the whole round.
+            guessing_s: of it, before anything was checked; None where nobody can tell.
+        """
+        # What disturbs a round, or is compiled in it, would stop all that follow.
+        counted = min(seconds, _LARGEST * self.round_s(guesses))
+        if guessing_s is None:
+            self.guessed(guesses, max(seconds - self._costs.check_s(guesses + 1), 0.0))
+        else:
+            self.guessed(guesses, guessing_s)
+            self._costs.checked(guesses + 1, seconds - guessing_s)
         self._right = _KEPT * self._right + right
         self._wrong = _KEPT * self._wrong + (right < guesses)
+        self._costs.round_ended(right + 1, counted)
 
     def length(self, most: int) -> int:
         """Guesses to ask for in the next round, at most `most`; 0 where they cannot pay now."""
@@ -105,8 +126,7 @@ class Pace:
     def _gain(self, length: int, acceptance: float) -> float:
         """How much faster tokens come than one by one (Leviathan et al., theorem 3.8)."""
         tokens = sum(acceptance**i for i in range(length + 1))
-        seconds = self._costs.check_s(length + 1) + length * self._guess_s
-        return tokens * self._costs.token_s / seconds
+        return tokens * self._costs.token_s / self.round_s(length)
 
 
 def _mean(before: float, seconds: float) -> float:

@@ -43,10 +43,7 @@ def run(
             continue
         right = next((i for i in range(length) if dice.random() >= acceptance), length)
         seconds = length * guess * TOKEN_S + check_s(length + 1)
-        pace.guessed(length, length * guess * TOKEN_S)
-        pace.judged(length, right)
-        costs.checked(length + 1, check_s(length + 1))
-        costs.round_ended(right + 1, seconds)
+        pace.round_ended(length, right, seconds, length * guess * TOKEN_S)
         time_s, said = time_s + seconds, said + right + 1
     return time_s / (said * TOKEN_S), lengths
 
@@ -98,3 +95,16 @@ def test_a_tokens_time_is_looked_at_again() -> None:
         costs.round_ended(8, 2 * TOKEN_S)
     costs.decoded(TOKEN_S)
     assert not costs.stale
+
+
+def test_what_disturbs_a_round_does_not_stop_those_that_follow() -> None:
+    """As where a round compiles a graph for what has not come before."""
+    costs = Costs()
+    pace = Pace(costs)
+    costs.decoded(TOKEN_S)
+    pace.round_ended(4, 4, 1.5 * TOKEN_S, 0.4 * TOKEN_S)
+    for guessing_s in (0.4 * TOKEN_S, None):
+        pace.round_ended(4, 4, 500 * TOKEN_S, guessing_s)
+        for _ in range(5):
+            assert pace.length(7) > 0
+            pace.round_ended(4, 4, 1.5 * TOKEN_S, 0.4 * TOKEN_S)
