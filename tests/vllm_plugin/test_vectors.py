@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import accumulate
 from pathlib import Path
 
+import hub_server
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -125,5 +128,16 @@ def test_a_file_that_is_missing_or_does_not_fit_is_refused(file: Path, tmp_path:
             found.bias(widths, 0, 2)
 
 
-def test_it_is_found_in_the_models_folder(tmp_path: Path) -> None:
+def test_it_is_found_in_the_models_folder_or_on_the_hub(file: Path, tmp_path: Path) -> None:
     assert vectors.find(str(tmp_path), None, None) == tmp_path / vectors.FILE
+    with hub_server.running() as hub:
+        hub.repositories["org/model"] = hub_server.Repository({vectors.FILE: file.read_bytes()})
+        code = (
+            "from teal_cli.vllm_plugin import vectors;"
+            f"print(vectors.find('org/model', 'main', {str(tmp_path / 'cache')!r}))"
+        )
+        command, environment = [sys.executable, "-c", code], hub.environment(tmp_path)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    found = Path(done.stdout.strip())
+    assert found.is_relative_to(tmp_path / "cache"), done.stderr
+    assert found.read_bytes() == file.read_bytes()
