@@ -118,8 +118,10 @@ def explained(error: Any) -> UsageError:
         )
     if hasattr(error, "param_type"):  # a missing argument, whose message is empty
         needed = [_name(param) for param in error.ctx.command.params if param.required]
-        hint = f"As in {path} {' '.join(needed)}; {help_hint}"
-        return UsageError(f"no {_name(error.param)} is named", hint=hint)
+        return UsageError(
+            f"no {_name(error.param)} is named",
+            hint=f"As in {path} {' '.join(needed)}; {help_hint}",
+        )
     if isinstance(error, typer.BadParameter):
         return _bad_value(error, help_hint)
     if missing := re.match(r"Option '(\S+)' requires", message):
