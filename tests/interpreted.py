@@ -32,8 +32,8 @@ def run_interpreted(*files: str) -> list[str]:
 def patch_helpers_once() -> None:
     """Have Triton's interpreter put its own functions into a helper's language once.
 
-    It does so at every call of a helper, although the kernel's launch has done it, and takes half
-    of all its time for that.
+    It does so at every call of a helper, although the kernel's launch has done it, and takes a
+    third of all its time for that.
     """
     from triton.runtime import interpreter
 
