@@ -116,6 +116,12 @@ def explained(error: Any) -> UsageError:
             f"{path} has no option {quoted(error.option_name)}",
             hint=f"{meant}{help_hint}",
         )
+    if hasattr(error, "param_type"):  # a missing argument, whose message is empty
+        needed = [_name(param) for param in error.ctx.command.params if param.required]
+        return UsageError(
+            f"no {_name(error.param)} is named",
+            hint=f"As in {path} {' '.join(needed)}; {help_hint}",
+        )
     if isinstance(error, typer.BadParameter):
         return _bad_value(error, help_hint)
     if missing := re.match(r"Option '(\S+)' requires", message):
@@ -128,6 +134,11 @@ def explained(error: Any) -> UsageError:
     if message.startswith("Missing command"):
         return UsageError("no command is named", hint=help_hint)
     return UsageError(message, hint=help_hint)
+
+
+def _name(param: Any) -> str:
+    """An argument as the help has it."""
+    return str(param.metavar or param.human_readable_name.upper())
 
 
 def _bad_value(error: Any, help_hint: str) -> UsageError:

@@ -13,12 +13,17 @@ from teal_cli.errors import TealError
 from teal_cli.progress import Silent
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Let the programs under test hear Ctrl-C, even where a shell runs this in the background.
 
     Such a shell ignores SIGINT, and what it starts inherits that.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.option.loadscopereorder = False  # xdist would begin with the files of the most tests
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreted
+
+        interpreted.patch_helpers_once()
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +82,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
+# Files that begin: the longest, so that none is left to one process at the end. Those of the CPU's
+# kernels are among them, as what they compile is on disk then for all others.
+_FIRST = (
+    "kernels/test_cpu_prefill.py",
+    "kernels/test_gpu_interpreted.py",
+    "kernels/test_cpu_step.py",
+    "inference/test_stream_interpreted.py",
+    "differential/test_table.py",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes minutes, unless it is asked for."""
+    """Take the longest files first; leave out what takes minutes, unless it is asked for."""
+    order = {Path(__file__).parent / name: place for place, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,3 +27,20 @@ def run_interpreted(*files: str) -> list[str]:
     )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     return [line for line in run.stdout.splitlines() if line.startswith("SKIPPED")]
+
+
+def patch_helpers_once() -> None:
+    """Have Triton's interpreter put its own functions into a helper's language once.
+
+    It does so at every call of a helper, although the kernel's launch has done it, and takes a
+    third of all its time for that.
+    """
+    from triton.runtime import interpreter
+
+    patch = functools.cache(interpreter._patch_lang)
+
+    def call(helper: Any, *args: Any, **kwargs: Any) -> Any:
+        patch(helper.fn)
+        return helper.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call

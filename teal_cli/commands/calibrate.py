@@ -228,6 +228,13 @@ def _learn(
         reporter.expect(())
         return found
     before = found.provenance.get("settings", {}) if found is not None else {}
+    own, present = stored.usable_profile(checkpoint), stored.usable_or_built_in(checkpoint)
+    if present is not None and not present.quick and (own is None or own.quick):
+        vectors = " and its vectors" if present.recovery else ""
+        reporter.note(
+            f"takes the place of the built-in profile{vectors}; "
+            f"to have that again, remove {stored.profile_path(checkpoint)}"
+        )
     return pipeline.make_profile(
         checkpoint,
         SampleSettings(**(before | given)) if before or given else None,

@@ -116,6 +116,8 @@ def test_help_ends_with_examples_that_parse(run: Run, command: str) -> None:
         ("chat --max-tokens 0", "--max-tokens takes 1 or more, not '0'", "teal chat --help"),
         ("chat -n many", "--max-tokens takes a whole number, not 'many'", "teal chat --help"),
         ("chat -t warm", "--temperature takes a number, not 'warm'", "teal chat --help"),
+        ("export demo", "no DIR is named", "As in teal export MODEL DIR; `teal"),
+        ("export", "no MODEL is named", "`teal export --help`"),
         ("eval a b", "teal eval takes no further argument 'b'", "teal eval --help"),
         ("chat --prompt", "--prompt needs a value", "as in --prompt VALUE"),
         ("chat --plain=3", "--plain takes no value", "Leave it out"),

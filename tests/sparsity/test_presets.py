@@ -202,6 +202,26 @@ def test_the_demo_model_is_better_with_its_vectors(
             assert with_vectors[name] < 0.99 * without[name], name
 
 
+@pytest.mark.demo
+def test_it_is_said_that_a_profile_takes_the_built_in_ones_place(
+    demo_gguf: Path,
+    teal_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("The cat sat on the mat and looked at the rain. " * 100)
+    options = ("--dataset", text, "--samples", "1", "--seq-len", "16", "--method", "uniform")
+    calibrate = runner("calibrate", monkeypatch, capsys)
+    code, _, said = calibrate(demo_gguf, *options, "--offline")
+    assert code == 0, said
+    path = next((teal_home / "data" / "profiles").rglob("*.safetensors"))
+    assert "takes the place of the built-in profile and its vectors" in said
+    assert f"to have that again, remove {path}" in said
+    assert "takes the place" not in calibrate(demo_gguf, *options, "--force", "--offline")[2]
+
+
 def test_other_weights_of_the_demo_model_have_none() -> None:
     for source in ("", f"hub:{models.DEMO}@0123", "sha256:" + "0" * 64):
         assert presets.preset_for(models.DEMO, source) is None
