@@ -48,7 +48,7 @@ def check(small: Small, threads: int, tolerance: float = 1e-5, **options: Any) -
     for size in (1, 2, 5, 8, small.length):
         part = tokens[position : position + size]
         if len(part) == 5:
-            found = prefill(part, position)
+            found = prefill.read(part, position)
         else:
             hidden = small.embed_tokens[part].float() * small.multipliers[0]
             for layer in range(len(small.layers)):
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="outside 12"):
         prefill.layers(row, small.length - 1, 0, 1)
     with pytest.raises(ValueError, match="tokens from 2 to 53"):
-        prefill([2, small.vocab], 0)
+        prefill.read([2, small.vocab], 0)
     with pytest.raises(ValueError, match="float32"):
         prefill.layers(row.double(), 0, 0, 1)
     with pytest.raises(ValueError, match="contiguous"):

@@ -82,7 +82,7 @@ class Prefill:
         """
         return self._run(self._no_ids, self._checked(hidden), 0, 0, 0, logits=True)
 
-    def __call__(self, tokens: Sequence[int], position: int) -> Tensor:
+    def read(self, tokens: Sequence[int], position: int) -> Tensor:
         """Read T tokens from a position on; logits [T, V] float32 after each.
 
         Raises:
