@@ -27,6 +27,9 @@ class Prefill(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """What the last layer gives, [T, hidden_size] → logits [T, vocab_size] float32."""
 
+    def read(self, tokens: Sequence[int], position: int) -> Tensor:
+        """Logits [T, vocab_size] float32 after each of T tokens; their positions are cached."""
+
 
 class Step(Protocol):
     """How one token is decoded: the fused kernels or the plain decoder."""
@@ -128,6 +131,11 @@ class DecoderPrefill:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._decoder.logits(self._decoder.final_norm(hidden))
+
+    def read(self, tokens: Sequence[int], position: int) -> Tensor:
+        hidden = self._decoder.embed(torch.tensor(tokens))
+        layers = self._decoder.config.num_hidden_layers
+        return self.logits(self.layers(hidden, position, 0, layers))
 
 
 class DecoderStep:

@@ -75,9 +75,7 @@ class Verification:
         """Logits [T, vocab_size] float32 after each of T tokens, the first one at `position`."""
         if self._on_device and self._kernels is not None:
             return self._kernels(tokens, position)
-        hidden = self._decoder.embed(torch.tensor(tokens))
-        layers = self._decoder.config.num_hidden_layers
-        return self._prefill.logits(self._prefill.layers(hidden, position, 0, layers))
+        return self._prefill.read(tokens, position)
 
     def choices(
         self, token: int, guesses: Guesses, before: Sequence[int], sampler: Sampler, seed: int

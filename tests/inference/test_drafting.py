@@ -260,7 +260,7 @@ def test_ctrl_c_in_a_round_leaves_nothing_half_accepted(
     drafter: Any = session.drafting.drafters[0]
     owner, name = {
         "guess": (drafter.session, "step"),
-        "check": (session._prefill, "logits"),
+        "check": (session._prefill, "read"),
         "choice": (Sampler, "sample"),
     }[phase]
 

@@ -47,10 +47,14 @@ def check(small: Small, threads: int, tolerance: float = 1e-5, **options: Any) -
     position = 0
     for size in (1, 2, 5, 8, small.length):
         part = tokens[position : position + size]
-        hidden = small.embed_tokens[part].float() * small.multipliers[0]
-        for layer in range(len(small.layers)):
-            prefill.layers(hidden, position, layer, layer + 1)
-        for row, logits in enumerate(prefill.logits(hidden)):
+        if len(part) == 5:
+            found = prefill.read(part, position)
+        else:
+            hidden = small.embed_tokens[part].float() * small.multipliers[0]
+            for layer in range(len(small.layers)):
+                prefill.layers(hidden, position, layer, layer + 1)
+            found = prefill.logits(hidden)
+        for row, logits in enumerate(found):
             expected = oracle(part[row], position + row)
             torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=tolerance)
         position += len(part)
@@ -162,6 +166,8 @@ def test_what_does_not_fit_is_refused() -> None:
     row = torch.zeros(2, small.hidden)
     with pytest.raises(ValueError, match="outside 12"):
         prefill.layers(row, small.length - 1, 0, 1)
+    with pytest.raises(ValueError, match="tokens from 2 to 53"):
+        prefill.read([2, small.vocab], 0)
     with pytest.raises(ValueError, match="float32"):
         prefill.layers(row.double(), 0, 0, 1)
     with pytest.raises(ValueError, match="contiguous"):

@@ -9,11 +9,12 @@ sums are rescaled where a later block holds a larger score.
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
 from teal_kernels.cpu.intrinsics import address_of, exp, load
 from teal_kernels.cpu.panels import add_tiles
 from teal_kernels.cpu.rows import compiled
-from teal_kernels.cpu.tiles import COLUMNS
+from teal_kernels.cpu.tiles import COLUMNS, SQUARE, unpack, unpack_turned
 
 # Tokens and cached positions of a block. All query heads of a key-value head are taken together.
 QUERIES, KEYS = 16, 128
@@ -22,20 +23,34 @@ QUERIES, KEYS = 16, 128
 @compiled
 def _unpack_keys(dtype, keys, count, size, panels):
     """`count` keys at an address, transposed: panels of [size, COLUMNS] float32."""
+    keys_done, size_done = count // SQUARE * SQUARE, size // SQUARE * SQUARE
+    stride = address_of(dtype, 0, size)
+    for j in range(0, keys_done, SQUARE):
+        panel = panels[j // COLUMNS * size * COLUMNS + j % COLUMNS :].ctypes.data
+        unpack_turned(dtype, keys + j * stride, stride, size // SQUARE, panel)
     for j in range(count):
         panel = panels[j // COLUMNS * size * COLUMNS + j % COLUMNS :]
-        for d in range(size):
+        for d in range(size_done if j < keys_done else 0, size):
             panel[d * COLUMNS] = load(dtype, keys, j * size + d)
 
 
 @compiled
 def _unpack_values(dtype, values, count, size, panels):
     """`count` values at an address: panels of [count, COLUMNS] float32."""
-    for first in range(0, size, COLUMNS):
-        for j in range(count):
-            panel, at = panels[first * count + j * COLUMNS :], j * size + first
-            for d in range(min(COLUMNS, size - first)):
-                panel[d] = load(dtype, values, at + d)
+    whole, step, row_bytes = size // COLUMNS, count * COLUMNS * 4, address_of(dtype, 0, size)
+    for j in range(count):
+        row, to = values + j * row_bytes, panels[j * COLUMNS :]
+        unpack(dtype, (row, 0, 1, row), 0, whole, 0, to.ctypes.data, step)
+        for d in range(whole * COLUMNS, size):
+            to[d // COLUMNS * count * COLUMNS + d % COLUMNS] = load(dtype, row, d)
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"reassoc"})  # of many lanes
+def _sum(values):
+    total = np.float32(0)
+    for i in range(len(values)):
+        total += values[i]
+    return total
 
 
 @compiled
@@ -59,20 +74,18 @@ def _weigh_scores(scores, low, high, top, total, sums):
         seen[j] = exp(seen[j] - largest)
     for j in range(high, len(scores)):
         scores[j] = 0
-    added = np.float32(0)
-    for j in range(len(seen)):
-        added += seen[j]
+    added = _sum(seen)
     for d in range(len(sums)):
         sums[d] *= rescale
     return largest, total * rescale + added
 
 
 @compiled
-def attend_block(model, room, keys, values, window, position, count, queries):
+def attend_block(model, room, keys, values, window, position, count, begin, queries):
     """Attention of a block: queries [rows, head_dim] of `count` tokens from `position` on.
 
-    The result stays in room.sums. Row r belongs to token r % count. `keys` and `values` are
-    addresses of [length, head_dim]; what the tokens see is cached.
+    The result stays in room.sums. Row r belongs to token (begin + r) % count. `keys` and `values`
+    are addresses of [length, head_dim]; what the tokens see is cached.
     """
     size, last = model.head_dim, position + count
     first = 0 if window == 0 else max(0, position + 1 - window)
@@ -95,7 +108,7 @@ def attend_block(model, room, keys, values, window, position, count, queries):
                   panels.ctypes.data, size * COLUMNS * 4, n,
                   scores.ctypes.data, scores.strides[0])  # fmt: skip
         for r in range(queries):
-            seen = position + r % count + 1  # the token itself included
+            seen = position + (begin + r) % count + 1  # the token itself included
             low = 0 if window == 0 else max(0, seen - window - start)
             high = min(n, seen - start)
             room.top[r], room.total[r] = _weigh_scores(

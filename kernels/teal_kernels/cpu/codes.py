@@ -23,31 +23,23 @@ from teal_kernels.cpu.vectors import (
     I32,
     I64,
     bits_of,
-    by_width,
     call,
     constant,
-    fetch,
     indices,
+    load_as,
     load_vector,
     many,
     offset_of,
     splat,
     store_vector,
-    suffix,
 )
 
 # Columns of a chunk; inputs that one instruction sums up, four of them a lane; bytes of a tile.
 CHUNK, STEP = 64, 64
 TILE = SIDE * STEP
-# Taken from a code of INT4, so that what is lost of an input counts half as much.
-CENTRE = 8
-_ROUND = 1.5 * 2**23  # added to a number, it leaves the nearest integer in the lowest bits
-
-
-def _load(builder: Any, address: Any, element: Any, count: int) -> Any:
-    loaded = builder.load(builder.inttoptr(address, many(element, count).as_pointer()))
-    loaded.align = 1
-    return loaded
+# Taken from a code of INT4, so that what is lost of an input counts half as much; and what it is
+# then multiplied with, as the upper one of a byte stands there.
+CENTRE, UPPER = 8, 16
 
 
 def _interleaved(builder: Any, a: Any, b: Any, half: int) -> Any:
@@ -79,41 +71,44 @@ def _four_rows(builder: Any, rows: list[Any]) -> list[Any]:
 
 @intrinsic
 def interleave(
-    typingctx: Any, dtype: Any, row: Any, stride: Any, first: Any, chunks: Any, ahead: Any, to: Any,
+    typingctx: Any, dtype: Any, row: Any, stride: Any, fours: Any, first: Any, chunks: Any, to: Any,
     tile: Any,
 ) -> Any:  # fmt: skip
-    """Store the codes of four rows as `multiply_codes` reads them, chunks from a column on.
+    """Store the codes of `fours` times four rows, chunks from a column on, for `multiply_codes`.
 
-    Those of INT4 are less CENTRE.
+    Those of INT4 are less CENTRE, times UPPER.
 
     row, stride: address of the first, and bytes to the next one.
-    ahead: bytes to a row that is fetched meanwhile.
     tile: bytes from a tile to the next.
     """
     kind = dtype.instance_type
     size = CHUNK * bits_of(kind) // 8
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, row, stride, first, chunks, ahead, to, tile = args
+        _, row, stride, fours, first, chunks, to, tile = args
         start = offset_of(builder, row, kind, first)
-        starts = [builder.add(start, builder.mul(stride, I64(i))) for i in range(4)]
-        with cgutils.for_range(builder, chunks) as loop:
-            at = builder.mul(loop.index, I64(size))
-            for start in starts:
-                fetch(builder, builder.add(builder.add(start, at), ahead))
-            rows = [_load(builder, builder.add(start, at), I8, size) for start in starts]
+        four = builder.mul(stride, I64(4))
+        with (
+            cgutils.for_range(builder, fours) as rows,
+            cgutils.for_range(builder, chunks) as loop,
+        ):
+            at = builder.add(builder.mul(rows.index, four), builder.mul(loop.index, I64(size)))
+            at = builder.add(start, at)
+            starts = [builder.add(at, builder.mul(stride, I64(i))) for i in range(4)]
+            vectors = _four_rows(builder, [load_as(builder, begin, I8, size) for begin in starts])
             chunk = builder.add(to, builder.mul(builder.mul(tile, I64(4)), loop.index))
-            for j, vector in enumerate(_four_rows(builder, rows)):
+            chunk = builder.add(chunk, builder.mul(rows.index, I64(64)))
+            for j, vector in enumerate(vectors):
                 if kind == types.int8:
                     store_vector(builder, vector, builder.add(chunk, builder.mul(tile, I64(j))))
                     continue
-                pair = (
-                    builder.and_(vector, constant(vector.type, 15)),
-                    builder.lshr(vector, constant(vector.type, 4)),
-                )
-                for odd, codes in enumerate(pair):
+                words = builder.bitcast(vector, many(I16, size // 2))
+                low = builder.bitcast(builder.shl(words, constant(words.type, 4)), vector.type)
+                for odd, codes in enumerate((low, vector)):
                     place = builder.add(chunk, builder.mul(tile, I64(j // 2 * 2 + odd)))
-                    centred = builder.sub(codes, constant(vector.type, CENTRE))
+                    upper = builder.and_(codes, constant(codes.type, 0xF0))
+                    # An exclusive or with 8 is a subtraction of 8, in four bits with a sign.
+                    centred = builder.xor(upper, constant(codes.type, CENTRE * UPPER))
                     store_vector(builder, centred, builder.add(place, I64(size * (j % 2))))
         return context.get_dummy_value()
 
@@ -129,126 +124,6 @@ def place_of(packed: bool, column: int) -> tuple[int, int]:
         return column % 16 // 4, column // 16 * 4 + column % 4
     byte = column // 2
     return byte % 16 // 8 * 2 + column % 2, byte % 8 // 4 * 8 + byte // 16 * 4 + byte % 4
-
-
-@intrinsic
-def largest_of(typingctx: Any, x: Any, count: Any) -> Any:
-    """The largest size among `count` float32 at an address; NaN if it is among them."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, count = args
-        found = [cgutils.alloca_once_value(builder, constant(many(I32, w), 0)) for w in (64, 1)]
-
-        def take(index: Any, width: int) -> None:
-            at = builder.add(x, builder.mul(index, I64(4)))
-            bits = builder.and_(
-                _load(builder, at, I32, width), constant(many(I32, width), 2**31 - 1)
-            )
-            top = found[width == 1]
-            # As integers: the bits of NaN are above all others.
-            kept = builder.load(top)
-            more = builder.icmp_unsigned(">", bits, kept)
-            builder.store(builder.select(more, bits, kept), top)
-
-        by_width(builder, count, (64, 1), take)
-        wide, one = map(builder.load, found)
-        top = call(builder, "llvm.vector.reduce.umax.v64i32", I32, [wide])
-        top = builder.select(builder.icmp_unsigned(">", top, one), top, one)
-        return builder.bitcast(top, F32)
-
-    return types.float32(types.int64, types.int64), codegen
-
-
-@intrinsic
-def raise_to(typingctx: Any, values: Any, count: Any, to: Any) -> Any:
-    """`count` float32 at `to` become the sizes of float16 at an address where those are larger."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values, count, to = args
-
-        def take(index: Any, width: int) -> None:
-            at, place = (
-                builder.add(base, builder.mul(index, I64(size)))
-                for base, size in ((values, 2), (to, 4))
-            )
-            found = load_vector(builder, at, types.float16, width)
-            found = call(builder, f"llvm.fabs.{suffix(width)}", found.type, [found])
-            before = load_vector(builder, place, types.float32, width)
-            more = builder.fcmp_ordered(">", found, before)
-            store_vector(builder, builder.select(more, found, before), place)
-
-        by_width(builder, count, (16, 4, 1), take)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen
-
-
-@intrinsic
-def to_fixed(typingctx: Any, dtype: Any, x: Any, each: Any, steps: Any, to: Any, low: Any) -> Any:
-    """Store x times `each`, rounded to 16 bits, for `steps` times STEP float32 of a token.
-
-    For INT8 the signed bytes go to the token's row of tiles, the unsigned ones `low` bytes further;
-    for INT4 both stay together, in rows twice as long.
-    """
-    words = dtype.instance_type == types.uint8
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, x, each, steps, to, low = args
-        floats, ints = many(F32, STEP), many(I32, STEP)
-        with cgutils.for_range(builder, steps) as loop:
-            at = builder.add(x, builder.mul(loop.index, I64(4 * STEP)))
-            product = builder.fmul(
-                load_vector(builder, at, types.float32, STEP),
-                splat(builder, each, STEP), flags=CONTRACT,
-            )  # fmt: skip
-            shifted = builder.fadd(product, constant(floats, _ROUND), flags=CONTRACT)
-            fixed = builder.bitcast(shifted, ints)
-            target = builder.add(to, builder.mul(loop.index, I64(TILE * (1 + words))))
-            if words:
-                store_vector(builder, builder.trunc(fixed, many(I16, STEP)), target)
-            else:
-                high = builder.lshr(fixed, constant(ints, 8))
-                store_vector(builder, builder.trunc(high, many(I8, STEP)), target)
-                place = builder.add(target, low)
-                store_vector(builder, builder.trunc(fixed, many(I8, STEP)), place)
-        return context.get_dummy_value()
-
-    signature = types.void(dtype, types.int64, types.float32, types.int64, types.int64, types.int64)
-    return signature, codegen
-
-
-@intrinsic
-def scale_tiles(typingctx: Any, words: Any, factors: Any, rows: Any, steps: Any, to: Any) -> Any:
-    """Store a tile's inputs times factors, both fixed-point of 16 bits, as two tiles a step.
-
-    words: address of int16 [steps, SIDE, STEP].
-    factors: address of int16 [steps, STEP].
-    rows: of each tile.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        words, factors, rows, steps, to = args
-        half = many(I16, 32)
-        with cgutils.for_range(builder, steps) as step:
-            at = builder.add(factors, builder.mul(step.index, I64(2 * STEP)))
-            weighs = [_load(builder, builder.add(at, I64(64 * i)), I16, 32) for i in range(2)]
-            start = builder.mul(step.index, I64(2 * TILE))
-            with cgutils.for_range(builder, rows) as row:
-                at = builder.add(words, start)
-                at = builder.add(at, builder.mul(row.index, I64(2 * STEP)))
-                products = []
-                for i, weigh in enumerate(weighs):
-                    values = _load(builder, builder.add(at, I64(64 * i)), I16, 32)
-                    name = "llvm.x86.avx512.pmul.hr.sw.512"
-                    product = call(builder, name, half, [values, weigh])
-                    products.append(builder.bitcast(product, many(I8, 64)))
-                target = builder.add(builder.add(to, start), builder.mul(row.index, I64(STEP)))
-                for part, place in ((1, target), (0, builder.add(target, I64(TILE)))):
-                    turns = indices(range(part, 2 * STEP, 2))
-                    store_vector(builder, builder.shuffle_vector(*products, turns), place)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), codegen
 
 
 @intrinsic
@@ -304,14 +179,15 @@ def settle(
         floats = many(F32, SIDE)
         with cgutils.for_range(builder, rows) as loop:
             at = builder.add(sums, builder.mul(loop.index, I64(4 * SIDE)))
-            found = [_load(builder, builder.add(at, I64(TILE * i)), I32, SIDE) for i in range(4)]
+            found = [load_as(builder, builder.add(at, I64(TILE * i)), I32, SIDE) for i in range(4)]
             scale = builder.add(scales, builder.mul(loop.index, I64(4)))
             scale = builder.fmul(load_vector(builder, scale, types.float32, 1), factor)
             row = builder.add(start, builder.mul(loop.index, to_step))
             values = []
             for high, low in zip(found[:2], found[2:], strict=True):
-                whole = builder.add(builder.shl(high, constant(high.type, 8)), low)
-                value = builder.sitofp(whole, floats)
+                upper, value = (builder.sitofp(part, floats) for part in (high, low))
+                upper = builder.fmul(upper, constant(floats, 256.0), flags=CONTRACT)
+                value = builder.fadd(upper, value, flags=CONTRACT)
                 values.append(builder.fmul(value, splat(builder, scale, SIDE), flags=CONTRACT))
             for i in range(0, len(columns), run):
                 places = [place_of(packed, column) for column in columns[i : i + run]]

@@ -17,33 +17,35 @@ from teal_kernels.cpu.codes import (
     CHUNK,
     STEP,
     TILE,
+    UPPER,
     interleave,
-    largest_of,
     multiply_codes,
     place_of,
-    raise_to,
-    scale_tiles,
     settle,
-    to_fixed,
 )
+from teal_kernels.cpu.fixed import largest_of, largest_scales, scale_tiles, to_fixed, unpack_scales
 from teal_kernels.cpu.intrinsics import address_of, load, prefetch
 from teal_kernels.cpu.rows import compiled
 from teal_kernels.cpu.tiles import FEW, NARROW, TOKENS, add_narrow_tile
-from teal_kernels.cpu.vectors import HALF
 
-# The most rows and columns of a block by the number of tokens: for up to FEW, rows are read in long
-# stretches; for more, what a tile is multiplied with stays in the first-level cache.
-_FEW_DEPTH, FEW_WIDTH = 128, 3072
-_DEPTH, _WIDTH = 768, 512
-_AHEAD = 8192  # bytes of rows that are fetched before they are interleaved, at least
+# The most rows of a block, by the number of tokens, and columns that are interleaved at a time: for
+# up to FEW they stay in the first-level cache, for more what a tile is multiplied with does.
+_FEW_DEPTH, _DEPTH, _SPAN = 128, 768, 128
+_FEW_BYTES = 2**17  # of such a block; where rows are longer it is one step
+WIDTH = 512  # columns of a matrix that more tokens take, at most
 _GAP = 64  # bytes between tiles: a line, which keeps them off each other's sets of the cache
-# Room for a block's codes, its groups' scales, and a tile of inputs times those.
-CODES = max(FEW_WIDTH * (_FEW_DEPTH + 4), _WIDTH * (_DEPTH + 4))
-GROUPS = FEW_WIDTH // CHUNK
-FACTORS = max(GROUPS * _FEW_DEPTH, _WIDTH // CHUNK * _DEPTH)
-SCALED = 2 * _DEPTH * SIDE
+SCALED = 2 * _DEPTH * SIDE  # room for a tile of inputs times a group's scales
 
 _place_of = compiled(place_of)
+
+
+def room_for(group, columns):
+    """Room that a matrix needs: bytes of codes, groups, and numbers of groups and rows."""
+    if group % CHUNK:
+        return 0, 0, 0
+    few, many = (-(-size // max(group, CHUNK)) + NARROW for size in (columns, WIDTH + CHUNK))
+    rows = max(group, _SPAN) // SIDE * (_DEPTH * SIDE + _GAP)
+    return rows, max(few, many), max(_FEW_DEPTH * few, _DEPTH * many)
 
 
 @compiled
@@ -53,137 +55,155 @@ def fits(matrix, first):
 
 
 @compiled
-def prepare(matrix, x, token, inputs):
-    """Turn a token's values to fixed-point numbers that a product with the matrix reads."""
-    largest = largest_of(x.values[token].ctypes.data, inputs)
+def prepare(dtype, words, x, token, start, inputs):
+    """Turn a token's `inputs` values from `start` on to fixed-point numbers, zeros behind them.
+
+    dtype, words: INT8 and 1, or INT4 and 2.
+    """
+    values = x.values[token, start:].ctypes.data
+    largest = largest_of(values, inputs)
     each = np.float32(32767) / largest if largest != 0 else np.float32(0)
     x.scales[token] = largest / np.float32(32767)
-    steps, words = (inputs + STEP - 1) // STEP, 1 + (matrix.group != 0)
-    to = x.parts.ctypes.data + (token // SIDE * steps * SIDE + token % SIDE) * STEP * words
-    to_fixed(matrix.dtype, x.values[token].ctypes.data, each, steps, to, len(x.parts) // 2)
+    steps, low = (inputs + STEP - 1) // STEP, len(x.parts) // 2
+    at = (token // SIDE * steps * SIDE + token % SIDE) * STEP * words
+    to_fixed(dtype, values, each, steps, x.parts.ctypes.data + at, low)
+    first = at + (steps - 1) * TILE * words  # of the last step
+    for i in range(first + (inputs - (steps - 1) * STEP) * words, first + STEP * words):
+        x.parts[i] = 0
+        if words == 1:
+            x.parts[low + i] = 0
 
 
 @compiled
 def _interleave(matrix, row, depth, first, columns, codes, tile):
-    """`depth` rows from the one at an address on, columns first to first + columns, to tiles."""
-    packed, whole = matrix.group != 0, columns // CHUNK
-    ahead = 4 * matrix.stride * (1 + _AHEAD // (4 * address_of(matrix.dtype, 0, columns)))
-    for k in range(0, (depth + STEP - 1) // STEP * STEP, 4):
-        done, at = 0, k // 4 * 64
-        if k + 3 < depth:
-            done = whole * CHUNK
-            interleave(matrix.dtype, row, matrix.stride, first, whole, ahead,
-                       codes.ctypes.data + at, tile)  # fmt: skip
+    """`depth` rows from the one at an address on, columns first to first + columns, to tiles.
+
+    What is in the tiles beyond `depth` is multiplied with zeros.
+    """
+    packed, whole, fours = matrix.group != 0, columns // CHUNK, depth // 4
+    interleave(matrix.dtype, row, matrix.stride, fours, first, whole, codes.ctypes.data, tile)
+    for k in range(depth):
+        done = whole * CHUNK if k < 4 * fours else 0
         for column in range(done, columns):
             part, place = _place_of(packed, column % CHUNK)
-            start = (column // CHUNK * 4 + part) * tile + at + place * 4
-            for i in range(4):
-                codes[start + i] = 0
-                if k + i < depth:
-                    code = load(matrix.dtype, row + i * matrix.stride, first + column)
-                    codes[start + i] = np.int8(code - CENTRE * packed)
-        row += 4 * matrix.stride
+            at = (column // CHUNK * 4 + part) * tile + k // 4 * 64 + place * 4 + k % 4
+            code = load(matrix.dtype, row + k * matrix.stride, first + column)
+            codes[at] = np.int8((code - CENTRE) * UPPER if packed else code)
 
 
 @compiled
-def _weigh_groups(matrix, row, depth, first, last, most, room):
-    """The scales of groups first to last in `depth` rows as fixed-point numbers of 16 bits.
+def _fetch(address, stride, start, stop, size):
+    """Bring `size` bytes of each of the rows start to stop from the one at an address on."""
+    for k in range(start, stop):
+        for line in range(0, size + 63, 64):
+            prefetch(address + k * stride + line)
+
+
+@compiled
+def _weigh_groups(matrix, row, depth, first, count, most, room):
+    """The scales of `count` groups in `depth` rows: in fixed point, and for CENTRE.
 
     most: rows of a block; those of the next one are fetched.
     """
-    groups = (matrix.offsets[-1] + matrix.group - 1) // matrix.group
-    scales, largest = row + matrix.stride - 4 * groups, room.largest[: last - first]
+    groups, stride = (matrix.offsets[-1] + matrix.group - 1) // matrix.group, matrix.stride
+    scales, whole = row + stride - 4 * groups + 2 * first, (count + NARROW - 1) // NARROW * NARROW
+    largest, each = room.largest[:whole], room.each[:whole]
+    largest_scales(scales, stride, depth, count, largest.ctypes.data)
     for g in range(len(largest)):
-        largest[g] = 0
-    for k in range(depth):
-        at = scales + k * matrix.stride
-        for line in range(2 * first, 2 * last + 63, 64):
-            prefetch(at + most * matrix.stride + line)
-            prefetch(at + most * matrix.stride + 2 * groups + line)
-        raise_to(at + 2 * first, len(largest), largest.ctypes.data)
-    for g in range(len(largest)):
-        each = np.float32(32767) / largest[g] if largest[g] != 0 else np.float32(0)
-        factors = room.factors[g * most : g * most + depth]
-        for k in range(len(factors)):
-            scale = load(HALF, scales + k * matrix.stride, first + g)
-            factors[k] = np.int16(scale * each + np.float32(0.5))
+        each[g] = np.float32(32767) / largest[g] if largest[g] != 0 else np.float32(0)
+    unpack_scales(scales, scales + 2 * groups, stride, depth, count, most * stride,
+                  each.ctypes.data, most, room.factors.ctypes.data,
+                  room.centres.ctypes.data)  # fmt: skip
 
 
 @compiled
-def _add_offsets(matrix, row, depth, first, last, x, k, tokens, room):
-    """room.offsets[:tokens, : last - first] += inputs from k on times what CENTRE stands for."""
-    groups = (matrix.offsets[-1] + matrix.group - 1) // matrix.group
-    for i in range(depth):
-        scales, panel = row + (i + 1) * matrix.stride - 4 * groups, room.panels[i * NARROW :]
-        for g in range(first, last):
-            offset = load(HALF, scales, groups + g) + np.float32(CENTRE) * load(HALF, scales, g)
-            panel[(g - first) // NARROW * NARROW * depth + (g - first) % NARROW] = offset
-    for p in range(0, last - first, NARROW):
-        panel, to = room.panels[p * depth :].ctypes.data, room.offsets[0, p:].ctypes.data
+def _add_offsets(depth, groups, x, start, tokens, most, room, step):
+    """room.offsets += inputs from `start` on times what CENTRE stands for; `step` a token."""
+    for p in range(0, groups, NARROW):
+        panel, to = room.centres[p * most :].ctypes.data, room.offsets[p:].ctypes.data
         for t in range(0, tokens, TOKENS):
-            add_narrow_tile(x.values[t, k:].ctypes.data, x.values.strides[0], panel, depth,
-                            to + t * room.offsets.strides[0], room.offsets.strides[0])  # fmt: skip
+            add_narrow_tile(x.values[t, start:].ctypes.data, x.values.strides[0], panel, depth,
+                            to + 4 * t * step, 4 * step)  # fmt: skip
 
 
 @compiled
-def _depth(inputs, tokens):
+def _depth(inputs, tokens, stride):
     """Rows of a block: whole steps, and blocks of one size as far as there are."""
-    most = _FEW_DEPTH if tokens <= FEW else _DEPTH
+    most = _DEPTH
+    if tokens <= FEW:  # this block and the next one are in the second-level cache
+        most = _FEW_DEPTH if _FEW_DEPTH * stride <= _FEW_BYTES else STEP
     blocks, steps = (inputs + most - 1) // most, (inputs + STEP - 1) // STEP
     return (steps + blocks - 1) // blocks * STEP
 
 
 @compiled
-def multiply_integers(matrix, layer, x, inputs, tokens, first, columns, room, part):
-    """part[:tokens, :columns] += x times columns from `first` on, but for the columns' scales."""
-    group, packed, most = matrix.group, matrix.group != 0, _depth(inputs, tokens)
-    tile = most * SIDE + _GAP
-    codes, sums, to_step = room.codes.ctypes.data, room.products.ctypes.data, part.strides[0]
-    start, stop, low = 0, 0, len(x.parts) // 2
+def multiply_integers(matrix, layer, x, start, stop, tokens, first, columns, room, part):
+    """part[:tokens, :columns] += x times rows start to stop and columns from `first` on.
+
+    Scales of columns are left out. x is prepared from `start` on.
+    """
+    group, packed, last = matrix.group, matrix.group != 0, first + columns
+    most, span = _depth(stop - start, tokens, matrix.stride), max(group, _SPAN)
+    tile, to, to_step = most * SIDE + _GAP, part.ctypes.data, part.strides[0]
+    codes, sums, begin, groups, step = room.codes.ctypes.data, room.products.ctypes.data, 0, 0, 0
+    origin = first
     if packed:
-        start, stop = first // group, (first + columns - 1) // group + 1
-        for t in range(tokens):
-            row = room.offsets[t, : stop - start]
-            for g in range(len(row)):
-                row[g] = 0
-    steps_of_all = (inputs + STEP - 1) // STEP
-    for k in range(0, inputs, most):
-        row, depth = matrix.addresses[layer] + k * matrix.stride, min(most, inputs - k)
-        steps = (depth + STEP - 1) // STEP
-        _interleave(matrix, row, depth, first, columns, room.codes, tile)
-        if not packed:
-            for pair in range(2 * ((columns + CHUNK - 1) // CHUNK)):  # both share a chunk's columns
-                to = part.ctypes.data + pair // 2 * CHUNK * 4
+        begin = first // group
+        origin = begin * group
+        groups = (last - 1) // group + 1 - begin
+        step = (groups + NARROW - 1) // NARROW * NARROW
+        for i in range((tokens + TOKENS - 1) // TOKENS * TOKENS * step):
+            room.offsets[i] = 0
+    all_steps, words, halves = (
+        (stop - start + STEP - 1) // STEP,
+        1 + packed,
+        2 * ((columns + CHUNK - 1) // CHUNK),
+    )
+    # Bytes of a row that are fetched: the scales are among them where all columns are.
+    stride, size = matrix.stride, address_of(matrix.dtype, 0, columns)
+    if columns == matrix.offsets[-1]:
+        size = stride
+    for k in range(start, stop, most):
+        row, depth = matrix.addresses[layer] + k * matrix.stride, min(most, stop - k)
+        steps, next_depth = (depth + STEP - 1) // STEP, min(most, stop - k - most)
+        piece = address_of(matrix.dtype, row, first)
+        if k == start and tokens <= FEW:
+            _fetch(piece, stride, 0, depth, size)
+        if packed:
+            _weigh_groups(matrix, row, depth, begin, groups, most, room)
+            _add_offsets(depth, groups, x, k, tokens, most, room, step)
+        for column in range(origin, last, span):
+            at, end = max(column, first) - first, min(column + span, last) - first
+            _interleave(matrix, row, depth, first + at, end - at, room.codes, tile)
+            for own in range(column, min(column + span, last), group if packed else span):
+                left, right = max(own, first) - first, min(own + group, last) - first
+                factor, factors = np.float32(1), room.factors.ctypes.data
+                if packed:
+                    g = own // group - begin
+                    factor = room.largest[g] * np.float32(32768 / 32767 / UPPER)
+                    factors += 2 * g * most
+                else:
+                    left, right = at, end
                 for t in range(0, tokens, SIDE):
-                    values = x.parts.ctypes.data + (t // SIDE * steps_of_all + k // STEP) * TILE
-                    multiply_codes(values, low, TILE, codes + 2 * pair * tile, tile, steps, sums)
-                    settle(matrix.dtype, sums, min(SIDE, tokens - t), x.scales.ctypes.data + 4 * t,
-                           np.float32(1), pair % 2, to + t * to_step, to_step)  # fmt: skip
-            continue
-        _weigh_groups(matrix, row, depth, start, stop, most, room)
-        _add_offsets(matrix, row, depth, start, stop, x, k, tokens, room)
-        for g in range(stop - start):
-            low_column = max((start + g) * group, first) - first
-            high_column = min((start + g + 1) * group - first, columns)
-            factor = room.largest[g] * np.float32(32768 / 32767)
-            for t in range(0, tokens, SIDE):
-                rows = min(SIDE, tokens - t)
-                words = x.parts.ctypes.data + (t // SIDE * steps_of_all + k // STEP) * 2 * TILE
-                scale_tiles(words, room.factors.ctypes.data + 2 * g * most, rows, steps,
-                            room.scaled.ctypes.data)  # fmt: skip
-                whole = (high_column + CHUNK - 1) // CHUNK * CHUNK
-                for column in range(low_column, whole, CHUNK // 2):
-                    pair = column // (CHUNK // 2)
-                    multiply_codes(room.scaled.ctypes.data, TILE, 2 * TILE,
-                                   codes + 2 * pair * tile, tile, steps, sums)  # fmt: skip
-                    settle(matrix.dtype, sums, rows, x.scales.ctypes.data + 4 * t, factor, pair % 2,
-                           part.ctypes.data + t * to_step + pair // 2 * CHUNK * 4,
-                           to_step)  # fmt: skip
-    if packed:
-        for t in range(tokens):
-            for g in range(stop - start):
-                low_column = max((start + g) * group, first) - first
-                high_column = min((start + g + 1) * group - first, columns)
-                row, offset = part[t, low_column:high_column], room.offsets[t, g]
-                for i in range(len(row)):
-                    row[i] += offset
+                    rows, place = min(SIDE, tokens - t), t // SIDE * all_steps + (k - start) // STEP
+                    values, below = x.parts.ctypes.data + place * TILE * words, len(x.parts) // 2
+                    if packed:
+                        scale_tiles(values, factors, rows, steps, room.scaled.ctypes.data)
+                        values, below = room.scaled.ctypes.data, TILE
+                    for half in range(2 * (left // CHUNK), 2 * ((right + CHUNK - 1) // CHUNK)):
+                        if t == 0 and next_depth > 0:  # row by row, as memory likes it
+                            done = half * next_depth // halves
+                            next_done = (half + 1) * next_depth // halves
+                            _fetch(piece + most * stride, stride, done, next_done, size)
+                        tiles = codes + 2 * (half - at // CHUNK * 2) * tile
+                        multiply_codes(values, below, TILE * words, tiles, tile, steps, sums)
+                        settle(matrix.dtype, sums, rows, x.scales.ctypes.data + 4 * t, factor,
+                               half % 2, to + t * to_step + half // 2 * CHUNK * 4,
+                               to_step)  # fmt: skip
+    for t in range(tokens if packed else 0):
+        for g in range(groups):
+            left = max((begin + g) * group, first) - first
+            right = min((begin + g + 1) * group, last) - first
+            row, offset = part[t, left:right], room.offsets[t * step + g]
+            for i in range(len(row)):
+                row[i] += offset

@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs
 # numba infers the types of what it compiles.
-"""Several tokens through the decoder at once, dense: prompts, and drafts that are verified.
+"""A layer for several tokens at once, dense.
 
 The threads share tokens, columns or heads, and meet after each part of a layer.
 """
@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from teal_kernels.cpu.amx import SIDE, configure, restore
 from teal_kernels.cpu.attention import QUERIES, attend_block
-from teal_kernels.cpu.compiled import _cached, _norm, _share, _wait
-from teal_kernels.cpu.intrinsics import address_of, borrow, exp, load, store
-from teal_kernels.cpu.product import dot_few, multiply, prepare, width
+from teal_kernels.cpu.compiled import _norm, _share, _wait
+from teal_kernels.cpu.intrinsics import address_of, exp, load, store
+from teal_kernels.cpu.product import WIDTH, multiply, prepare
 from teal_kernels.cpu.rows import add_bias, compiled
 from teal_kernels.cpu.structures import (
     INPUT_NORM,
@@ -25,12 +24,9 @@ from teal_kernels.cpu.structures import (
     Q_NORM,
     QKV_BIAS,
 )
-from teal_kernels.cpu.tiles import FEW, scale_row
 
 # Tokens that go through a layer together. Weights are turned to floats once for all of them.
 CHUNK = 256
-# Rows of the lm_head that stay in the cache for all tokens.
-ROWS = 64
 
 
 class Inputs(NamedTuple):
@@ -47,13 +43,16 @@ class Tokens(NamedTuple):
     inputs: Inputs  # of qkv, o and gate_up
     inner: Inputs  # of down; its parts and scales are the same
     qkv: Any  # float32 [tokens, columns of qkv]
+    # Sums of each thread's own rows for a few tokens, [threads, whole tiles, whole panels].
+    wide: Any  # of qkv and gate_up
+    narrow: Any  # of o and down
 
 
 class Room(NamedTuple):
     """What one thread writes to, float32."""
 
     panels: Any  # a block of weights, keys or values
-    part: Any  # [whole tiles of tokens times `product.width` of so many]
+    part: Any  # [whole tiles of tokens times WIDTH and some more]
     up: Any  # the same
     queries: Any  # [whole tiles of QUERIES times heads, head_dim]
     scores: Any  # [the same, KEYS]
@@ -65,15 +64,21 @@ class Room(NamedTuple):
     codes: Any  # int8
     products: Any  # int32 [4, tokens of a tile, columns of a tile]
     scaled: Any  # uint8
-    factors: Any  # int16 [groups, rows of a block]
-    largest: Any  # [groups]
-    offsets: Any  # [whole tiles of tokens, groups]
+    factors: Any  # int16 [whole panels of groups, rows of a block]
+    centres: Any  # [panels of groups, rows of a block, groups of a panel]
+    largest: Any  # [whole panels of groups]
+    each: Any  # [the same]
+    offsets: Any  # [whole tiles of tokens, whole panels of groups]
+    # For a few tokens.
+    hidden: Any  # [FEW, hidden], the residual stream; every thread has the same
+    normed: Inputs  # of qkv, gate_up and the lm_head; parts and scales are those of o and down
+    logits: Any  # [FEW, rows of the lm_head]
 
 
 @compiled
-def _sums(flat, count):
+def _sums(flat):
     """Room for a block's sums, [tokens, columns], the rows off each other's sets of the cache."""
-    columns = width(count) + 64
+    columns = WIDTH + 64
     return flat[: len(flat) // columns * columns].reshape(-1, columns)
 
 
@@ -83,7 +88,7 @@ def _norm_rows(model, matrix, weight, hidden, tokens, team):
     start, stop = _share(len(hidden), team)
     for t in range(start, stop):
         _norm(np.float32, weight, hidden[t], model.eps, tokens.inputs.values[t, : model.hidden])
-    prepare(matrix, tokens.inputs, start, stop, model.hidden, len(hidden))
+    prepare(matrix, tokens.inputs, start, stop, model.hidden)
 
 
 @compiled
@@ -91,7 +96,7 @@ def _prepare_all(matrix, x, inputs, count, team):
     """What several threads wrote gets ready for a matrix, and all wait for that, if it has to."""
     if len(x.parts) > 0:
         start, stop = _share(count, team)
-        prepare(matrix, x, start, stop, inputs, count)
+        prepare(matrix, x, start, stop, inputs)
         _wait(team)
 
 
@@ -115,9 +120,9 @@ def _columns(matrix_columns, team):
 @compiled
 def _fill_qkv(model, layer, tokens, room, count, team):
     start, stop = _columns((model.heads + 2 * model.kv_heads) * model.head_dim, team)
-    most, part = width(count), _sums(room.part, count)
-    for first in range(start, stop, most):
-        columns = min(most, stop - first)
+    part = _sums(room.part)
+    for first in range(start, stop, WIDTH):
+        columns = min(WIDTH, stop - first)
         multiply(model.qkv, layer, tokens.inputs, model.hidden, count, first, columns, room, part)
         for t in range(count):
             row, sums = tokens.qkv[t, first : first + columns], part[t]
@@ -130,9 +135,9 @@ def _add_product(model, matrix, layer, x, inputs, hidden, room, team):
     """hidden += the multiple of x times a matrix, a thread's share of the columns."""
     count = len(hidden)
     start, stop = _columns(hidden.shape[1], team)
-    most, part = width(count), _sums(room.part, count)
-    for first in range(start, stop, most):
-        columns = min(most, stop - first)
+    part = _sums(room.part)
+    for first in range(start, stop, WIDTH):
+        columns = min(WIDTH, stop - first)
         multiply(matrix, layer, x, inputs, count, first, columns, room, part)
         for t in range(count):
             row, sums = hidden[t, first : first + columns], part[t]
@@ -153,7 +158,7 @@ def _rotate(first, second, cos, sin):
 
 
 @compiled
-def _fill_cache(model, layer, tokens, position, count, team):
+def fill_cache(model, layer, tokens, position, count, team):
     """Complete a thread's share of the tokens' queries, keys and values; cache the latter two."""
     size, vectors, pairs = model.head_dim, model.vectors[layer], model.pairs[layer]
     head_bytes = address_of(model.dtype, 0, model.length * size)
@@ -179,39 +184,43 @@ def _fill_cache(model, layer, tokens, position, count, team):
 
 
 @compiled
-def _attention(model, layer, tokens, room, position, count, team):
+def attention(model, layer, tokens, room, position, count, team):
     """tokens.inputs = what the heads see, blocks of tokens being dealt out to the threads."""
     size, window = model.head_dim, model.windows[layer]
     head_bytes = address_of(model.dtype, 0, model.length * size)
     heads = model.heads // model.kv_heads
-    blocks = (count + QUERIES - 1) // QUERIES
-    for unit in range(team.thread, blocks * model.kv_heads, team.threads):
-        block, group = unit // model.kv_heads, unit % model.kv_heads
+    blocks, parts = (count + QUERIES - 1) // QUERIES, 1
+    if blocks * model.kv_heads % team.threads != 0 and blocks == 1:
+        parts = team.threads  # of a group's queries, so that all threads have as many
+    for unit in range(team.thread, blocks * model.kv_heads * parts, team.threads):
+        part, group = unit % parts, unit // parts % model.kv_heads
+        block = unit // parts // model.kv_heads
         first = block * QUERIES
         n = min(QUERIES, count - first)
-        for r in range(heads * n):
+        begin, end = heads * n * part // parts, heads * n * (part + 1) // parts
+        for r in range(begin, end):
             query = (group * heads + r // n) * size
-            row, values = room.queries[r], tokens.qkv[first + r % n, query : query + size]
+            row, values = room.queries[r - begin], tokens.qkv[first + r % n, query : query + size]
             scale = model.query_scales[position + first + r % n]
             for d in range(len(values)):
                 row[d] = values[d] * scale
         at = (layer * model.kv_heads + group) * head_bytes
         attend_block(model, room, model.keys + at, model.values + at, window, position + first, n,
-                     heads * n)  # fmt: skip
-        for r in range(heads * n):
-            query, seen = (group * heads + r // n) * size, room.sums[r]
+                     begin, end - begin)  # fmt: skip
+        for r in range(begin, end):
+            query, seen = (group * heads + r // n) * size, room.sums[r - begin]
             out = tokens.inputs.values[first + r % n, query : query + size]
             for d in range(len(out)):
-                out[d] = seen[d] / room.total[r]
+                out[d] = seen[d] / room.total[r - begin]
 
 
 @compiled
 def _fill_inner(model, layer, tokens, room, count, team):
     """tokens.inner = SiLU(gate) * up, a thread's share of the columns."""
     start, stop = _columns(model.inner, team)
-    most, gate, up = width(count), _sums(room.part, count), _sums(room.up, count)
-    for first in range(start, stop, most):
-        columns = min(most, stop - first)
+    gate, up = _sums(room.part), _sums(room.up)
+    for first in range(start, stop, WIDTH):
+        columns = min(WIDTH, stop - first)
         for part, column in ((gate, first), (up, model.inner + first)):
             multiply(model.gate_up, layer, tokens.inputs, model.hidden, count, column, columns,
                      room, part)  # fmt: skip
@@ -222,15 +231,16 @@ def _fill_inner(model, layer, tokens, room, count, team):
 
 
 @compiled
-def _layer(team, model, layer, tokens, room, hidden, position):
+def layer_of_many(team, model, layer, tokens, room, hidden, position):
+    """hidden [up to CHUNK tokens, hidden] through a layer, in place, from a position on."""
     count, vectors = len(hidden), model.vectors[layer]
     _norm_rows(model, model.qkv, vectors[INPUT_NORM], hidden, tokens, team)
     _wait(team)
     _fill_qkv(model, layer, tokens, room, count, team)
     _wait(team)
-    _fill_cache(model, layer, tokens, position, count, team)
+    fill_cache(model, layer, tokens, position, count, team)
     _wait(team)
-    _attention(model, layer, tokens, room, position, count, team)
+    attention(model, layer, tokens, room, position, count, team)
     _wait(team)
     seen = model.heads * model.head_dim
     _prepare_all(model.o, tokens.inputs, seen, count, team)
@@ -244,62 +254,3 @@ def _layer(team, model, layer, tokens, room, hidden, position):
     _prepare_all(model.down, tokens.inner, model.inner, count, team)
     _add_product(model, model.down, layer, tokens.inner, model.inner, hidden, room, team)
     _wait(team)
-
-
-@_cached
-def run_layers(team, model, tokens, room, hidden, position, first, last):
-    """Take hidden [tokens, hidden] through layers first to last, in place.
-
-    Args:
-        team: this thread's.
-        model: the weights, and the cache, which gains the tokens' keys and values.
-        tokens: the threads'.
-        room: this thread's.
-        hidden: float32, the threads'.
-        position: of the first token.
-    """
-    team, model, tokens, room = borrow(team), borrow(model), borrow(tokens), borrow(room)
-    hidden, units = borrow(hidden), len(tokens.inputs.parts) > 0
-    if units:
-        for tile in range(6):  # sums and inputs; the others hold weights
-            room.tiles[48 + tile] = min(len(hidden), SIDE)
-        configure(room.tiles.ctypes.data)
-    for layer in range(first, last):
-        for start in range(0, len(hidden), CHUNK):
-            stop = min(start + CHUNK, len(hidden))
-            _layer(team, model, layer, tokens, room, hidden[start:stop], position + start)
-    if units:
-        restore(room.tiles.ctypes.data)
-
-
-@_cached
-def answer(team, model, hidden, normed, block, logits):
-    """logits [tokens, vocab] = lm_head(norm(hidden)), a thread's share; all float32.
-
-    Args:
-        team: this thread's.
-        model: the weights.
-        hidden: [tokens, hidden].
-        normed: the same in whole FEW tokens, to work in.
-        block: [FEW, ROWS], this thread's, to work in.
-        logits: the threads'.
-    """
-    team, model, hidden = borrow(team), borrow(model), borrow(hidden)
-    normed, block, logits = borrow(normed), borrow(block), borrow(logits)
-    start, stop = _share(len(hidden), team)
-    for t in range(start, stop):
-        _norm(np.float32, model.norm, hidden[t], model.eps, normed[t])
-    _wait(team)
-    row_bytes = address_of(model.lm_head_dtype, 0, model.hidden)
-    start, stop = _share(model.vocab, team)
-    for first in range(start, stop, ROWS):
-        rows, last = model.lm_head + first * row_bytes, min(first + ROWS, stop)
-        for t in range(0, len(hidden), FEW):
-            count, products = min(FEW, len(hidden) - t), block[:, : last - first]
-            dot_few(model.lm_head_dtype, rows, row_bytes, normed[t : t + FEW], count, products)
-            for i in range(count):
-                out, found = logits[t + i, first:last], products[i]
-                for r in range(len(out)):
-                    out[r] = found[r] * model.logits_multiplier
-                if model.lm_head_scales != 0:
-                    scale_row(out.ctypes.data, model.lm_head_scales + 4 * first, len(out))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from teal_kernels.cpu import amx, binding, codes, integers, layers, product, team
+from teal_kernels.cpu import amx, binding, codes, integers, passes, product, team
 from teal_kernels.cpu.attention import KEYS, QUERIES
 from teal_kernels.cpu.compiled import decode
 from teal_kernels.cpu.layers import CHUNK, Inputs, Room, Tokens
@@ -22,8 +22,7 @@ from teal_kernels.tensors import StepTensors
 
 def is_compiled() -> bool:
     """Whether code of the step and of prefill is kept on disk; that it fits is not looked at."""
-    functions = (decode, layers.run_layers, layers.answer)
-    return not any(getattr(function._cache, "is_empty", True) for function in functions)
+    return not any(getattr(made._cache, "is_empty", True) for made in (decode, passes.read))
 
 
 class Prefill:
@@ -56,12 +55,13 @@ class Prefill:
         if units and not able:
             raise ValueError("AMX cannot be used here")
         units = able if units is None else units
-        self._tokens = _tokens(model, units)
+        self._tokens = _tokens(model, units, count)
         self._rooms = [_room(model, units) for _ in range(count)]
-        rows = np.empty((0, model.hidden), dtype=np.float32)
-        logits = np.empty((0, model.vocab), dtype=np.float32)
-        self._run_layers = _compile(layers.run_layers, self._layers_arguments(0, rows, 0, 0, 0))
-        self._answer = _compile(layers.answer, self._answer_arguments(0, rows, rows, logits))
+        sizes = model.hidden, model.vocab
+        rows, logits = (np.empty((0, size), dtype=np.float32) for size in sizes)
+        self._no_ids = np.empty(0, dtype=np.int64)
+        arguments = self._arguments(0, self._no_ids, rows, 0, 0, 0, logits)
+        self._read = _compile(passes.read, arguments)
 
     def layers(self, hidden: Tensor, position: int, first: int, last: int) -> Tensor:
         """Take hidden [T, H] float32 through layers `first` to `last`, in place; cache T positions.
@@ -71,16 +71,7 @@ class Prefill:
         Raises:
             ValueError: the positions are beyond the cache, or hidden is not contiguous float32.
         """
-        if not 0 <= position <= self._model.length - len(hidden):
-            raise ValueError(
-                f"{len(hidden)} positions from {position} on are outside {self._model.length}"
-            )
-        rows = self._checked(hidden)
-        self._run(
-            lambda thread: self._run_layers(
-                *self._layers_arguments(thread, rows, position, first, last)
-            )
-        )
+        self._run(self._no_ids, self._checked(hidden), position, first, last, logits=False)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -89,13 +80,33 @@ class Prefill:
         Raises:
             ValueError: hidden is not contiguous float32.
         """
-        rows = self._checked(hidden)
-        normed = np.empty((_whole(len(rows), FEW), rows.shape[1]), dtype=np.float32)
-        logits = np.empty((len(rows), self._model.vocab), dtype=np.float32)
-        self._run(
-            lambda thread: self._answer(*self._answer_arguments(thread, rows, normed, logits))
-        )
-        return torch.from_numpy(logits)
+        return self._run(self._no_ids, self._checked(hidden), 0, 0, 0, logits=True)
+
+    def read(self, tokens: Sequence[int], position: int) -> Tensor:
+        """Read T tokens from a position on; logits [T, V] float32 after each.
+
+        Raises:
+            ValueError: a token or a position is out of range.
+        """
+        ids, vocab = np.array(tokens, dtype=np.int64), self._model.vocab
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise ValueError(f"tokens from {ids.min()} to {ids.max()} are outside {vocab}")
+        hidden = np.empty((len(ids), self._model.hidden), dtype=np.float32)
+        return self._run(ids, hidden, position, 0, len(self._tensors.layers), logits=True)
+
+    def _run(
+        self, ids: Any, hidden: Any, position: int, first: int, last: int, *, logits: bool
+    ) -> Tensor:
+        count, length = len(hidden), self._model.length
+        if not 0 <= position <= length - count * (first < last):
+            raise ValueError(f"{count} positions from {position} on are outside {length}")
+        found = np.empty((count if logits else 0, self._model.vocab), dtype=np.float32)
+
+        def read(thread: int) -> None:
+            self._read(*self._arguments(thread, ids, hidden, position, first, last, found))
+
+        team.run(read, len(self._teams), self._barrier)
+        return torch.from_numpy(found)
 
     def _checked(self, hidden: Tensor) -> Any:
         expected = (len(hidden), self._model.hidden)
@@ -105,58 +116,60 @@ class Prefill:
             raise ValueError("hidden must be contiguous")
         return hidden.numpy()
 
-    def _run(self, work: Callable[[int], None]) -> None:
-        team.run(work, len(self._teams), self._barrier)
-
-    def _mate(self, thread: int) -> Any:
+    def _arguments(
+        self, thread: int, ids: Any, hidden: Any, position: int, first: int, last: int, logits: Any
+    ) -> tuple[Any, ...]:
         mate = self._teams[thread]
         mate.phase[0] = 0
-        return mate
-
-    def _layers_arguments(
-        self, thread: int, hidden: Any, position: int, first: int, last: int
-    ) -> tuple[Any, ...]:
         return (
-            self._mate(thread), self._model, self._tokens, self._rooms[thread],
-            hidden, position, first, last,
+            mate, self._model, self._tokens, self._rooms[thread],
+            ids, hidden, position, first, last, logits,
         )  # fmt: skip
 
-    def _answer_arguments(
-        self, thread: int, hidden: Any, normed: Any, logits: Any
-    ) -> tuple[Any, ...]:
-        block = np.empty((FEW, layers.ROWS), dtype=np.float32)
-        return self._mate(thread), self._model, hidden, normed, block, logits
 
-
-def _tokens(model: Model, units: bool) -> Tokens:
+def _tokens(model: Model, units: bool, threads: int) -> Tokens:
     """Room for CHUNK tokens, or as many as the cache has positions."""
     count = min(CHUNK, model.length)
-
-    rows = _whole(count, TOKENS)
+    rows = _whole(max(count, FEW), TOKENS)
     hidden, inner = max(model.hidden, model.heads * model.head_dim), model.inner
-    size = 4 * _whole(count, 2 * amx.SIDE) * _whole(max(hidden, inner), codes.STEP)
-    parts = np.zeros(size, dtype=np.uint8) if units else np.zeros(0, dtype=np.float32)
-    scales = np.zeros(_whole(count, amx.SIDE), dtype=np.float32)
+    parts, scales = _parts(model, units, _whole(count, 2 * amx.SIDE))
 
     def inputs(columns: int) -> Inputs:
         """Rows in whole steps, and some more so that they do not share sets of the cache."""
         values = np.zeros((rows, _whole(columns, codes.STEP) + 16), dtype=np.float32)
         return Inputs(values, parts, scales)
 
+    def sums(columns: int) -> Any:
+        """What each thread sums up for a few tokens."""
+        shape = (threads, _whole(FEW, TOKENS), _whole(columns, codes.CHUNK) + codes.CHUNK + 16)
+        return np.empty(shape, dtype=np.float32)
+
+    qkv = int(model.qkv.offsets[-1])
     return Tokens(
         inputs=inputs(hidden),
         inner=inputs(inner),
-        qkv=np.empty((count, int(model.qkv.offsets[-1])), dtype=np.float32),
+        qkv=np.empty((count, qkv), dtype=np.float32),
+        wide=sums(max(qkv, 2 * inner)),
+        narrow=sums(model.hidden),
     )
+
+
+def _parts(model: Model, units: bool, tokens: int) -> tuple[Any, Any]:
+    """Room for what AMX multiplies, of any matrix, and scales of whole tiles of tokens."""
+    most = max(model.hidden, model.heads * model.head_dim, model.inner)
+    size = 4 * tokens * _whole(most, codes.STEP)
+    parts = np.zeros(size, dtype=np.uint8) if units else np.zeros(0, dtype=np.float32)
+    return parts, np.zeros(_whole(tokens, amx.SIDE), dtype=np.float32)
 
 
 def _room(model: Model, units: bool) -> Room:
     size = model.head_dim
     tokens = _whole(_whole(min(CHUNK, model.length), TOKENS), 2 * amx.SIDE)
     rows = _whole(QUERIES * model.heads // model.kv_heads, TOKENS)
-    few = _whole(FEW, TOKENS) * (product.FEW_WIDTH + 64)
-    sums = max(tokens * (product.WIDTH + 64), few)
+    sums = tokens * (product.WIDTH + 64)
     unpacked = max(BLOCK_BYTES, KEYS * _whole(size, COLUMNS) * 4)
+    few = _whole(FEW, TOKENS)
+    values = np.zeros((few, _whole(model.hidden, codes.STEP) + 16), dtype=np.float32)
     return Room(
         panels=np.zeros(unpacked // 4, dtype=np.float32),
         part=np.empty(sums, dtype=np.float32),
@@ -167,13 +180,28 @@ def _room(model: Model, units: bool) -> Room:
         top=np.empty(rows, dtype=np.float32),
         total=np.empty(rows, dtype=np.float32),
         tiles=amx.configuration(),
-        codes=np.empty(integers.CODES if units else 0, dtype=np.int8),
         products=np.empty(4 * amx.SIDE**2, dtype=np.int32),
         scaled=np.empty(integers.SCALED if units else 0, dtype=np.uint8),
-        factors=np.empty(integers.FACTORS, dtype=np.int16),
-        largest=np.empty(integers.GROUPS, dtype=np.float32),
-        offsets=np.empty((tokens, COLUMNS + 16), dtype=np.float32),
+        **_numbers(model, units, tokens),
+        hidden=np.empty((FEW, model.hidden), dtype=np.float32),
+        normed=Inputs(values, *_parts(model, units, amx.SIDE)),
+        logits=np.empty((FEW, passes.ROWS), dtype=np.float32),
     )
+
+
+def _numbers(model: Model, units: bool, tokens: int) -> dict[str, Any]:
+    """Room for a block's codes, and the numbers of its groups."""
+    matrices = (model.qkv, model.o, model.gate_up, model.down)
+    sizes = [integers.room_for(matrix.group, int(matrix.offsets[-1])) for matrix in matrices]
+    span, groups, numbers = (max(size) if units else 0 for size in zip(*sizes, strict=True))
+    return {
+        "codes": np.empty(span, dtype=np.int8),
+        "factors": np.empty(numbers, dtype=np.int16),
+        "centres": np.empty(numbers, dtype=np.float32),
+        "largest": np.empty(groups, dtype=np.float32),
+        "each": np.empty(groups, dtype=np.float32),
+        "offsets": np.empty(_whole(tokens, TOKENS) * groups, dtype=np.float32),
+    }
 
 
 def _whole(size: int, tile: int) -> int:

@@ -2,9 +2,11 @@
 # numba infers the types of what it compiles.
 """Products of several tokens with a matrix, each weight of which is read from memory once.
 
-Few tokens are multiplied with floats as these are read. Otherwise weights are unpacked by blocks
-that stay in the cache. For AMX the tokens are unpacked as well, the SIDE x STEP of a tile side by
-side: rows of their own would lie on more pages than the core knows the addresses of.
+A thread takes columns of a matrix, or rows of it for up to FEW tokens, whose sums are short enough
+to be added up: whole rows are read faster. For few, floats are multiplied as they are read; else
+weights are unpacked by blocks that stay in the cache. For AMX the tokens are unpacked as well, the
+SIDE x STEP of a tile side by side: rows of their own would lie on more pages than the core knows
+the addresses of.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from teal_kernels.cpu.panels import (
 )
 from teal_kernels.cpu.rows import compiled, dots
 from teal_kernels.cpu.tiles import (
-    FEW,
     ROWS_OF_5,
     ROWS_OF_8,
     add_to_2,
@@ -38,15 +39,8 @@ from teal_kernels.cpu.tiles import (
 )
 from teal_kernels.cpu.vectors import AHEAD, BLOCK
 
-# The most columns of a product, by the number of tokens: few can have longer sums.
-FEW_WIDTH, WIDTH = integers.FEW_WIDTH, 512
+WIDTH = integers.WIDTH  # the most columns of a product of more than FEW tokens
 _FEW_ROWS = 16  # that are added at a time
-
-
-@compiled
-def width(tokens):
-    """The most columns that `multiply` takes at a time."""
-    return FEW_WIDTH if tokens <= FEW else WIDTH
 
 
 @compiled
@@ -73,24 +67,22 @@ def _kinds(matrix, x):
     return dtype.instance_type, parts.dtype == types.uint8
 
 
-def _prepare(matrix, x, token, inputs, few):
+def _prepare(matrix, x, token, inputs):
     """Turn a token's values to what AMX multiplies with a matrix, if it does."""
 
 
 @overload(_prepare)
-def _typed_prepare(matrix, x, token, inputs, few):
+def _typed_prepare(matrix, x, token, inputs):
     kind, units = _kinds(matrix, x)
 
-    def nothing(matrix, x, token, inputs, few):
+    def nothing(matrix, x, token, inputs):
         pass
 
-    def fixed(matrix, x, token, inputs, few):
-        if matrix.group != 0 or not few:
-            integers.prepare(matrix, x, token, inputs)
+    def fixed(matrix, x, token, inputs):
+        integers.prepare(matrix.dtype, 1 + (matrix.group != 0), x, token, 0, inputs)
 
-    def parts(matrix, x, token, inputs, few):
-        if not few:
-            _parts(x, token, inputs)
+    def parts(matrix, x, token, inputs):
+        _parts(x, token, inputs)
 
     if not units:
         return nothing
@@ -98,17 +90,16 @@ def _typed_prepare(matrix, x, token, inputs, few):
 
 
 @compiled
-def prepare(matrix, x, start, stop, inputs, count):
-    """Turn tokens start to stop, of `count`, to what `multiply` reads."""
+def prepare(matrix, x, start, stop, inputs):
+    """Turn tokens start to stop to what `multiply` reads."""
     for t in range(start, stop):
-        _prepare(matrix, x, t, inputs, count <= FEW)
+        _prepare(matrix, x, t, inputs)
 
 
 @compiled
-def _add_whole_rows(matrix, row, rows, ahead, x, tokens, first, columns, part):
+def _add_whole_rows(matrix, row, rows, ahead, x, tokens, columns, part):
     """part[:tokens, :columns] += x[:tokens, :rows] times rows from an address on, unscaled."""
-    blocks = columns // BLOCK
-    start, stride, to_step = address_of(matrix.dtype, row, first), matrix.stride, part.strides[0]
+    start, stride, to_step, blocks = row, matrix.stride, part.strides[0], columns // BLOCK
     to, x_step = part.ctypes.data, x.strides[0]
     values = x.ctypes.data
     if tokens <= 2:
@@ -121,27 +112,27 @@ def _add_whole_rows(matrix, row, rows, ahead, x, tokens, first, columns, part):
         for t in range(tokens):
             total = part[t, column]
             for k in range(rows):
-                total += x[t, k] * load(matrix.dtype, row + k * stride, first + column)
+                total += x[t, k] * load(matrix.dtype, row + k * stride, column)
             part[t, column] = total
 
 
 @compiled
-def _multiply_few(matrix, layer, x, inputs, tokens, first, columns, part):
-    """part[:tokens, :columns] += x times columns from `first` on, not of INT4, unscaled."""
-    for k in range(0, inputs, _FEW_ROWS):
-        rows = min(_FEW_ROWS, inputs - k)
-        _add_whole_rows(matrix, matrix.addresses[layer] + k * matrix.stride, rows,
-                        _FEW_ROWS * matrix.stride, x.values[:, k : k + rows], tokens, first,
-                        columns, part)  # fmt: skip
+def _multiply_as_read(matrix, layer, x, start, stop, tokens, part):
+    columns = matrix.offsets[-1]
+    for k in range(start, stop, _FEW_ROWS):
+        rows = min(_FEW_ROWS, stop - k)
+        ahead = min(_FEW_ROWS, stop - rows - k) * matrix.stride  # another's are not for us to fetch
+        _add_whole_rows(matrix, matrix.addresses[layer] + k * matrix.stride, rows, ahead,
+                        x.values[:, k : k + rows], tokens, columns, part)  # fmt: skip
 
 
 @compiled
-def _multiply_floats(matrix, layer, x, inputs, tokens, first, columns, room, part):
+def _multiply_floats(matrix, layer, x, begin, stop, tokens, first, columns, room, part):
     to, to_step, panels = part.ctypes.data, part.strides[0], room.panels.ctypes.data
-    for start in range(0, columns, WIDTH):  # INT4 comes here with few tokens as well
+    for start in range(0, columns, WIDTH):
         count = min(WIDTH, columns - start)
-        for k in range(0, inputs, DEPTH):
-            row, depth = matrix.addresses[layer] + k * matrix.stride, min(DEPTH, inputs - k)
+        for k in range(begin, stop, DEPTH):
+            row, depth = matrix.addresses[layer] + k * matrix.stride, min(DEPTH, stop - k)
             unpack_block(matrix, row, depth, first + start, count, panels)
             add_tiles(x.values.ctypes.data + 4 * k, x.values.strides[0], tokens, depth, panels,
                       PANEL, count, to + 4 * start, to_step)  # fmt: skip
@@ -159,12 +150,118 @@ def _multiply_pairs(matrix, layer, x, inputs, tokens, first, columns, room, part
 
 
 @compiled
-def dot_few(dtype, base, stride, x, tokens, out):
-    """out[:tokens] = x[:tokens] times as many rows from an address on as out has columns.
+def _clear(part, tokens, columns):
+    for t in range(tokens):
+        row = part[t, :columns]
+        for i in range(len(row)):
+            row[i] = 0
+
+
+@compiled
+def _scale(matrix, layer, tokens, first, columns, part):
+    """Multiply sums with the scales of their columns, where there are any."""
+    if matrix.scales[layer] != 0:
+        scales = matrix.scales[layer] + 4 * first
+        for t in range(tokens):
+            scale_row(part[t].ctypes.data, scales, columns)
+
+
+def _multiply(matrix, layer, x, inputs, tokens, first, columns, room, part):
+    """part[:tokens, :columns] += x times columns from `first` on, but for the columns' scales."""
+
+
+@overload(_multiply)
+def _typed_multiply(matrix, layer, x, inputs, tokens, first, columns, room, part):
+    """Choose when numba compiles, so that nothing is compiled that this CPU does not need."""
+    kind, units = _kinds(matrix, x)
+
+    def floats(matrix, layer, x, inputs, tokens, first, columns, room, part):
+        _multiply_floats(matrix, layer, x, 0, inputs, tokens, first, columns, room, part)
+
+    def codes(matrix, layer, x, inputs, tokens, first, columns, room, part):
+        integers.multiply_integers(matrix, layer, x, 0, inputs, tokens, first, columns, room, part)
+
+    def packed(matrix, layer, x, inputs, tokens, first, columns, room, part):
+        if integers.fits(matrix, first):
+            integers.multiply_integers(
+                matrix, layer, x, 0, inputs, tokens, first, columns, room, part
+            )
+        else:
+            _multiply_floats(matrix, layer, x, 0, inputs, tokens, first, columns, room, part)
+
+    if not units:
+        return floats
+    return {types.int8: codes, types.uint8: packed}.get(kind, _multiply_pairs.py_func)
+
+
+@compiled
+def multiply(matrix, layer, x, inputs, tokens, first, columns, room, part):
+    """part[:tokens, :columns] = x @ columns first to first + columns, at most WIDTH.
+
+    Args:
+        matrix: of every layer.
+        x: the tokens, prepared for this matrix; their rows up to whole tiles are there.
+        room: of this thread, to work in.
+        part: float32 [whole tiles, whole panels].
+    """
+    _clear(part, tokens, columns)
+    _multiply(matrix, layer, x, inputs, tokens, first, columns, room, part)
+    _scale(matrix, layer, tokens, first, columns, part)
+
+
+def _multiply_few(matrix, layer, x, start, stop, tokens, room, part):
+    """part[:tokens] += x times rows start to stop, but for the columns' scales."""
+
+
+@overload(_multiply_few)
+def _typed_multiply_few(matrix, layer, x, start, stop, tokens, room, part):
+    kind, units = _kinds(matrix, x)
+
+    def as_read(matrix, layer, x, start, stop, tokens, room, part):
+        _multiply_as_read(matrix, layer, x, start, stop, tokens, part)
+
+    def floats(matrix, layer, x, start, stop, tokens, room, part):
+        columns = matrix.offsets[-1]
+        _multiply_floats(matrix, layer, x, start, stop, tokens, 0, columns, room, part)
+
+    def packed(matrix, layer, x, start, stop, tokens, room, part):
+        columns = matrix.offsets[-1]
+        if not integers.fits(matrix, 0):
+            _multiply_floats(matrix, layer, x, start, stop, tokens, 0, columns, room, part)
+            return
+        for t in range(tokens):
+            integers.prepare(matrix.dtype, 2, x, t, start, stop - start)
+        integers.multiply_integers(matrix, layer, x, start, stop, tokens, 0, columns, room, part)
+
+    if kind is types.uint8:
+        return packed if units else floats
+    return as_read
+
+
+@compiled
+def multiply_few(matrix, layer, x, start, stop, tokens, room, part):
+    """part[:tokens] = x[:, start:stop] @ rows start to stop, of up to FEW tokens.
+
+    Args:
+        matrix: of every layer.
+        x: the tokens; their rows up to whole tiles are there. What AMX reads of them is made here.
+        room: of this thread, to work in.
+        part: float32 [whole tiles, whole panels].
+    """
+    columns = matrix.offsets[-1]
+    _clear(part, tokens, columns)
+    if start < stop:
+        _multiply_few(matrix, layer, x, start, stop, tokens, room, part)
+        _scale(matrix, layer, tokens, 0, columns, part)
+
+
+@compiled
+def dot_few(dtype, base, stride, x, size, tokens, out):
+    """out[:tokens] = x[:tokens, :size] times as many rows from an address on as out has columns.
 
     x, out: [FEW, inputs] and [FEW, rows] float32; beyond the tokens they hold anything.
     """
-    size, count, done, columns = x.shape[1], out.shape[1], 0, 64 // address_of(dtype, 0, 1)
+    count, done, columns = out.shape[1], 0, 64 // address_of(dtype, 0, 1)
     to, x_step, to_step = out.ctypes.data, x.strides[0], out.strides[0]
     lines = size // columns
     if tokens > 1:
@@ -183,64 +280,3 @@ def dot_few(dtype, base, stride, x, tokens, out):
     if done < count:
         for t in range(tokens):
             dots(dtype, base + done * stride, stride, x[t].ctypes.data, size, out[t, done:])
-
-
-def _multiply(matrix, layer, x, inputs, tokens, first, columns, room, part):
-    """part[:tokens, :columns] += x times columns from `first` on, but for the columns' scales."""
-
-
-@overload(_multiply)
-def _typed_multiply(matrix, layer, x, inputs, tokens, first, columns, room, part):
-    """Choose when numba compiles, so that nothing is compiled that this CPU does not need."""
-    kind, units = _kinds(matrix, x)
-
-    def vectors(matrix, layer, x, inputs, tokens, first, columns, room, part):
-        if tokens <= FEW:
-            _multiply_few(matrix, layer, x, inputs, tokens, first, columns, part)
-        else:
-            _multiply_floats(matrix, layer, x, inputs, tokens, first, columns, room, part)
-
-    def pairs(matrix, layer, x, inputs, tokens, first, columns, room, part):
-        if tokens <= FEW:
-            _multiply_few(matrix, layer, x, inputs, tokens, first, columns, part)
-        else:
-            _multiply_pairs(matrix, layer, x, inputs, tokens, first, columns, room, part)
-
-    def codes(matrix, layer, x, inputs, tokens, first, columns, room, part):
-        if tokens <= FEW:
-            _multiply_few(matrix, layer, x, inputs, tokens, first, columns, part)
-        else:
-            integers.multiply_integers(matrix, layer, x, inputs, tokens, first, columns, room, part)
-
-    def packed(matrix, layer, x, inputs, tokens, first, columns, room, part):
-        if integers.fits(matrix, first):
-            integers.multiply_integers(matrix, layer, x, inputs, tokens, first, columns, room, part)
-        else:
-            _multiply_floats(matrix, layer, x, inputs, tokens, first, columns, room, part)
-
-    if kind is types.uint8:
-        return packed if units else _multiply_floats.py_func
-    if not units:
-        return vectors
-    return codes if kind is types.int8 else pairs
-
-
-@compiled
-def multiply(matrix, layer, x, inputs, tokens, first, columns, room, part):
-    """part[:tokens, :columns] = x @ columns first to first + columns, at most `width(tokens)`.
-
-    Args:
-        matrix: of every layer.
-        x: the tokens, prepared for this matrix; their rows up to whole tiles are there.
-        room: of this thread, to work in.
-        part: float32 [whole tiles, whole panels].
-    """
-    for t in range(tokens):
-        row = part[t, :columns]
-        for i in range(len(row)):
-            row[i] = 0
-    _multiply(matrix, layer, x, inputs, tokens, first, columns, room, part)
-    if matrix.scales[layer] != 0:
-        scales = matrix.scales[layer] + 4 * first
-        for t in range(tokens):
-            scale_row(part[t].ctypes.data, scales, columns)

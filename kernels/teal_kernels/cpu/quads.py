@@ -31,6 +31,7 @@ from teal_kernels.cpu.vectors import (
     features_of,
     fetch,
     indices,
+    load_as,
     load_vector,
     many,
     splat,
@@ -144,13 +145,6 @@ def _unsigned(builder: Any, codes: Any) -> Any:
     return builder.xor(codes, constant(codes.type, 128 if codes.type.element is I8 else 0x80808080))
 
 
-def _load_as(builder: Any, address: Any, element: Any, width: int) -> Any:
-    """IR: a vector as it is in memory."""
-    loaded = builder.load(builder.inttoptr(address, many(element, width).as_pointer()))
-    loaded.align = 1
-    return loaded
-
-
 @intrinsic
 def in_quads(typingctx: Any, columns: Any) -> Any:
     """How many of the columns of INT8 `add_bytes` can take."""
@@ -176,7 +170,7 @@ def add_bytes(
         if not lanes_of(context):
             return context.get_dummy_value()
         starts, later = starts_of(builder, rows, at), starts_of(builder, ahead, at)
-        high, low, step = _split(builder, _load_as(builder, factors, F32, ROWS))
+        high, low, step = _split(builder, load_as(builder, factors, F32, ROWS))
         parts = many(I32, ROWS // 4)
         quads = builder.bitcast(high, parts), builder.bitcast(low, parts)
         # Weights are multiplied as bytes from 1 to 255: what 128 adds to each is taken off.
@@ -191,7 +185,7 @@ def add_bytes(
             fours = []
             for i in range(0, ROWS, 4):
                 codes = [
-                    _unsigned(builder, _load_as(builder, builder.add(row, index), I8, width))
+                    _unsigned(builder, load_as(builder, builder.add(row, index), I8, width))
                     for row in starts[i : i + 4]
                 ]
                 fours.append(transposed(builder, codes))
@@ -235,7 +229,7 @@ def split_lines(typingctx: Any, dtype: Any, x: Any, lines: Any, to: Any) -> Any:
         ints = many(I32, LINE // 4)
         with cgutils.for_range(builder, lines) as loop:
             at = builder.add(x, builder.mul(loop.index, I64(4 * LINE)))
-            high, low, step = _split(builder, _load_as(builder, at, F32, LINE))
+            high, low, step = _split(builder, load_as(builder, at, F32, LINE))
             high, low = builder.bitcast(high, ints), builder.bitcast(low, ints)
             total, ones = constant(ints, 0), constant(ints, 0x01010101)
             total = add_products(builder, total, [ones], [high], [low])
@@ -270,12 +264,12 @@ def dot_quads(
                 fetch(builder, builder.add(builder.add(start, offset), ahead))
             for at in range(0, LINE, 4 * lanes):
                 high, low, begin, step = (
-                    _load_as(builder, builder.add(line, I64(LINE * n + at)), kind, lanes)
+                    load_as(builder, builder.add(line, I64(LINE * n + at)), kind, lanes)
                     for n, kind in enumerate((I32, I32, I32, F32))
                 )
                 for start, total in zip(starts, totals, strict=True):
                     address = builder.add(builder.add(start, offset), I64(at))
-                    codes = _unsigned(builder, _load_as(builder, address, I32, lanes))
+                    codes = _unsigned(builder, load_as(builder, address, I32, lanes))
                     found = add_products(builder, begin, [codes], [high], [low])
                     product = builder.fmul(builder.sitofp(found, sums), step, flags=CONTRACT)
                     added = builder.fadd(builder.load(total), product, flags=CONTRACT)

@@ -29,6 +29,7 @@ from teal_kernels.cpu.vectors import (
     splat,
     store_vector,
     suffix,
+    turned,
 )
 
 FEATURES = features_of(cpu_target.target_context)
@@ -92,6 +93,36 @@ def unpack(
 
     integers = [types.int64] * 5
     return types.void(dtype, types.UniTuple(types.int64, 4), *integers), codegen
+
+
+SQUARE = 16  # rows and columns that `unpack_turned` takes together
+
+
+@intrinsic
+def unpack_turned(
+    typingctx: Any, dtype: Any, row: Any, stride: Any, squares: Any, panel: Any
+) -> Any:
+    """Store SQUARE rows as float32, columns as rows of a panel of COLUMNS; `squares` times SQUARE.
+
+    row, stride: address of the first, and bytes to the next one.
+    """
+    kind = dtype.instance_type
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, row, stride, squares, panel = args
+        with cgutils.for_range(builder, squares) as loop:
+            first = builder.mul(loop.index, I64(SQUARE))
+            start = offset_of(builder, row, kind, first)
+            rows = [
+                load_vector(builder, builder.add(start, builder.mul(stride, I64(i))), kind, SQUARE)
+                for i in range(SQUARE)
+            ]
+            to = builder.add(panel, builder.mul(first, I64(4 * COLUMNS)))
+            for i, column in enumerate(turned(builder, rows)):
+                store_vector(builder, column, builder.add(to, I64(4 * COLUMNS * i)))
+        return context.get_dummy_value()
+
+    return types.void(dtype, *[types.int64] * 4), codegen
 
 
 @intrinsic

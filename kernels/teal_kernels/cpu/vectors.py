@@ -74,6 +74,13 @@ def load_vector(builder: Any, address: Any, dtype: Any, width: int) -> Any:
     return loaded
 
 
+def load_as(builder: Any, address: Any, element: Any, width: int) -> Any:
+    """IR: a vector as it is in memory."""
+    loaded = builder.load(builder.inttoptr(address, many(element, width).as_pointer()))
+    loaded.align = 1
+    return loaded
+
+
 def store_vector(builder: Any, value: Any, address: Any) -> None:
     """IR: store a vector or scalar at an address."""
     stored = builder.store(value, builder.inttoptr(address, value.type.as_pointer()))
@@ -116,6 +123,26 @@ def constant(kind: Any, value: float) -> Any:
 def suffix(width: int) -> str:
     """How LLVM's functions are called for that many float32."""
     return "f32" if width == 1 else f"v{width}f32"
+
+
+def turned(builder: Any, rows: Sequence[Any]) -> list[Any]:
+    """IR: as many vectors as each has lanes, a power of two → their columns as vectors."""
+    found, half = list(rows), len(rows) // 2
+    while half:
+        low, high = (
+            [
+                lane + shift if bool(lane & half) == swapped else lane + other
+                for lane in range(len(rows))
+            ]
+            for swapped, shift, other in ((True, len(rows) - half, 0), (False, half, len(rows)))
+        )
+        for i in range(len(rows)):
+            if not i & half:
+                a, b = found[i], found[i + half]
+                found[i] = builder.shuffle_vector(a, b, indices(low))
+                found[i + half] = builder.shuffle_vector(a, b, indices(high))
+        half //= 2
+    return found
 
 
 def by_width(

@@ -1,0 +1,105 @@
+# mypy: allow-untyped-defs
+# numba infers the types of what it compiles.
+"""Several tokens through the decoder at once, dense: prompts, and drafts that are verified."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from teal_kernels.cpu.amx import SIDE, configure, restore
+from teal_kernels.cpu.compiled import _cached, _norm, _share, _wait
+from teal_kernels.cpu.few import layer_of_few
+from teal_kernels.cpu.intrinsics import address_of, borrow, load
+from teal_kernels.cpu.layers import CHUNK, layer_of_many
+from teal_kernels.cpu.product import dot_few
+from teal_kernels.cpu.rows import compiled
+from teal_kernels.cpu.tiles import FEW, scale_row
+
+# Rows of the lm_head whose products are brought to scale together.
+ROWS = 64
+
+
+@compiled
+def _embed(team, model, ids, hidden):
+    """hidden = the tokens' embeddings."""
+    start, stop = _share(len(ids), team)
+    for t in range(start, stop):
+        row, out = model.embed_tokens + address_of(model.dtype, 0, ids[t] * model.hidden), hidden[t]
+        for i in range(len(out)):
+            out[i] = load(model.dtype, row, i) * model.embedding_multiplier
+    _wait(team)
+
+
+@compiled
+def _layers(team, model, tokens, room, hidden, position, first, last):
+    few, count = room.hidden, len(hidden)
+    if count > FEW:
+        for layer in range(first, last):
+            for start in range(0, count, CHUNK):
+                stop = min(start + CHUNK, count)
+                part = hidden[start:stop]
+                layer_of_many(team, model, layer, tokens, room, part, position + start)
+        return
+    for t in range(count):
+        for i in range(model.hidden):
+            few[t, i] = hidden[t, i]
+    for layer in range(first, last):
+        layer_of_few(team, model, layer, tokens, room, count, position)
+    start, stop = _share(count, team)
+    for t in range(start, stop):
+        for i in range(model.hidden):
+            hidden[t, i] = few[t, i]
+    _wait(team)
+
+
+@compiled
+def _answer(team, model, room, hidden, logits):
+    """logits [tokens, vocab] = lm_head(norm(hidden)), a thread's share."""
+    dtype, x = model.lm_head_dtype, room.normed.values
+    row_bytes = address_of(dtype, 0, model.hidden)
+    start, stop = _share((model.vocab + ROWS - 1) // ROWS, team)
+    for begin in range(0, len(hidden), FEW):
+        count = min(FEW, len(hidden) - begin)
+        for t in range(count):
+            row = x[t, : model.hidden]
+            _norm(np.float32, model.norm, hidden[begin + t], model.eps, row)
+        for first in range(start * ROWS, min(stop * ROWS, model.vocab), ROWS):
+            rows, last = model.lm_head + first * row_bytes, min(first + ROWS, model.vocab)
+            products = room.logits[:, : last - first]
+            dot_few(dtype, rows, row_bytes, x, model.hidden, count, products)
+            for t in range(count):
+                out, found = logits[begin + t, first:last], products[t]
+                for r in range(len(out)):
+                    out[r] = found[r] * model.logits_multiplier
+                if model.lm_head_scales != 0:
+                    scale_row(out.ctypes.data, model.lm_head_scales + 4 * first, len(out))
+
+
+@_cached
+def read(team, model, tokens, room, ids, hidden, position, first, last, logits):
+    """Take hidden [tokens, hidden] through layers first to last; logits after each, if asked for.
+
+    Args:
+        team: this thread's.
+        model: the weights, and the cache, which gains the tokens' keys and values.
+        tokens: the threads'.
+        room: this thread's.
+        ids: int64 [tokens], whose embeddings hidden becomes, or of no tokens.
+        hidden: float32, the threads'; the result of the last layer.
+        position: of the first token.
+        logits: float32 [tokens, vocab], the threads', or of no tokens.
+    """
+    team, model, tokens, room = borrow(team), borrow(model), borrow(tokens), borrow(room)
+    ids, hidden, logits = borrow(ids), borrow(hidden), borrow(logits)
+    units = len(room.normed.parts) > 0
+    if len(ids) > 0:
+        _embed(team, model, ids, hidden)
+    if units:
+        for tile in range(6):  # sums and inputs; the others hold weights
+            room.tiles[48 + tile] = min(len(hidden), SIDE)
+        configure(room.tiles.ctypes.data)
+    _layers(team, model, tokens, room, hidden, position, first, last)
+    if units:
+        restore(room.tiles.ctypes.data)
+    if len(logits) > 0:
+        _answer(team, model, room, hidden, logits)
