@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -341,6 +341,30 @@ def test_what_a_token_takes_is_known_before_the_first(
     session.drafting.warm_up(session)
     assert session.tokens == []
     assert 0 < session.drafting._costs.token_s < 0.2
+
+
+def test_a_guesser_reads_a_token_before_the_first(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or its step would be compiled within a round, where a whole round of guesses was right."""
+    session = drafted(decoder, DRAFTERS["model"], length=None)
+    assert isinstance(session.drafting, Drafting)
+    guesser, read = session.drafting.session, []
+    assert guesser is not None
+    step = guesser.step
+
+    def noted(token: int) -> Tensor:
+        read.append(token)
+        return step(token)
+
+    def nothing(*_: Any) -> Iterator[int]:
+        yield from ()
+
+    monkeypatch.setattr(guesser, "step", noted)
+    monkeypatch.setattr(guesser, "decode", nothing)
+    session.drafting.warm_up(session)
+    assert read == [0]
+    assert session.tokens == []
 
 
 def test_passes_that_cannot_be_compiled_are_the_decoders(decoder: Decoder) -> None:
