@@ -187,7 +187,9 @@ class QuantizedRows:
     @classmethod
     def int8(cls, weight: Tensor) -> QuantizedRows:
         """Round weight [V, H] to the nearest of 255 levels, with one scale a row."""
-        return cls(*_int8_codes(weight, dim=1))
+        parts = [_int8_codes(rows, dim=1) for rows in weight.split(_ROWS)]
+        codes, scales = zip(*parts, strict=True)
+        return cls(torch.cat(codes), torch.cat(scales))
 
     def dequantize(
         self, start: int = 0, end: int | None = None, *, dtype: torch.dtype = torch.float32

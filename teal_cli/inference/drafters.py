@@ -7,6 +7,8 @@ from contextlib import closing
 from itertools import takewhile
 from typing import Protocol
 
+from torch import Tensor
+
 from teal_cli.inference.guesses import Guesses
 from teal_cli.inference.pace import LENGTHS
 from teal_cli.inference.sampling import Sampler
@@ -37,8 +39,31 @@ class Drafter(Protocol):
             seed: with the position it makes the noise of their choices.
         """
 
-    def made(self, guesses: list[int]) -> None:
-        """What the last guesses were, where `propose` did not wait for them."""
+    def made(self, token: int, guesses: list[int]) -> None:
+        """What was guessed after `token`, where `propose` did not wait for it."""
+
+    def go_on(
+        self,
+        guesses: Tensor,
+        choices: Tensor,
+        most: int,
+        sampler: Sampler,
+        seed: int,
+        assumed: int,
+    ) -> Tensor | None:
+        """Guesses behind those of its last ones that are right, before the host knows which.
+
+        None where it has to wait for the host. As `propose` otherwise.
+
+        Args:
+            guesses: the last ones, [n] int32.
+            choices: [n + 1] int32, what the model chooses before and after each of them.
+            most: guesses to make.
+            sampler: how the model's tokens are chosen.
+            seed: with the position it makes the noise of their choices.
+            assumed: a bit for each guess, whether it counts as right whatever was chosen; -1
+                assumes nothing.
+        """
 
 
 class Lookup:
@@ -71,8 +96,19 @@ class Lookup:
         period = len(text) - start  # what repeats right behind itself goes on doing so
         return [text[start + i % period] for i in range(most)]
 
-    def made(self, guesses: list[int]) -> None:
+    def made(self, token: int, guesses: list[int]) -> None:
         """There was nothing to wait for."""
+
+    def go_on(
+        self,
+        guesses: Tensor,
+        choices: Tensor,
+        most: int,
+        sampler: Sampler,
+        seed: int,
+        assumed: int,
+    ) -> None:
+        """The host looks up; see `Drafter`."""
 
 
 class ModelDrafter:
@@ -97,7 +133,6 @@ class ModelDrafter:
         self.session = session
         self._vocab_size = min(vocab_size, session.decoder.config.vocab_size)
         self._shares_cache = shares_cache
-        self._before = 0  # the token that the last guesses follow
 
     def read(self, tokens: Sequence[int]) -> None:
         """Compute the keys and values of a prompt, unless they are shared."""
@@ -123,11 +158,27 @@ class ModelDrafter:
         for said in unread:  # since the last round
             own.step(said)
         if own.decodes_ahead and not sampler.needs_logits:
-            self._before = token
             return own.guess(token, sampler, most, seed).clamp_(max=self._vocab_size - 1)
         with closing(own.decode(token, sampler, most, seed)) as guesses:
             return list(takewhile(lambda guess: guess < self._vocab_size, guesses))
 
-    def made(self, guesses: list[int]) -> None:
+    def made(self, token: int, guesses: list[int]) -> None:
         """Note what the session has decoded; the last guess is not read yet."""
-        self.session.tokens += [self._before, *guesses[:-1]]
+        self.session.tokens += [token, *guesses[:-1]]
+
+    def go_on(
+        self,
+        guesses: Tensor,
+        choices: Tensor,
+        most: int,
+        sampler: Sampler,
+        seed: int,
+        assumed: int,
+    ) -> Tensor | None:
+        """What the cheaper model says next; see `Drafter`.
+
+        With a cache of its own it would have to read the last guess first, if that is right.
+        """
+        if not self._shares_cache or sampler.sampling.repetition_penalty != 1:
+            return None
+        return self.session.guess_on(guesses, choices, sampler, most, seed, assumed)

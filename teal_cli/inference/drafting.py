@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from functools import partial
 
 import numpy
 import torch
@@ -63,6 +64,8 @@ class Drafting:
         self._costs = Costs()
         self._paces = [Pace(self._costs) for _ in drafters]
         self._assumed = random.Random(0)
+        # By whom and what is guessed for the next round, which the device has begun already.
+        self._ahead: tuple[int, Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -99,7 +102,7 @@ class Drafting:
             for _ in range(2):  # the first compiles
                 started = time.perf_counter()
                 rows = self._judge(session, 0, [0] * length, sampler, 0, careful=False)[1]
-                self._choice(rows[-1], None, sampler, 0, session)
+                self._choice(rows[-1], None, None, sampler, 0, session)
                 seconds = time.perf_counter() - started
             self._costs.checked(length + 1, seconds)
         for pace, drafter in zip(self._paces, self.drafters, strict=True):
@@ -123,16 +126,16 @@ class Drafting:
         if session.decodes_ahead and _kind(sampler.sampling) not in self._known:
             self._learn(session, sampler)
         exact = session.position  # up to here, keys and values are a step's own
-        most = end - session.position - 1
-        for own, drafter in zip(self._paces, self.drafters, strict=True):
-            if self._length or own.length(most):
+        self._ahead = None
+        for index, drafter in enumerate(self.drafters):
+            if self._wanted(index, end - session.position - 1):
                 drafter.read(session.tokens)
         while session.position < end:
             started = began = time.perf_counter()
             asked, by, guesses = self._guess(session, token, sampler, seed, end)
             steady = not careful or exact == session.position
             if by is None and steady and (session.decodes_ahead or not asked):
-                stretch = 1 if asked else _AGAIN if self._costs.stale else _STRETCH
+                stretch = 1 if asked else _AGAIN if self._costs.stale() else _STRETCH
                 stretch = min(stretch, end - session.position)
                 with closing(session.decode(token, sampler, stretch, seed)) as alone:
                     for token in alone:
@@ -142,20 +145,24 @@ class Drafting:
                 exact = session.position
                 continue
             guessed = time.perf_counter()
-            ahead = isinstance(guesses, Tensor)
-            guesses, rows = self._judge(session, token, guesses, sampler, seed, careful=careful)
-            if by is not None and ahead:
-                self.drafters[by].made(guesses)
+            on_device = isinstance(guesses, Tensor)
+            counts = [None if self.acceptance is None else self._assume() for _ in guesses]
+            go_on = partial(self._go_on, session, by, guesses, counts, sampler, seed, end)
+            guesses, rows = self._judge(
+                session, token, guesses, sampler, seed, careful=careful, meanwhile=go_on
+            )
+            if by is not None and on_device:
+                self.drafters[by].made(token, guesses)
             if not guesses and exact == session.position:
                 exact += 1
             self.counts.rounds += bool(guesses)
             spent, right = 0.0, 0
-            for row, guess in zip(rows, [*guesses, None], strict=True):
+            for row, guess, count in zip(rows, [*guesses, None], [*counts, None], strict=True):
                 session.accept(token)
                 if careful and exact < session.position and _is_tie(row, sampler, session):
                     row = _settled(session, exact)
                     exact = session.position
-                token = self._choice(row, guess, sampler, seed, session)
+                token = self._choice(row, guess, count, sampler, seed, session)
                 spent += time.perf_counter() - started
                 self.counts.guessed += guess is not None
                 if token != guess:
@@ -168,7 +175,7 @@ class Drafting:
                 self._costs.decoded(spent)
             else:
                 # Where the device did both, the host cannot tell them apart.
-                guessing_s = None if ahead else guessed - began
+                guessing_s = None if on_device else guessed - began
                 self._paces[by].round_ended(len(guesses), right, spent, guessing_s)
             yield token
 
@@ -177,17 +184,51 @@ class Drafting:
     ) -> tuple[bool, int | None, Guesses]:
         """Whether a drafter was asked; which is the first with guesses, and its guesses."""
         most, asked = end - session.position - 1, False
-        if self._length is None and self._costs.stale:
+        if self._ahead is not None:
+            (by, ahead), self._ahead = self._ahead, None
+            self.drafters[by].read(session.tokens)
+            return True, by, ahead
+        if self._length is None and self._costs.stale():
             return False, None, []
         for by, drafter in enumerate(self.drafters):
-            wanted = self._paces[by].length(most) if self._length is None else self._length
-            if (length := _length(min(wanted, most))) == 0:
+            if (length := self._wanted(by, most)) == 0:
                 continue
             asked = True
             made = drafter.propose(session.tokens, token, length, sampler, seed)
             if length := _length(len(made)):
                 return True, by, made[:length]
         return asked, None, []
+
+    def _wanted(self, by: int, most: int) -> int:
+        """How many guesses a drafter is asked for, of at most so many; one of LENGTHS, or 0."""
+        wanted = self._paces[by].length(most) if self._length is None else self._length
+        return _length(min(wanted, most))
+
+    def _go_on(
+        self,
+        session: Session,
+        by: int | None,
+        guesses: Guesses,
+        counts: Sequence[bool | None],
+        sampler: Sampler,
+        seed: int,
+        end: int,
+        choices: Tensor,
+    ) -> None:
+        """Have the device guess on behind what it chooses, before the host knows that.
+
+        So it does not wait for the host, nor for whoever hears the tokens.
+        """
+        stale = self._length is None and self._costs.stale(1)
+        if by is None or not isinstance(guesses, Tensor) or stale:
+            return
+        length = self._wanted(by, end - session.position - len(choices) - 1)
+        assumed = -1
+        if self.acceptance is not None:
+            assumed = sum(bool(count) << i for i, count in enumerate(counts))
+        if length > 0:
+            made = self.drafters[by].go_on(guesses, choices, length, sampler, seed, assumed)
+            self._ahead = None if made is None else (by, made)
 
     def _judge(
         self,
@@ -198,27 +239,42 @@ class Drafting:
         seed: int,
         *,
         careful: bool,
+        meanwhile: Callable[[Tensor], None] = lambda choices: None,
     ) -> tuple[list[int], Sequence[Tensor | int]]:
         """The guesses; after `token` and each, the logits [vocab_size] or what was chosen."""
         if len(guesses) and not careful:
-            found = session.choices(token, guesses, sampler, seed)
+            found = session.choices(token, guesses, sampler, seed, meanwhile)
             if found is not None:
                 return found
         guesses = known(guesses)
         return guesses, list(session.verify([token, *guesses]))
 
     def _choice(
-        self, row: Tensor | int, guess: int | None, sampler: Sampler, seed: int, session: Session
+        self,
+        row: Tensor | int,
+        guess: int | None,
+        counts: bool | None,
+        sampler: Sampler,
+        seed: int,
+        session: Session,
     ) -> int:
-        """The token after the session's last, from its logits [vocab_size] where not chosen yet."""
+        """The token after the session's last, from its logits [vocab_size] where not chosen yet.
+
+        `counts` is whether the guess is to count as right; None goes by what it is.
+        """
         token = row
         if isinstance(token, Tensor):
             token = sampler.sample(token, session.tokens, at_position(seed, session.position))
-        if self.acceptance is None or guess is None:
+        if counts is None or guess is None:
             return token
-        if self._assumed.random() < self.acceptance:
+        if counts:
             return guess
         return token if token != guess else (token + 1) % session.decoder.config.vocab_size
+
+    def _assume(self) -> bool:
+        """Whether a guess is to count as right."""
+        assert self.acceptance is not None
+        return self._assumed.random() < self.acceptance
 
 
 def _length(most: int) -> int:

@@ -54,10 +54,12 @@ class Costs:
         """Whether a round may be tried that perhaps does not pay."""
         return self.token_s > 0 and self._lost <= _SHARE * self._spent_s
 
-    @property
-    def stale(self) -> bool:
-        """Whether a token should be decoded alone, to learn what one takes now."""
-        return self._rounds >= _FRESH
+    def stale(self, rounds: int = 0) -> bool:
+        """Whether a token should be decoded alone, after so many more rounds.
+
+        That tells what one takes now.
+        """
+        return self._rounds + rounds >= _FRESH
 
     def check_s(self, count: int) -> float:
         """What a pass over so many tokens takes, as far as that is known."""

@@ -176,17 +176,30 @@ class Session:
         return self._verification.logits(tokens, self.position)
 
     def choices(
-        self, token: int, guesses: Guesses, sampler: Sampler, seed: int
+        self,
+        token: int,
+        guesses: Guesses,
+        sampler: Sampler,
+        seed: int,
+        meanwhile: Callable[[Tensor], None] = lambda chosen: None,
     ) -> tuple[list[int], list[int]] | None:
         """What is chosen after `token` and each of the guesses that may follow it, behind these.
 
         As `verify` otherwise; each is the choice that `decode` makes, if the tokens before are.
         None where the host chooses.
 
+        Args:
+            token: it follows the session's.
+            guesses: n tokens that may follow it.
+            sampler: how to choose.
+            seed: with the position it makes each choice's noise.
+            meanwhile: called before the host waits, with the choices [n + 1] int32 as the device
+                will have them; not called where the host chooses.
+
         Raises:
             TealError: the logits are not finite.
         """
-        return self._verification.choices(token, guesses, self.tokens, sampler, seed)
+        return self._verification.choices(token, guesses, self.tokens, sampler, seed, meanwhile)
 
     def accept(self, token: int) -> None:
         """Append a token that `verify` has computed."""
@@ -287,6 +300,38 @@ class Session:
         step.start(
             token, self.position, **sampler.sampling.on_device, seed=seed, tokens=self.tokens
         )
+        return self._guesses(step, most)
+
+    def guess_on(
+        self,
+        guesses: Tensor,
+        choices: Tensor,
+        sampler: Sampler,
+        most: int,
+        seed: int,
+        assumed: int = -1,
+    ) -> Tensor:
+        """What `guess` gives behind those guesses that are right, which the host need not know.
+
+        The sampler has no repetition penalty; else as `guess`.
+
+        Args:
+            guesses: [n] int32, what may follow the token behind the session's.
+            choices: [n + 1] int32, what is chosen after that token and each guess.
+            sampler: how to choose.
+            most: tokens to guess.
+            seed: with the position it makes each choice's noise.
+            assumed: a bit for each guess, whether it counts as right whatever was chosen; -1
+                assumes nothing.
+        """
+        step = self._step
+        assert isinstance(step, ChoosingStep)
+        settings = sampler.sampling.on_device
+        assert settings.pop("repetition_penalty") == 1
+        step.follow(guesses, choices, self.position, **settings, seed=seed, assumed=assumed)
+        return self._guesses(step, most)
+
+    def _guesses(self, step: ChoosingStep, most: int) -> Tensor:
         guesses = torch.empty(most, dtype=torch.int32, device=self.decoder.device)
         for i in range(most):
             step.advance()

@@ -73,6 +73,21 @@ class ChoosingStep(Protocol):
     ) -> None:
         """Set the first token, those before it, and how those after it are chosen."""
 
+    def follow(
+        self,
+        guesses: Tensor,
+        choices: Tensor,
+        position: int,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        seed: int,
+        assumed: int,
+    ) -> None:
+        """The same behind those guesses that are right, which the host need not know."""
+
     def advance(self) -> None:
         """Run the current token and choose the next, without waiting for either."""
 

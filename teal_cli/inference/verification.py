@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -78,7 +78,13 @@ class Verification:
         return self._prefill.read(tokens, position)
 
     def choices(
-        self, token: int, guesses: Guesses, before: Sequence[int], sampler: Sampler, seed: int
+        self,
+        token: int,
+        guesses: Guesses,
+        before: Sequence[int],
+        sampler: Sampler,
+        seed: int,
+        meanwhile: Callable[[Tensor], None],
     ) -> tuple[list[int], list[int]] | None:
         """Guesses as the host knows them now, and what is chosen after `token` and each of them.
 
@@ -91,6 +97,7 @@ class Verification:
             before: the sequence.
             sampler: how to choose.
             seed: with the position it makes each choice's noise.
+            meanwhile: as in `Session.choices`.
 
         Raises:
             TealError: the logits are not finite.
@@ -107,6 +114,7 @@ class Verification:
             **sampler.sampling.on_device,
             seed=seed,
             tokens=[*before, token],
+            meanwhile=meanwhile,
         )
         if min(found) < 0:
             raise not_finite()

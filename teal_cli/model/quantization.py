@@ -87,10 +87,7 @@ class Quantization:
     def round(self, name: str, weight: Tensor) -> Quantized:
         """Round the tensor of this name in a checkpoint to the nearest integers."""
         if name == "lm_head":
-            heads = [QuantizedRows.int8(rows) for rows in weight.split(_BLOCK)]
-            return QuantizedRows(
-                torch.cat([part.rows for part in heads]), torch.cat([part.scales for part in heads])
-            )
+            return QuantizedRows.int8(weight)
         if self.group:
             return QuantizedMatrix.int4(weight, self.group)
         parts = [QuantizedMatrix.int8(columns) for columns in weight.split(_BLOCK, dim=1)]

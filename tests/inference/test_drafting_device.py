@@ -144,16 +144,60 @@ def test_the_host_reads_one_result_a_round(
     assert len(drafter.session.tokens) > len(PROMPT) + 1
 
 
-@pytest.mark.parametrize("phase", ["guess", "choice"])
+@pytest.mark.parametrize("acceptance", [None, 0.5])
+def test_the_device_guesses_on_before_the_host_knows_what_it_chose(
+    acceptance: float | None, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = _drafts(decoder)
+    assert isinstance(session.drafting, Drafting)
+    drafter = session.drafting.drafters[1]
+    assert isinstance(drafter, ModelDrafter)
+    session.drafting = Drafting([drafter], length=2, acceptance=acceptance)
+    most = 10 if decoder.device.type == "cpu" else 40
+    started, followed = [], []
+    start, follow = DecodeStep.start, DecodeStep.follow
+
+    def starting(step: DecodeStep, *arguments: Any, **more: Any) -> None:
+        started.append(step)
+        start(step, *arguments, **more)
+
+    def following(step: DecodeStep, *arguments: Any, **more: Any) -> None:
+        follow(step, *arguments, **more)
+        followed.append((int(step.chain.token), int(step.chain.position)))
+
+    monkeypatch.setattr(DecodeStep, "start", starting)
+    monkeypatch.setattr(DecodeStep, "follow", following)
+    said, finish = _answer(session, SAMPLINGS["temperature"], most)
+    assert finish.stats.draft is not None
+    # With two, the way of choosing is learnt.
+    assert started.count(drafter.session._step) == 2 + 1
+    assert len(followed) >= finish.stats.draft.rounds - 2  # the last have no room for another
+    text = [*PROMPT, *said]
+    for token, position in followed:
+        assert text[position] == token
+    if acceptance is None:
+        monkeypatch.undo()
+        session = Session(decoder, max_length=64)
+        assert said == _answer(session, SAMPLINGS["temperature"], most)[0]
+
+
+@pytest.mark.parametrize("phase", ["guess", "choice", "ahead"])
 def test_ctrl_c_in_a_round_leaves_nothing_half_accepted(
     phase: str, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampling = SAMPLINGS["temperature"]
     expected, _ = _answer(Session(decoder, max_length=64), sampling, 5)
     session = _drafts(decoder)
+    assert isinstance(session.drafting, Drafting)
+    if phase == "ahead":
+        session.drafting = Drafting(session.drafting.drafters, length=1)
     steps = generate(session, PROMPT, Sampler(sampling), max_new_tokens=5)
     heard = [token.id for token in [next(steps)] if isinstance(token, Token)]
-    owner, name = {"guess": (DecodeStep, "next_token"), "choice": (RowChoices, "choose")}[phase]
+    owner, name = {
+        "guess": (DecodeStep, "next_token"),
+        "choice": (RowChoices, "choose"),
+        "ahead": (DecodeStep, "follow"),
+    }[phase]
 
     def interrupt(*arguments: object, **more: object) -> None:
         raise KeyboardInterrupt

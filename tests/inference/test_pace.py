@@ -91,10 +91,10 @@ def test_what_disturbs_a_token_is_not_its_cost() -> None:
 def test_a_tokens_time_is_looked_at_again() -> None:
     costs = Costs()
     costs.decoded(TOKEN_S)
-    while not costs.stale:
+    while not costs.stale():
         costs.round_ended(8, 2 * TOKEN_S)
     costs.decoded(TOKEN_S)
-    assert not costs.stale
+    assert not costs.stale()
 
 
 def test_what_disturbs_a_round_does_not_stop_those_that_follow() -> None:

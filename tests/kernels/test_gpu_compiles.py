@@ -118,7 +118,10 @@ def test_all_kernels_compile(
         step.expect(regime)
         for choice in (None, Choice(), Choice(True, True, True, True)):
             step.chain.launch_all(choice)
-    kernels = {"embed_kernel", "norm_project_kernel", "attention_kernel", "combine_project_kernel"}
+    chosen = torch.zeros(5, dtype=torch.int32)
+    step.follow(chosen[:4], chosen, 0)
+    kernels = {"follow_kernel"}
+    kernels |= {"embed_kernel", "norm_project_kernel", "attention_kernel", "combine_project_kernel"}
     kernels |= {"activate_project_kernel", "logits_kernel", "best_kernel", "advance_kernel"}
     assert set(compiler.compiled) == kernels | {"peak_kernel", "select_kernel", "penalise_kernel"}
 

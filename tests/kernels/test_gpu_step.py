@@ -289,6 +289,61 @@ def test_two_steps_are_taken_back(device: str) -> None:
     assert torch.equal(step.kept, before)
 
 
+@pytest.mark.parametrize(
+    ("guesses", "choices", "assumed", "token", "position"),
+    [
+        ([5], [5, 8], -1, 8, 12),
+        ([5], [6, 8], -1, 6, 11),
+        ([5, 7, 9], [5, 7, 9, 3], -1, 3, 14),
+        ([5, 7, 9], [5, 6, 9, 3], -1, 6, 12),
+        ([5, 7, 9, 1, 2, 2, 2], [5, 7, 9, 1, 2, 2, 2, 0], -1, 0, 18),
+        ([5, 7, 9], [-1, 7, 9, 3], -1, 0, 11),  # logits that are not finite
+        ([5, 7, 9], [5, 7, 9, 3], 0b101, 8, 12),  # another token than the guess
+        ([5, 96, 9], [5, 96, 9, 3], 0b101, 0, 12),
+        ([5, 7, 9], [6, 7, 8, 3], 0b111, 3, 14),
+        ([5, 7, 9], [6, 7, 8, 3], 0b001, 8, 12),
+    ],
+)
+def test_a_step_follows_the_guesses_that_are_right(
+    guesses: list[int],
+    choices: list[int],
+    assumed: int,
+    token: int,
+    position: int,
+    device: str,
+) -> None:
+    """The host takes all of them for right; the counts that it takes back are the step's."""
+    step, _ = _step(_decoder("llama", device, num_hidden_layers=1, vocab_size=97), 40)
+    step.set_thresholds(torch.full((1, 7), 0.3, device=device))
+    step(3, 9)
+    before, behind = step.kept, 10 + len(choices)
+    said, chosen = (torch.tensor(x, dtype=torch.int32, device=device) for x in (guesses, choices))
+    step.follow(said, chosen, 10, assumed=assumed)
+    assert [int(step.chain.token), int(step.chain.position)] == [token, position]
+    if len(guesses) == 3:
+        step.advance()
+        first, logits = step.kept, step.chain.logits.clone()
+        step.advance()
+        step.take_back(behind + 1)
+        assert torch.equal(step.kept, first)
+        step.take_back(behind)
+        assert torch.equal(step.kept, before)
+        step.start(token, position)
+        step.advance()
+        _close(step.chain.logits, logits)
+        assert torch.equal(step.kept, first)
+        step.take_back(position)
+        assert torch.equal(step.kept, before)
+
+
+def test_a_step_follows_within_the_cache(device: str) -> None:
+    step, _ = _step(_decoder("llama", device, num_hidden_layers=1), 40)
+    guesses, choices = (torch.zeros(n, dtype=torch.int32, device=device) for n in (3, 4))
+    step.follow(guesses, choices, 35)
+    with pytest.raises(ValueError, match="outside 40"):
+        step.follow(guesses, choices, 36)
+
+
 class _Breaker:
     """Launches as a step does, until so many launches are done."""
 

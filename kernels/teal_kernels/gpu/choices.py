@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -56,6 +56,7 @@ class RowChoices:
         repetition_penalty: float,
         seed: int,
         tokens: Sequence[int],
+        meanwhile: Callable[[Tensor], None] = lambda chosen: None,
     ) -> list[int]:
         """The token chosen after each of the first rows; waits for them.
 
@@ -66,6 +67,7 @@ class RowChoices:
             position: of the first row's token.
             temperature, top_k, top_p, min_p, repetition_penalty, seed: as in `Chooser.set`.
             tokens: the sequence up to the first row's token, itself included.
+            meanwhile: called before the wait with [count] int32, where the device has the choices.
 
         Returns:
             As many tokens; -1 where a row has a NaN, or infinity, or nothing that is finite.
@@ -75,10 +77,13 @@ class RowChoices:
         )
         self._position.fill_(position)
         self._run(count, choice)
+        history = self._chooser.history[position : position + count]
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(self.logits.device))
+        meanwhile(history)
+        if self._done is not None:
             self._done.synchronize()
-        chosen: list[int] = self._chooser.history[position : position + count].tolist()
+        chosen: list[int] = history.tolist()
         return chosen
 
     def _run(self, count: int, choice: Choice) -> None:

@@ -107,6 +107,7 @@ def advance_kernel(
     token_ptr,
     position_ptr,
     history_ptr,
+    shift_ptr,
     kept_ptr,
     kept_before_ptr,
     seen_ptr,
@@ -122,7 +123,8 @@ def advance_kernel(
     """Take the best of all programs' bests as the next token and step one position on.
 
     The host is told -1 where there is none; what runs ahead of it goes on with token 0. What the
-    counts stand at is noted too, in rows by turns, and with PENALTY that the token was seen.
+    counts stand at is noted too, in rows by turns, and with PENALTY that the token was seen. The
+    row is that of the position as the host has it, which may be further on.
     """
     offs = tl.arange(0, PROGRAMS)
     mask = offs < programs
@@ -141,5 +143,49 @@ def advance_kernel(
         tl.store(seen_ptr + token, 1)
     offs_k = tl.arange(0, KEPT)
     kept = tl.load(kept_ptr + offs_k, mask=offs_k < kept_size, other=0)
-    row = kept_before_ptr + (position % ROWS) * kept_size
+    row = kept_before_ptr + ((position + tl.load(shift_ptr)) % ROWS) * kept_size
+    tl.store(row + offs_k, kept, mask=offs_k < kept_size)
+
+
+@triton.jit(do_not_specialize=["first", "assumed"])
+def follow_kernel(
+    token_ptr,
+    position_ptr,
+    shift_ptr,
+    kept_ptr,
+    kept_before_ptr,
+    guesses_ptr,
+    choices_ptr,
+    first,
+    assumed,
+    vocab,
+    kept_size,
+    GUESSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Set the token chosen after the last guess that is right, and its position.
+
+    choices[i] follows the token at first + i, and guesses[i] says the same or is wrong. A bit of
+    `assumed`, where it is not negative, says of a guess that it counts as right or does not. For
+    the host the position is that behind all guesses.
+    """
+    _wait(PDL)
+    offs = tl.arange(0, BLOCK)
+    guesses = tl.load(guesses_ptr + offs, mask=offs < GUESSES, other=-1)
+    choices = tl.load(choices_ptr + offs, mask=offs <= GUESSES, other=0)
+    if assumed >= 0:
+        other = tl.where(choices == guesses, (choices + 1) % vocab, choices)
+        counted = tl.where((assumed >> offs) & 1 > 0, guesses, other)
+        choices = tl.where(offs < GUESSES, counted, choices)
+    wrong = (choices != guesses) | (offs >= GUESSES)
+    right = tl.min(tl.where(wrong, offs, BLOCK), axis=0)
+    token = tl.sum(tl.where(offs == right, choices, 0), axis=0)
+    tl.store(token_ptr, tl.maximum(token, 0))
+    tl.store(position_ptr, first + right + 1)
+    tl.store(shift_ptr, GUESSES - right)
+    offs_k = tl.arange(0, KEPT)
+    kept = tl.load(kept_ptr + offs_k, mask=offs_k < kept_size, other=0)
+    row = kept_before_ptr + ((first + GUESSES) % ROWS) * kept_size
     tl.store(row + offs_k, kept, mask=offs_k < kept_size)

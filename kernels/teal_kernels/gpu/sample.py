@@ -14,7 +14,13 @@ import torch
 import triton
 from torch import Tensor
 
-from teal_kernels.gpu.draw import ROWS, advance_kernel, best_kernel, penalise_kernel
+from teal_kernels.gpu.draw import (
+    ROWS,
+    advance_kernel,
+    best_kernel,
+    follow_kernel,
+    penalise_kernel,
+)
 from teal_kernels.gpu.radix import BINS, LEVELS, peak_kernel, select_kernel
 
 _BLOCK = 256  # logits a program
@@ -84,6 +90,7 @@ class Chooser:
         self.bins = buffer(2 * LEVELS, BINS, dtype=torch.int64)
         self.state = buffer(2 * LEVELS, 2, dtype=torch.int64)
         self.best, self.index = buffer(self.programs), buffer(self.programs, dtype=torch.int32)
+        self.shift = buffer(1, dtype=torch.int32)  # how far the host is ahead of the position
         self.kept_before = buffer(ROWS.value, *kept.shape, dtype=kept.dtype)
         # In the host's memory, where the kernel writes it: the host waits for an event, not a copy.
         self.history = torch.zeros(
@@ -143,6 +150,36 @@ class Chooser:
         `advance_kernel` notes it for the position that follows.
         """
         return self.kept_before[(position - 1) % ROWS.value]
+
+    def follow(self, guesses: Tensor, choices: Tensor, first: int, assumed: int) -> None:
+        """Set the token that was chosen after the last right guess, and its position.
+
+        Args:
+            guesses: [n] int32 on the device.
+            choices: [n + 1] int32, what was chosen after the token before them and each of them.
+            first: position of that token; the host takes first + n + 1 for the new one.
+            assumed: a bit for each guess, whether it counts as right whatever was chosen; -1
+                assumes nothing.
+        """
+        self._launch(
+            follow_kernel,
+            (1,),
+            4,
+            token_ptr=self.token,
+            position_ptr=self.position,
+            shift_ptr=self.shift,
+            kept_ptr=self.kept,
+            kept_before_ptr=self.kept_before,
+            guesses_ptr=guesses,
+            choices_ptr=choices,
+            first=first,
+            assumed=assumed,
+            vocab=self.vocab,
+            kept_size=self.kept.numel(),
+            GUESSES=len(guesses),
+            BLOCK=triton.next_power_of_2(len(choices)),
+            KEPT=triton.next_power_of_2(self.kept.numel()),
+        )
 
     def launch(self, choice: Choice) -> None:
         """Launch the kernels of one choice."""
@@ -248,6 +285,7 @@ class Chooser:
             token_ptr=self.token,
             position_ptr=self.position,
             history_ptr=self.history,
+            shift_ptr=self.shift,
             kept_ptr=self.kept,
             kept_before_ptr=self.kept_before,
             seen_ptr=self.seen,

@@ -124,6 +124,44 @@ class DecodeStep:
         )
         self._at = position
 
+    def follow(
+        self,
+        guesses: Tensor,
+        choices: Tensor,
+        position: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        assumed: int = -1,
+    ) -> None:
+        """As `start`, behind those guesses that are right: the host need not know which.
+
+        A repetition penalty, which needs to know the tokens, cannot be set.
+
+        Args:
+            guesses: [n] int32 on the device, n < 8.
+            choices: [n + 1] int32, what the model chose after the token at `position` and each
+                guess, where the device finds it.
+            position: of that token.
+            temperature, top_k, top_p, min_p, seed: as in `start`.
+            assumed: as in `Chooser.follow`.
+
+        Raises:
+            ValueError: the positions are not all within the cache.
+        """
+        behind = position + len(choices)
+        if not 0 <= position < behind < self.length:
+            raise ValueError(f"positions {position} to {behind} are outside {self.length}")
+        self.clean()
+        chooser = self.chain.chooser
+        self._choice = chooser.set(temperature, top_k, top_p, seed, min_p)
+        with torch.cuda.device_of(self.chain.h):
+            chooser.follow(guesses, choices, position, assumed)
+        self._at = behind
+
     def advance(self) -> None:
         """Run the current token and choose the next, without waiting for either.
 
@@ -185,6 +223,7 @@ class DecodeStep:
         self.clean()
         chain.token.fill_(token)
         chain.position.fill_(position)
+        chain.chooser.shift.zero_()
         chain.chooser.counts_before(position).copy_(chain.kept)
 
     def _run(self, position: int, choice: Choice | None) -> None:
