@@ -153,7 +153,7 @@ def test_the_device_guesses_on_before_the_host_knows_what_it_chose(
     drafter = session.drafting.drafters[1]
     assert isinstance(drafter, ModelDrafter)
     session.drafting = Drafting([drafter], length=2, acceptance=acceptance)
-    most = 10 if decoder.device.type == "cpu" else 40
+    most = 7 if decoder.device.type == "cpu" else 40
     started, followed = [], []
     start, follow = DecodeStep.start, DecodeStep.follow
 
@@ -167,10 +167,14 @@ def test_the_device_guesses_on_before_the_host_knows_what_it_chose(
 
     monkeypatch.setattr(DecodeStep, "start", starting)
     monkeypatch.setattr(DecodeStep, "follow", following)
+    _answer(session, SAMPLINGS["temperature"], 2)  # learns what it takes
+    assert followed  # that is compiled before it is timed
+    followed.clear()
+    started.clear()
+    session.reset()
     said, finish = _answer(session, SAMPLINGS["temperature"], most)
     assert finish.stats.draft is not None
-    # With two, the way of choosing is learnt.
-    assert started.count(drafter.session._step) == 2 + 1
+    assert started.count(drafter.session._step) == 1
     assert len(followed) >= finish.stats.draft.rounds - 2  # the last have no room for another
     text = [*PROMPT, *said]
     for token, position in followed:

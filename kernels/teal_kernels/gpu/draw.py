@@ -147,7 +147,11 @@ def advance_kernel(
     tl.store(row + offs_k, kept, mask=offs_k < kept_size)
 
 
-@triton.jit(do_not_specialize=["first", "assumed"])
+# It is compiled once, for any number of guesses at any position.
+@triton.jit(
+    do_not_specialize=["first", "guesses", "assumed"],
+    do_not_specialize_on_alignment=["guesses_ptr", "choices_ptr"],
+)
 def follow_kernel(
     token_ptr,
     position_ptr,
@@ -157,35 +161,35 @@ def follow_kernel(
     guesses_ptr,
     choices_ptr,
     first,
+    guesses,
     assumed,
     vocab,
     kept_size,
-    GUESSES: tl.constexpr,
     BLOCK: tl.constexpr,
     KEPT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Set the token chosen after the last guess that is right, and its position.
 
-    choices[i] follows the token at first + i, and guesses[i] says the same or is wrong. A bit of
+    choices[i] follows the token at first + i, and guess i says the same or is wrong. A bit of
     `assumed`, where it is not negative, says of a guess that it counts as right or does not. For
     the host the position is that behind all guesses.
     """
     _wait(PDL)
     offs = tl.arange(0, BLOCK)
-    guesses = tl.load(guesses_ptr + offs, mask=offs < GUESSES, other=-1)
-    choices = tl.load(choices_ptr + offs, mask=offs <= GUESSES, other=0)
+    guess = tl.load(guesses_ptr + offs, mask=offs < guesses, other=0)
+    choice = tl.load(choices_ptr + offs, mask=offs <= guesses, other=0)
     if assumed >= 0:
-        other = tl.where(choices == guesses, (choices + 1) % vocab, choices)
-        counted = tl.where((assumed >> offs) & 1 > 0, guesses, other)
-        choices = tl.where(offs < GUESSES, counted, choices)
-    wrong = (choices != guesses) | (offs >= GUESSES)
+        other = tl.where(choice == guess, (choice + 1) % vocab, choice)
+        counted = tl.where((assumed >> offs) & 1 > 0, guess, other)
+        choice = tl.where(offs < guesses, counted, choice)
+    wrong = (choice != guess) | (offs >= guesses)
     right = tl.min(tl.where(wrong, offs, BLOCK), axis=0)
-    token = tl.sum(tl.where(offs == right, choices, 0), axis=0)
+    token = tl.sum(tl.where(offs == right, choice, 0), axis=0)
     tl.store(token_ptr, tl.maximum(token, 0))
     tl.store(position_ptr, first + right + 1)
-    tl.store(shift_ptr, GUESSES - right)
+    tl.store(shift_ptr, guesses - right)
     offs_k = tl.arange(0, KEPT)
     kept = tl.load(kept_ptr + offs_k, mask=offs_k < kept_size, other=0)
-    row = kept_before_ptr + ((first + GUESSES) % ROWS) * kept_size
+    row = kept_before_ptr + ((first + guesses) % ROWS) * kept_size
     tl.store(row + offs_k, kept, mask=offs_k < kept_size)

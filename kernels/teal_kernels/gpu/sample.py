@@ -24,6 +24,7 @@ from teal_kernels.gpu.draw import (
 from teal_kernels.gpu.radix import BINS, LEVELS, peak_kernel, select_kernel
 
 _BLOCK = 256  # logits a program
+_GUESSES = 8  # that are followed at once, less one
 
 # Temperatures and penalties are held between this and its inverse, so that no product with a logit
 # leaves float32; a temperature below it counts as 0.
@@ -173,11 +174,11 @@ class Chooser:
             guesses_ptr=guesses,
             choices_ptr=choices,
             first=first,
+            guesses=len(guesses),
             assumed=assumed,
             vocab=self.vocab,
             kept_size=self.kept.numel(),
-            GUESSES=len(guesses),
-            BLOCK=triton.next_power_of_2(len(choices)),
+            BLOCK=_GUESSES,
             KEPT=triton.next_power_of_2(self.kept.numel()),
         )
 
