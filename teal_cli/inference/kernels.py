@@ -53,12 +53,15 @@ def fused_kernels(
     if language == "triton":
         options["launches"] = stored_launches(decoder, reporter)
         options["deterministic"] = deterministic
-    first = language == "numba" and not module.is_compiled()
+    first = language == "numba" and not module.is_compiled(tensors)
     with reporter.task("compiling the kernels, once") if first else nullcontext():
         step: Step = module.DecodeStep(tensors, **options)
         step(0, 0)  # compiles, or shows that it cannot; the prompt overwrites what it caches
         if language == "numba":
-            prefill = module.Prefill(tensors)
+            prefill = module.Prefill(
+                tensors,
+                compiling=lambda: reporter.task("compiling the kernels that check guesses, once"),
+            )
     if language == "numba" and (problem := module.cache_problem()) is not None:
         reporter.note(problem)
     return step, prefill

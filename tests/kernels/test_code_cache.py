@@ -131,3 +131,21 @@ def test_a_cpu_without_f16c_is_refused_before_llvm_ends_the_process() -> None:
     said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
     assert said == "this CPU does not convert float16: it has no F16C\n"
     code_cache.check_cpu()  # this one has it, as every one since 2013
+
+
+def test_what_is_kept_is_known_by_what_it_takes(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And for which CPU it is; a damaged index counts as none."""
+    cache = CodeCache(double)
+    assert not cache.holds(numba.int64)
+    run()
+    assert cache.holds(numba.int64)
+    assert not cache.holds(numba.float64)
+    with monkeypatch.context() as patch:
+        target = code_cache.cpu_target.target_context.codegen()
+        patch.setattr(type(target), "magic_tuple", lambda self: ("another", "cpu", ""))
+        assert not cache.holds(numba.int64)
+    (path,) = place.rglob("*.nbi")
+    flip(path, 3)
+    assert not cache.holds(numba.int64)

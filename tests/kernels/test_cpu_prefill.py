@@ -41,23 +41,31 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(small: Small, threads: int, tolerance: float = 1e-5, **options: Any) -> None:
-    """Read a sequence in parts of several sizes; compare every token's logits and cache."""
-    prefill, oracle = small.prefill(threads=threads, **options), Oracle(small, error=tolerance)
+    """Read a sequence in parts of several sizes; compare every token's logits and cache.
+
+    As drafts are checked, and then as prompts are read, layer by layer.
+    """
+    prefill = small.prefill(threads=threads, **options)
     tokens = [position * 17 % small.vocab for position in range(small.length)]
-    position = 0
-    for size in (1, 2, 5, 8, small.length):
-        part = tokens[position : position + size]
-        if len(part) == 5:
-            found = prefill.read(part, position)
-        else:
-            hidden = small.embed_tokens[part].float() * small.multipliers[0]
-            for layer in range(len(small.layers)):
-                prefill.layers(hidden, position, layer, layer + 1)
-            found = prefill.logits(hidden)
-        for row, logits in enumerate(found):
-            expected = oracle(part[row], position + row)
-            torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=tolerance)
-        position += len(part)
+    for at_once in (True, False):
+        oracle, position = Oracle(small, error=tolerance), 0
+        for size in (1, 2, 5, 8, small.length):
+            part = tokens[position : position + size]
+            if not part:
+                break
+            if at_once:
+                found = prefill.read(part, position)
+            else:
+                hidden = small.embed_tokens[part].float() * small.multipliers[0]
+                for layer in range(len(small.layers)):
+                    prefill.layers(hidden, position, layer, layer + 1)
+                found = prefill.logits(hidden)
+            for row, logits in enumerate(found):
+                expected = oracle(part[row], position + row)
+                torch.testing.assert_close(
+                    logits.double(), expected, rtol=tolerance, atol=tolerance
+                )
+            position += len(part)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3], ids="threads-{}".format)
@@ -86,7 +94,7 @@ def test_dtypes(dtype: torch.dtype, units: bool, tolerance: float) -> None:
 
 MATRICES = ("qkv", "o", "gate_up", "down")
 # Groups by matrix; 0 is int8. A model's dtypes are compiled once for vectors and once for AMX, some
-# 15 s each, so that an int8 lm_head goes with those that no other test has.
+# 12 s each, so that an int8 lm_head goes with those that no other test has.
 GROUPS = [
     pytest.param(dict.fromkeys(MATRICES, 0), id="int8"),
     pytest.param(dict.fromkeys(MATRICES, 8), id="int4-in-parts-of-vectors"),

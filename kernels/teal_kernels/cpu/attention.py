@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from teal_kernels.cpu.fragments import FRAGMENT, compiled
 from teal_kernels.cpu.intrinsics import address_of, exp, load
 from teal_kernels.cpu.panels import add_tiles
-from teal_kernels.cpu.rows import compiled
 from teal_kernels.cpu.tiles import COLUMNS, SQUARE, unpack, unpack_turned
 
 # Tokens and cached positions of a block. All query heads of a key-value head are taken together.
@@ -45,7 +45,7 @@ def _unpack_values(dtype, values, count, size, panels):
             to[d // COLUMNS * count * COLUMNS + d % COLUMNS] = load(dtype, row, d)
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"reassoc"})  # of many lanes
+@njit(**FRAGMENT, fastmath={"reassoc"})  # of many lanes
 def _sum(values):
     total = np.float32(0)
     for i in range(len(values)):

@@ -25,10 +25,14 @@ class CodeCache(FunctionCache):
         self._cache_file = _CheckedFiles(self._cache_path, self._impl.filename_base, stamp)
         self.problem: str | None = None  # why what was compiled is not kept
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was kept yet."""
-        return not os.path.exists(self._cache_file._index_path)
+    def holds(self, kind: Any) -> bool:
+        """Whether code is kept, for this CPU, that takes a value of numba's type `kind`."""
+        try:
+            kept = self._cache_file._load_index()
+        except Exception:  # damaged, or of another version: it will be removed
+            return False
+        cpu = cpu_target.target_context.codegen().magic_tuple()
+        return any(kind in signature and made_for == cpu for signature, made_for, _ in kept)
 
     def _load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

@@ -18,11 +18,11 @@ import numpy as np
 from numba import njit
 
 from teal_kernels.cpu.code_cache import CodeCache
+from teal_kernels.cpu.fragments import FRAGMENT, OPTIONS, compiled
 from teal_kernels.cpu.intrinsics import (
     address_of,
     atomic_add,
     atomic_load,
-    borrow,
     exp,
     futex,
     give_way,
@@ -30,7 +30,7 @@ from teal_kernels.cpu.intrinsics import (
     pause,
     store,
 )
-from teal_kernels.cpu.rows import add_bias, compiled, dots, fetch_bias, project_rows, weigh
+from teal_kernels.cpu.rows import add_bias, dots, fetch_bias, project_rows, weigh
 from teal_kernels.cpu.structures import (
     DOWN_BIAS,
     GATE_UP_BIAS,
@@ -62,7 +62,7 @@ def _cached(function):
     name that contains the digest of all of them, nothing stale is found.
     """
     function.__qualname__ += f"_{_digest()}"
-    dispatcher = compiled(function)
+    dispatcher = njit(**OPTIONS)(function)
     with suppress(RuntimeError):  # neither the package's folder nor the user's cache takes files
         dispatcher._cache = CodeCache(function)
     return dispatcher
@@ -106,7 +106,7 @@ def _share(size, team):
     return size * team.thread // team.threads, size * (team.thread + 1) // team.threads
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})  # a sum of many lanes
+@njit(**FRAGMENT, fastmath={"reassoc", "contract"})  # a sum of many lanes
 def _norm(dtype, weight, x, eps, out):
     """RMS norm of float32 x with the weights at an address."""
     total = np.float32(0)
@@ -308,8 +308,6 @@ def decode(team, model, shared, scratch, token, position, thresholds, kept):
         kept: int64 [layers, 7] of this thread, raised by the survivors that it listed: all of
             qkv's and gate_up's, those of its own channels of o's and down's.
     """
-    team, model, shared, scratch = borrow(team), borrow(model), borrow(shared), borrow(scratch)
-    thresholds, kept = borrow(thresholds), borrow(kept)
     row = model.embed_tokens + address_of(model.dtype, 0, token * model.hidden)
     for i in range(model.hidden):
         scratch.hidden[i] = load(model.dtype, row, i) * model.embedding_multiplier

@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 
 from teal_kernels.cpu.compiled import _norm, _share, _wait
+from teal_kernels.cpu.fragments import compiled
 from teal_kernels.cpu.intrinsics import exp, load
 from teal_kernels.cpu.layers import Inputs, attention, fill_cache
 from teal_kernels.cpu.product import multiply_few
-from teal_kernels.cpu.rows import compiled
 from teal_kernels.cpu.structures import INPUT_NORM, O_BIAS, POST_NORM
 
 _ROWS = 32  # of a matrix, that a thread gets together: two lines of inputs

@@ -24,8 +24,8 @@ from teal_kernels.cpu.codes import (
     settle,
 )
 from teal_kernels.cpu.fixed import largest_of, largest_scales, scale_tiles, to_fixed, unpack_scales
+from teal_kernels.cpu.fragments import compiled
 from teal_kernels.cpu.intrinsics import address_of, load, prefetch
-from teal_kernels.cpu.rows import compiled
 from teal_kernels.cpu.tiles import FEW, NARROW, TOKENS, add_narrow_tile
 
 # The most rows of a block, by the number of tokens, and columns that are interleaved at a time: for

@@ -13,7 +13,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from teal_kernels.cpu.team import FUTEX
@@ -32,32 +31,6 @@ from teal_kernels.cpu.vectors import (
     offset_of,
     store_vector,
 )
-
-
-@intrinsic
-def borrow(typingctx: Any, value: Any) -> Any:
-    """The same arrays, in tuples of any depth, but without a count of who uses them.
-
-    numba counts with atomic operations whenever it passes an array on; two threads that share one
-    then wait for each other's. The caller owns them all.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _uncounted(context, builder, value, args[0])
-
-    return value(value), codegen
-
-
-def _uncounted(context: Any, builder: Any, kind: Any, value: Any) -> Any:
-    if isinstance(kind, types.Array):
-        array = context.make_array(kind)(context, builder, value=value)
-        array.meminfo = cgutils.get_null_value(array.meminfo.type)
-        return array._getvalue()
-    if isinstance(kind, types.BaseTuple):
-        for i, part in enumerate(kind.types):
-            old = builder.extract_value(value, i)
-            value = builder.insert_value(value, _uncounted(context, builder, part, old), i)
-    return value
 
 
 @intrinsic

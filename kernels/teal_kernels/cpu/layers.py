@@ -13,9 +13,10 @@ import numpy as np
 
 from teal_kernels.cpu.attention import QUERIES, attend_block
 from teal_kernels.cpu.compiled import _norm, _share, _wait
+from teal_kernels.cpu.fragments import compiled
 from teal_kernels.cpu.intrinsics import address_of, exp, load, store
 from teal_kernels.cpu.product import WIDTH, multiply, prepare
-from teal_kernels.cpu.rows import add_bias, compiled
+from teal_kernels.cpu.rows import add_bias
 from teal_kernels.cpu.structures import (
     INPUT_NORM,
     K_NORM,
@@ -52,7 +53,7 @@ class Room(NamedTuple):
     """What one thread writes to, float32."""
 
     panels: Any  # a block of weights, keys or values
-    part: Any  # [whole tiles of tokens times WIDTH and some more]
+    part: Any  # [whole tiles of tokens, WIDTH and some more], sums of a block
     up: Any  # the same
     queries: Any  # [whole tiles of QUERIES times heads, head_dim]
     scores: Any  # [the same, KEYS]
@@ -73,13 +74,6 @@ class Room(NamedTuple):
     hidden: Any  # [FEW, hidden], the residual stream; every thread has the same
     normed: Inputs  # of qkv, gate_up and the lm_head; parts and scales are those of o and down
     logits: Any  # [FEW, rows of the lm_head]
-
-
-@compiled
-def _sums(flat):
-    """Room for a block's sums, [tokens, columns], the rows off each other's sets of the cache."""
-    columns = WIDTH + 64
-    return flat[: len(flat) // columns * columns].reshape(-1, columns)
 
 
 @compiled
@@ -120,7 +114,7 @@ def _columns(matrix_columns, team):
 @compiled
 def _fill_qkv(model, layer, tokens, room, count, team):
     start, stop = _columns((model.heads + 2 * model.kv_heads) * model.head_dim, team)
-    part = _sums(room.part)
+    part = room.part
     for first in range(start, stop, WIDTH):
         columns = min(WIDTH, stop - first)
         multiply(model.qkv, layer, tokens.inputs, model.hidden, count, first, columns, room, part)
@@ -135,7 +129,7 @@ def _add_product(model, matrix, layer, x, inputs, hidden, room, team):
     """hidden += the multiple of x times a matrix, a thread's share of the columns."""
     count = len(hidden)
     start, stop = _columns(hidden.shape[1], team)
-    part = _sums(room.part)
+    part = room.part
     for first in range(start, stop, WIDTH):
         columns = min(WIDTH, stop - first)
         multiply(matrix, layer, x, inputs, count, first, columns, room, part)
@@ -218,7 +212,7 @@ def attention(model, layer, tokens, room, position, count, team):
 def _fill_inner(model, layer, tokens, room, count, team):
     """tokens.inner = SiLU(gate) * up, a thread's share of the columns."""
     start, stop = _columns(model.inner, team)
-    gate, up = _sums(room.part), _sums(room.up)
+    gate, up = room.part, room.up
     for first in range(start, stop, WIDTH):
         columns = min(WIDTH, stop - first)
         for part, column in ((gate, first), (up, model.inner + first)):

@@ -8,8 +8,8 @@ import numpy as np
 
 from teal_kernels.cpu import amx
 from teal_kernels.cpu.amx import SIDE, STEP, store_pair, unpack_pairs
+from teal_kernels.cpu.fragments import compiled
 from teal_kernels.cpu.intrinsics import load, store
-from teal_kernels.cpu.rows import compiled
 from teal_kernels.cpu.tiles import (
     COLUMNS,
     TOKENS,

@@ -9,10 +9,10 @@ import numpy as np
 from teal_kernels.cpu.amx import SIDE, configure, restore
 from teal_kernels.cpu.compiled import _cached, _norm, _share, _wait
 from teal_kernels.cpu.few import layer_of_few
-from teal_kernels.cpu.intrinsics import address_of, borrow, load
+from teal_kernels.cpu.fragments import compiled
+from teal_kernels.cpu.intrinsics import address_of, load
 from teal_kernels.cpu.layers import CHUNK, layer_of_many
 from teal_kernels.cpu.product import dot_few
-from teal_kernels.cpu.rows import compiled
 from teal_kernels.cpu.tiles import FEW, scale_row
 
 # Rows of the lm_head whose products are brought to scale together.
@@ -27,28 +27,6 @@ def _embed(team, model, ids, hidden):
         row, out = model.embed_tokens + address_of(model.dtype, 0, ids[t] * model.hidden), hidden[t]
         for i in range(len(out)):
             out[i] = load(model.dtype, row, i) * model.embedding_multiplier
-    _wait(team)
-
-
-@compiled
-def _layers(team, model, tokens, room, hidden, position, first, last):
-    few, count = room.hidden, len(hidden)
-    if count > FEW:
-        for layer in range(first, last):
-            for start in range(0, count, CHUNK):
-                stop = min(start + CHUNK, count)
-                part = hidden[start:stop]
-                layer_of_many(team, model, layer, tokens, room, part, position + start)
-        return
-    for t in range(count):
-        for i in range(model.hidden):
-            few[t, i] = hidden[t, i]
-    for layer in range(first, last):
-        layer_of_few(team, model, layer, tokens, room, count, position)
-    start, stop = _share(count, team)
-    for t in range(start, stop):
-        for i in range(model.hidden):
-            hidden[t, i] = few[t, i]
     _wait(team)
 
 
@@ -75,8 +53,27 @@ def _answer(team, model, room, hidden, logits):
                     scale_row(out.ctypes.data, model.lm_head_scales + 4 * first, len(out))
 
 
+@compiled
+def _begin(team, model, room, ids, hidden):
+    """Embed the tokens, if there are ids, and set up AMX, if it multiplies."""
+    if len(ids) > 0:
+        _embed(team, model, ids, hidden)
+    if len(room.normed.parts) > 0:
+        for tile in range(6):  # sums and inputs; the others hold weights
+            room.tiles[48 + tile] = min(len(hidden), SIDE)
+        configure(room.tiles.ctypes.data)
+
+
+@compiled
+def _end(team, model, room, hidden, logits):
+    if len(room.normed.parts) > 0:
+        restore(room.tiles.ctypes.data)
+    if len(logits) > 0:
+        _answer(team, model, room, hidden, logits)
+
+
 @_cached
-def read(team, model, tokens, room, ids, hidden, position, first, last, logits):
+def read_many(team, model, tokens, room, ids, hidden, position, first, last, logits):
     """Take hidden [tokens, hidden] through layers first to last; logits after each, if asked for.
 
     Args:
@@ -89,17 +86,27 @@ def read(team, model, tokens, room, ids, hidden, position, first, last, logits):
         position: of the first token.
         logits: float32 [tokens, vocab], the threads', or of no tokens.
     """
-    team, model, tokens, room = borrow(team), borrow(model), borrow(tokens), borrow(room)
-    ids, hidden, logits = borrow(ids), borrow(hidden), borrow(logits)
-    units = len(room.normed.parts) > 0
-    if len(ids) > 0:
-        _embed(team, model, ids, hidden)
-    if units:
-        for tile in range(6):  # sums and inputs; the others hold weights
-            room.tiles[48 + tile] = min(len(hidden), SIDE)
-        configure(room.tiles.ctypes.data)
-    _layers(team, model, tokens, room, hidden, position, first, last)
-    if units:
-        restore(room.tiles.ctypes.data)
-    if len(logits) > 0:
-        _answer(team, model, room, hidden, logits)
+    _begin(team, model, room, ids, hidden)
+    for layer in range(first, last):
+        for start in range(0, len(hidden), CHUNK):
+            part = hidden[start : min(start + CHUNK, len(hidden))]
+            layer_of_many(team, model, layer, tokens, room, part, position + start)
+    _end(team, model, room, hidden, logits)
+
+
+@_cached
+def read_few(team, model, tokens, room, ids, hidden, position, first, last, logits):
+    """The same for up to FEW tokens, for which it takes less time."""
+    _begin(team, model, room, ids, hidden)
+    few, count = room.hidden, len(hidden)
+    for t in range(count):
+        for i in range(model.hidden):
+            few[t, i] = hidden[t, i]
+    for layer in range(first, last):
+        layer_of_few(team, model, layer, tokens, room, count, position)
+    start, stop = _share(count, team)
+    for t in range(start, stop):
+        for i in range(model.hidden):
+            hidden[t, i] = few[t, i]
+    _wait(team)
+    _end(team, model, room, hidden, logits)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from teal_kernels.cpu import amx, binding, codes, integers, passes, product, team
+from teal_kernels.cpu import amx, binding, codes, compiled, integers, passes, product, team
 from teal_kernels.cpu.attention import KEYS, QUERIES
-from teal_kernels.cpu.compiled import decode
+from teal_kernels.cpu.code_cache import CodeCache
 from teal_kernels.cpu.layers import CHUNK, Inputs, Room, Tokens
 from teal_kernels.cpu.panels import BLOCK_BYTES
 from teal_kernels.cpu.step import _compile, _team
@@ -20,9 +23,14 @@ from teal_kernels.cpu.tiles import COLUMNS, FEW, TOKENS
 from teal_kernels.tensors import StepTensors
 
 
-def is_compiled() -> bool:
-    """Whether code of the step and of prefill is kept on disk; that it fits is not looked at."""
-    return not any(getattr(made._cache, "is_empty", True) for made in (decode, passes.read))
+def is_compiled(tensors: StepTensors) -> bool:
+    """Whether the code of a step and of prefill is kept on disk, for tensors of these dtypes."""
+    model = binding.model_of(tensors, tensors.vectors())
+    return all(_is_kept(made, model) for made in (compiled.decode, passes.read_many))
+
+
+def _is_kept(made: Any, model: Model) -> bool:
+    return isinstance(made._cache, CodeCache) and made._cache.holds(numba.typeof(model))
 
 
 class Prefill:
@@ -32,7 +40,12 @@ class Prefill:
     """
 
     def __init__(
-        self, tensors: StepTensors, *, threads: int | None = None, units: bool | None = None
+        self,
+        tensors: StepTensors,
+        *,
+        threads: int | None = None,
+        units: bool | None = None,
+        compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Bind to tensors; compiles where nothing compiled is found on disk.
 
@@ -40,6 +53,8 @@ class Prefill:
             tensors: the decoder's, contiguous and on the CPU.
             threads: by default as many as torch uses, and no more than there are cores for us.
             units: multiply on AMX, by default where it can be used and weights are not float32.
+            compiling: what surrounds the compilation of what only drafts need, when it is needed
+                and not found on disk.
 
         Raises:
             ValueError: as `DecodeStep` does, and for `units` that cannot be used.
@@ -60,8 +75,15 @@ class Prefill:
         sizes = model.hidden, model.vocab
         rows, logits = (np.empty((0, size), dtype=np.float32) for size in sizes)
         self._no_ids = np.empty(0, dtype=np.int64)
-        arguments = self._arguments(0, self._no_ids, rows, 0, 0, 0, logits)
-        self._read = _compile(passes.read, arguments)
+        self._nothing = self._arguments(0, self._no_ids, rows, 0, 0, 0, logits)
+        self._compiling = compiling
+        self._read_many = _compile(passes.read_many, self._nothing)
+
+    @cached_property
+    def _read_few(self) -> Any:
+        kept = _is_kept(passes.read_few, self._model)
+        with nullcontext() if kept else self._compiling():
+            return _compile(passes.read_few, self._nothing)
 
     def layers(self, hidden: Tensor, position: int, first: int, last: int) -> Tensor:
         """Take hidden [T, H] float32 through layers `first` to `last`, in place; cache T positions.
@@ -71,7 +93,8 @@ class Prefill:
         Raises:
             ValueError: the positions are beyond the cache, or hidden is not contiguous float32.
         """
-        self._run(self._no_ids, self._checked(hidden), position, first, last, logits=False)
+        read = self._read_many
+        self._run(read, self._no_ids, self._checked(hidden), position, first, last, logits=False)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -80,10 +103,13 @@ class Prefill:
         Raises:
             ValueError: hidden is not contiguous float32.
         """
-        return self._run(self._no_ids, self._checked(hidden), 0, 0, 0, logits=True)
+        read = self._read_many
+        return self._run(read, self._no_ids, self._checked(hidden), 0, 0, 0, logits=True)
 
     def read(self, tokens: Sequence[int], position: int) -> Tensor:
         """Read T tokens from a position on; logits [T, V] float32 after each.
+
+        Up to FEW take less time than by `layers`, and are summed up in another order.
 
         Raises:
             ValueError: a token or a position is out of range.
@@ -92,10 +118,19 @@ class Prefill:
         if ids.min() < 0 or ids.max() >= vocab:
             raise ValueError(f"tokens from {ids.min()} to {ids.max()} are outside {vocab}")
         hidden = np.empty((len(ids), self._model.hidden), dtype=np.float32)
-        return self._run(ids, hidden, position, 0, len(self._tensors.layers), logits=True)
+        read = self._read_few if len(ids) <= FEW else self._read_many
+        return self._run(read, ids, hidden, position, 0, len(self._tensors.layers), logits=True)
 
     def _run(
-        self, ids: Any, hidden: Any, position: int, first: int, last: int, *, logits: bool
+        self,
+        function: Any,
+        ids: Any,
+        hidden: Any,
+        position: int,
+        first: int,
+        last: int,
+        *,
+        logits: bool,
     ) -> Tensor:
         count, length = len(hidden), self._model.length
         if not 0 <= position <= length - count * (first < last):
@@ -103,7 +138,7 @@ class Prefill:
         found = np.empty((count if logits else 0, self._model.vocab), dtype=np.float32)
 
         def read(thread: int) -> None:
-            self._read(*self._arguments(thread, ids, hidden, position, first, last, found))
+            function(*self._arguments(thread, ids, hidden, position, first, last, found))
 
         team.run(read, len(self._teams), self._barrier)
         return torch.from_numpy(found)
@@ -166,7 +201,7 @@ def _room(model: Model, units: bool) -> Room:
     size = model.head_dim
     tokens = _whole(_whole(min(CHUNK, model.length), TOKENS), 2 * amx.SIDE)
     rows = _whole(QUERIES * model.heads // model.kv_heads, TOKENS)
-    sums = tokens * (product.WIDTH + 64)
+    sums = tokens, product.WIDTH + 64  # rows off each other's sets of the cache
     unpacked = max(BLOCK_BYTES, KEYS * _whole(size, COLUMNS) * 4)
     few = _whole(FEW, TOKENS)
     values = np.zeros((few, _whole(model.hidden, codes.STEP) + 16), dtype=np.float32)

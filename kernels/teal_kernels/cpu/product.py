@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import numpy as np
 from numba import types
-from numba.extending import overload
 
 from teal_kernels.cpu import integers
 from teal_kernels.cpu.amx import SIDE, STEP, split
+from teal_kernels.cpu.fragments import compiled, overloaded
 from teal_kernels.cpu.intrinsics import address_of, load
 from teal_kernels.cpu.panels import (
     DEPTH,
@@ -26,7 +26,7 @@ from teal_kernels.cpu.panels import (
     unpack_block,
     unpack_pair_block,
 )
-from teal_kernels.cpu.rows import compiled, dots
+from teal_kernels.cpu.rows import dots
 from teal_kernels.cpu.tiles import (
     ROWS_OF_5,
     ROWS_OF_8,
@@ -71,7 +71,7 @@ def _prepare(matrix, x, token, inputs):
     """Turn a token's values to what AMX multiplies with a matrix, if it does."""
 
 
-@overload(_prepare)
+@overloaded(_prepare)
 def _typed_prepare(matrix, x, token, inputs):
     kind, units = _kinds(matrix, x)
 
@@ -170,7 +170,7 @@ def _multiply(matrix, layer, x, inputs, tokens, first, columns, room, part):
     """part[:tokens, :columns] += x times columns from `first` on, but for the columns' scales."""
 
 
-@overload(_multiply)
+@overloaded(_multiply)
 def _typed_multiply(matrix, layer, x, inputs, tokens, first, columns, room, part):
     """Choose when numba compiles, so that nothing is compiled that this CPU does not need."""
     kind, units = _kinds(matrix, x)
@@ -213,7 +213,7 @@ def _multiply_few(matrix, layer, x, start, stop, tokens, room, part):
     """part[:tokens] += x times rows start to stop, but for the columns' scales."""
 
 
-@overload(_multiply_few)
+@overloaded(_multiply_few)
 def _typed_multiply_few(matrix, layer, x, start, stop, tokens, room, part):
     kind, units = _kinds(matrix, x)
 

@@ -10,17 +10,14 @@ way and differ in what a load does; sums of integers are brought to scale when t
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import types
 
+from teal_kernels.cpu.fragments import compiled, overloaded
 from teal_kernels.cpu.int4 import add_codes, in_order, scale_factors
 from teal_kernels.cpu.intrinsics import address_of, load, load_address, prefetch, store
 from teal_kernels.cpu.quads import add_bytes, dot_quads, in_quads, split_lines
 from teal_kernels.cpu.sums import add_rows, dot_rows, weigh_rows
 from teal_kernels.cpu.vectors import AHEAD, BLOCK, DOTS, HALF, INT4, ROWS, WIDTH
-
-# Division as in numpy: Python's, which raises, would keep loops from being vectorised.
-compiled = njit(nogil=True, error_model="numpy")
 
 
 @compiled
@@ -140,7 +137,7 @@ def _add_block(dtype, layout, rows, ahead, factors, first, columns, to, room):
     """
 
 
-@overload(_add_block)
+@overloaded(_add_block)
 def _typed_add_block(dtype, layout, rows, ahead, factors, first, columns, to, room):
     """Choose when numba compiles, so that no dtype compiles what only another needs."""
 
