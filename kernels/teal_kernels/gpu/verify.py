@@ -160,7 +160,7 @@ class VerifyStep:
         self._launch(
             kernels.norm_rows_kernel,
             (ROWS,),
-            8,
+            16 if hidden > 2048 else 8,
             x_ptr=self.normed,
             h_ptr=self.h,
             parts_ptr=added,
