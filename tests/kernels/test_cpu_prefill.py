@@ -104,8 +104,13 @@ GROUPS = [
 
 
 # AMX multiplies integers with inputs, and INT4's scales, of 16 bits of the largest: a product is
-# off by some 6e-5 of its size, the logits of two layers by 2e-3 at most.
-FIXED = [UNITS[0], pytest.param(True, 4e-3, id="amx", marks=UNITS[1].marks)]
+# off by some 6e-5 of its size, the logits of two layers by 2e-3 at most. Vectors multiply bytes of
+# a draft's inputs, 16 bits of the largest of sixteen: logits of size 5 to 8 are off by up to 5e-4
+# (a step's, by 3e-4).
+FIXED = [
+    pytest.param(False, 1e-3, id="vectors"),
+    pytest.param(True, 4e-3, id="amx", marks=UNITS[1].marks),
+]
 SIZES = [
     pytest.param({"hidden": 264, "inner": 200, "head_dim": 32, "length": 45}, id="one-block"),
     pytest.param({"hidden": 832, "inner": 1672, "length": 40}, id="several-blocks"),
@@ -130,7 +135,7 @@ def test_matrices_of_several_kinds(sizes: dict[str, Any]) -> None:
     """What AMX multiplies is made anew for each; without AMX they have nothing in common."""
     small = Small(dtype=torch.float16, bias=True, **sizes)
     small.quantize({"qkv": 128, "gate_up": 0}, lm_head=True)
-    check(small, 2, 4e-3 if amx.usable() else 2e-5)
+    check(small, 2, 4e-3 if amx.usable() else 1e-3)
 
 
 def test_more_tokens_than_go_through_a_layer_together(monkeypatch: pytest.MonkeyPatch) -> None:
