@@ -69,12 +69,14 @@ def _parts(x, token, inputs):
         at += SIDE * STEP
 
 
+def by_units(x):
+    """Whether inputs of numba's type `x` are multiplied on AMX."""
+    return x.types[x.fields.index("parts")].dtype == types.uint8
+
+
 def _kinds(matrix, x):
-    """numba's types of a matrix's values, and whether its products are AMX's."""
-    dtype, parts = (
-        kind.types[kind.fields.index(name)] for kind, name in ((matrix, "dtype"), (x, "parts"))
-    )
-    return dtype.instance_type, parts.dtype == types.uint8
+    """numba's type of a matrix's values, and whether its products are AMX's."""
+    return matrix.types[matrix.fields.index("dtype")].instance_type, by_units(x)
 
 
 def _prepare(matrix, x, token, inputs):
