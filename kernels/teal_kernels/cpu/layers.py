@@ -73,6 +73,7 @@ class Room(NamedTuple):
     # For a few tokens.
     hidden: Any  # [FEW, hidden], the residual stream; every thread has the same
     normed: Inputs  # of qkv, gate_up and the lm_head; parts and scales are those of o and down
+    quads: Any  # uint8 [FEW, INPUT_BYTES], a block of inputs as `quads_few` has it
     logits: Any  # [FEW, rows of the lm_head]
 
 

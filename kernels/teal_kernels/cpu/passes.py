@@ -9,10 +9,10 @@ import numpy as np
 from teal_kernels.cpu.amx import SIDE, configure, restore
 from teal_kernels.cpu.compiled import _cached, _norm, _share, _wait
 from teal_kernels.cpu.few import layer_of_few
-from teal_kernels.cpu.fragments import compiled
+from teal_kernels.cpu.fragments import compiled, overloaded
 from teal_kernels.cpu.intrinsics import address_of, load
 from teal_kernels.cpu.layers import CHUNK, layer_of_many
-from teal_kernels.cpu.product import dot_few
+from teal_kernels.cpu.product import by_units, dot_few
 from teal_kernels.cpu.tiles import FEW, scale_row
 
 # Rows of the lm_head whose products are brought to scale together.
@@ -53,21 +53,50 @@ def _answer(team, model, room, hidden, logits):
                     scale_row(out.ctypes.data, model.lm_head_scales + 4 * first, len(out))
 
 
+def _configure(x, tiles, tokens):
+    """Set AMX up for so many tokens, if inputs like x are multiplied there."""
+
+
+def _restore(x, tiles):
+    """Undo that."""
+
+
+# Chosen when numba compiles: LLVM ends the process over an instruction that the CPU does not have.
+@overloaded(_configure)
+def _typed_configure(x, tiles, tokens):
+    def units(x, tiles, tokens):
+        for tile in range(6):  # sums and inputs; the others hold weights
+            tiles[48 + tile] = min(tokens, SIDE)
+        configure(tiles.ctypes.data)
+
+    def nothing(x, tiles, tokens):
+        pass
+
+    return units if by_units(x) else nothing
+
+
+@overloaded(_restore)
+def _typed_restore(x, tiles):
+    def units(x, tiles):
+        restore(tiles.ctypes.data)
+
+    def nothing(x, tiles):
+        pass
+
+    return units if by_units(x) else nothing
+
+
 @compiled
 def _begin(team, model, room, ids, hidden):
     """Embed the tokens, if there are ids, and set up AMX, if it multiplies."""
     if len(ids) > 0:
         _embed(team, model, ids, hidden)
-    if len(room.normed.parts) > 0:
-        for tile in range(6):  # sums and inputs; the others hold weights
-            room.tiles[48 + tile] = min(len(hidden), SIDE)
-        configure(room.tiles.ctypes.data)
+    _configure(room.normed, room.tiles, len(hidden))
 
 
 @compiled
 def _end(team, model, room, hidden, logits):
-    if len(room.normed.parts) > 0:
-        restore(room.tiles.ctypes.data)
+    _restore(room.normed, room.tiles)
     if len(logits) > 0:
         _answer(team, model, room, hidden, logits)
 

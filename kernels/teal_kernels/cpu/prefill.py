@@ -12,7 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teal_kernels.cpu import amx, binding, codes, compiled, integers, passes, product, team
+from teal_kernels.cpu import (
+    amx,
+    binding,
+    codes,
+    compiled,
+    integers,
+    passes,
+    product,
+    quads_few,
+    team,
+)
 from teal_kernels.cpu.attention import KEYS, QUERIES
 from teal_kernels.cpu.code_cache import CodeCache
 from teal_kernels.cpu.layers import CHUNK, Inputs, Room, Tokens
@@ -220,6 +230,7 @@ def _room(model: Model, units: bool) -> Room:
         **_numbers(model, units, tokens),
         hidden=np.empty((FEW, model.hidden), dtype=np.float32),
         normed=Inputs(values, *_parts(model, units, amx.SIDE)),
+        quads=np.zeros((FEW, quads_few.INPUT_BYTES), dtype=np.uint8),
         logits=np.empty((FEW, passes.ROWS), dtype=np.float32),
     )
 

@@ -17,6 +17,7 @@ from numba import types
 from teal_kernels.cpu import integers
 from teal_kernels.cpu.amx import SIDE, STEP, split
 from teal_kernels.cpu.fragments import compiled, overloaded
+from teal_kernels.cpu.int4 import in_order
 from teal_kernels.cpu.intrinsics import address_of, load
 from teal_kernels.cpu.panels import (
     DEPTH,
@@ -25,6 +26,15 @@ from teal_kernels.cpu.panels import (
     add_tiles,
     unpack_block,
     unpack_pair_block,
+)
+from teal_kernels.cpu.quads import in_quads
+from teal_kernels.cpu.quads_few import (
+    BLOCK_ROWS,
+    INPUT_BYTES,
+    add_fours_to_2,
+    add_fours_to_5,
+    add_fours_to_8,
+    split_rows,
 )
 from teal_kernels.cpu.rows import dots
 from teal_kernels.cpu.tiles import (
@@ -59,12 +69,14 @@ def _parts(x, token, inputs):
         at += SIDE * STEP
 
 
+def by_units(x):
+    """Whether inputs of numba's type `x` are multiplied on AMX."""
+    return x.types[x.fields.index("parts")].dtype == types.uint8
+
+
 def _kinds(matrix, x):
-    """numba's types of a matrix's values, and whether its products are AMX's."""
-    dtype, parts = (
-        kind.types[kind.fields.index(name)] for kind, name in ((matrix, "dtype"), (x, "parts"))
-    )
-    return dtype.instance_type, parts.dtype == types.uint8
+    """numba's type of a matrix's values, and whether its products are AMX's."""
+    return matrix.types[matrix.fields.index("dtype")].instance_type, by_units(x)
 
 
 def _prepare(matrix, x, token, inputs):
@@ -108,12 +120,44 @@ def _add_whole_rows(matrix, row, rows, ahead, x, tokens, columns, part):
         add_to_5(matrix.dtype, start, stride, rows, ahead, blocks, values, x_step, to, to_step)
     else:
         add_to_8(matrix.dtype, start, stride, rows, ahead, blocks, values, x_step, to, to_step)
-    for column in range(blocks * BLOCK, columns):
+    _add_columns(matrix, row, rows, x, tokens, blocks * BLOCK, columns, part)
+
+
+@compiled
+def _add_columns(matrix, row, rows, x, tokens, first, last, part):
+    """The same for columns first to last, which are too few for vectors."""
+    for column in range(first, last):
         for t in range(tokens):
             total = part[t, column]
             for k in range(rows):
-                total += x[t, k] * load(matrix.dtype, row + k * stride, column)
+                total += x[t, k] * load(matrix.dtype, row + k * matrix.stride, column)
             part[t, column] = total
+
+
+@compiled
+def _multiply_bytes(matrix, layer, x, start, stop, tokens, room, part):
+    """INT8, four rows with one instruction where the CPU has it; what is left, as floats."""
+    columns, stride, inputs = matrix.offsets[-1], matrix.stride, room.quads.ctypes.data
+    whole, to, to_step = in_quads(columns), part.ctypes.data, part.strides[0]
+    end = start + (stop - start) // BLOCK_ROWS * BLOCK_ROWS if whole > 0 else start
+    for k in range(start, end, BLOCK_ROWS):
+        row, following = matrix.addresses[layer] + k * stride, min(k + BLOCK_ROWS, end - BLOCK_ROWS)
+        following = matrix.addresses[layer] + following * stride
+        for t in range(tokens):
+            split_rows(x.values[t, k:].ctypes.data, inputs + t * INPUT_BYTES)
+        if tokens <= 2:
+            add_fours_to_2(row, stride, following, whole, inputs, to, to_step)
+        elif tokens <= 5:
+            add_fours_to_5(row, stride, following, whole, inputs, to, to_step)
+        else:
+            add_fours_to_8(row, stride, following, whole, inputs, to, to_step)
+    if start < end:
+        for t in range(tokens):
+            in_order(matrix.dtype, part[t].ctypes.data, whole)
+    for k in range(start, end, BLOCK_ROWS):
+        _add_columns(matrix, matrix.addresses[layer] + k * stride, BLOCK_ROWS,
+                     x.values[:, k : k + BLOCK_ROWS], tokens, whole, columns, part)  # fmt: skip
+    _multiply_as_read(matrix, layer, x, end, stop, tokens, part)
 
 
 @compiled
@@ -233,9 +277,12 @@ def _typed_multiply_few(matrix, layer, x, start, stop, tokens, room, part):
             integers.prepare(matrix.dtype, 2, x, t, start, stop - start)
         integers.multiply_integers(matrix, layer, x, start, stop, tokens, 0, columns, room, part)
 
+    def in_bytes(matrix, layer, x, start, stop, tokens, room, part):
+        _multiply_bytes(matrix, layer, x, start, stop, tokens, room, part)
+
     if kind is types.uint8:
         return packed if units else floats
-    return as_read
+    return in_bytes if kind is types.int8 else as_read
 
 
 @compiled

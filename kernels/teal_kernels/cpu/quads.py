@@ -115,7 +115,7 @@ def column_order(width: int, per_byte: int) -> list[int]:
     return order
 
 
-def _split(builder: Any, values: Any) -> tuple[Any, Any, Any]:
+def split(builder: Any, values: Any) -> tuple[Any, Any, Any]:
     """IR: float32 [n] → their high and low bytes, and the step.
 
     The step is no number where one of the values is none or is infinite.
@@ -140,7 +140,7 @@ def _split(builder: Any, values: Any) -> tuple[Any, Any, Any]:
     return high, low, step
 
 
-def _unsigned(builder: Any, codes: Any) -> Any:
+def unsigned(builder: Any, codes: Any) -> Any:
     """IR: signed bytes plus 128."""
     return builder.xor(codes, constant(codes.type, 128 if codes.type.element is I8 else 0x80808080))
 
@@ -170,7 +170,7 @@ def add_bytes(
         if not lanes_of(context):
             return context.get_dummy_value()
         starts, later = starts_of(builder, rows, at), starts_of(builder, ahead, at)
-        high, low, step = _split(builder, load_as(builder, factors, F32, ROWS))
+        high, low, step = split(builder, load_as(builder, factors, F32, ROWS))
         parts = many(I32, ROWS // 4)
         quads = builder.bitcast(high, parts), builder.bitcast(low, parts)
         # Weights are multiplied as bytes from 1 to 255: what 128 adds to each is taken off.
@@ -185,7 +185,7 @@ def add_bytes(
             fours = []
             for i in range(0, ROWS, 4):
                 codes = [
-                    _unsigned(builder, load_as(builder, builder.add(row, index), I8, width))
+                    unsigned(builder, load_as(builder, builder.add(row, index), I8, width))
                     for row in starts[i : i + 4]
                 ]
                 fours.append(transposed(builder, codes))
@@ -229,7 +229,7 @@ def split_lines(typingctx: Any, dtype: Any, x: Any, lines: Any, to: Any) -> Any:
         ints = many(I32, LINE // 4)
         with cgutils.for_range(builder, lines) as loop:
             at = builder.add(x, builder.mul(loop.index, I64(4 * LINE)))
-            high, low, step = _split(builder, load_as(builder, at, F32, LINE))
+            high, low, step = split(builder, load_as(builder, at, F32, LINE))
             high, low = builder.bitcast(high, ints), builder.bitcast(low, ints)
             total, ones = constant(ints, 0), constant(ints, 0x01010101)
             total = add_products(builder, total, [ones], [high], [low])
@@ -269,7 +269,7 @@ def dot_quads(
                 )
                 for start, total in zip(starts, totals, strict=True):
                     address = builder.add(builder.add(start, offset), I64(at))
-                    codes = _unsigned(builder, load_as(builder, address, I32, lanes))
+                    codes = unsigned(builder, load_as(builder, address, I32, lanes))
                     found = add_products(builder, begin, [codes], [high], [low])
                     product = builder.fmul(builder.sitofp(found, sums), step, flags=CONTRACT)
                     added = builder.fadd(builder.load(total), product, flags=CONTRACT)
