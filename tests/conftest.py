@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         import interpreted
 
-        interpreted.patch_helpers_once()
+        interpreted.lighten_interpreter()
 
 
 @pytest.fixture(autouse=True)
