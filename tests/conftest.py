@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         import interpreted
 
-        interpreted.patch_helpers_once()
+        interpreted.lighten_interpreter()
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +67,15 @@ def demo_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_checkpoint(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The demo model, converted once a session."""
+    """The demo model, converted once by all processes of a run together."""
     from teal_cli.model.checkpoint import Checkpoint
     from teal_cli.model.convert import convert
     from teal_cli.store.hub import demo_source
 
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TEAL_HOME", str(tmp_path_factory.mktemp("demo-home")))
+        patch.setenv("TEAL_HOME", str(shared / "demo-home"))
         return Checkpoint(convert(demo_source(demo_gguf), dtype=None, reporter=Silent()))
 
 

@@ -61,9 +61,15 @@ def test_integers_of_llama_2_7b() -> None:
     assert int4.lm_head == 32000 * 4096 * 2
 
 
-@pytest.mark.parametrize("name", QUANTIZATIONS)
-@pytest.mark.parametrize("shape", ["smollm2-135m", "tinyllama-1.1b", "qwen2.5-0.5b"])
-def test_integers_take_the_memory_that_is_foretold(name: str, shape: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        *(("smollm2-135m", name) for name in QUANTIZATIONS),
+        ("tinyllama-1.1b", "int4-128+head"),
+        ("qwen2.5-0.5b", "int8"),  # with biases
+    ],
+)
+def test_integers_take_the_memory_that_is_foretold(shape: str, name: str) -> None:
     config, kind = SHAPES[shape], QUANTIZATIONS[name]
     config = dataclasses.replace(config, num_hidden_layers=1, vocab_size=77)
     config = dataclasses.replace(config, sliding_windows=(None,))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import typer
+from benchmark.commands import is_refused, runner
 
 from teal_cli import __version__, app, console
 from teal_cli.errors import AccessError, MissingError, TealError, UnsupportedError, UsageError
@@ -84,25 +85,33 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["talk"], "there is no command 'talk'\nIn teal that is: teal chat MODEL\n"),
-        (["chat", "--no-such"], "teal chat has no option '--no-such'"),
-        (["chat", "--sparsity", "1"], "a share from 0 to below 1, not '1'"),
-        (["chat", "--sparsity", "-0.1"], "a share from 0 to below 1"),
-        (["chat", "--sparsity", "nan"], "a share from 0 to below 1"),
-        (["chat", "--sparsity", "half"], "a share from 0 to below 1"),
-        (["chat", "--dtype", "int3"], "float16"),
-        (["chat", "--max-tokens", "0"], "--max-tokens"),
-        (["chat", "--prompt", " "], "the prompt is empty"),
-        (["chat", "--prompt", "x", "--temperature", "-1"], "temperature"),
-        (["chat", "--prompt", "x", "--top-p", "1.5"], "top-p"),
-        (["chat", "--prompt", "x", "--device", "tpu"], "unknown device 'tpu'"),
+        (["--no-such"], "teal chat has no option '--no-such'"),
+        (["--sparsity", "1"], "a share from 0 to below 1, not '1'"),
+        (["--sparsity", "-0.1"], "a share from 0 to below 1"),
+        (["--sparsity", "nan"], "a share from 0 to below 1"),
+        (["--sparsity", "half"], "a share from 0 to below 1"),
+        (["--dtype", "int3"], "float16"),
+        (["--max-tokens", "0"], "--max-tokens"),
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["--prompt", "x", "--top-p", "1.5"], "top-p"),
+        (["--prompt", "x", "--device", "tpu"], "unknown device 'tpu'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_usage_errors_exit_2_and_print_no_result(arguments: list[str], said: str) -> None:
-    done = teal(*arguments)
+def test_usage_errors_exit_2_and_print_no_result(
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    is_refused(runner("chat", monkeypatch, capsys)(*arguments), 2, said)
+
+
+def test_a_usage_error_of_a_process() -> None:
+    done = teal("talk")
     assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr
+    assert "there is no command 'talk'\nIn teal that is: teal chat MODEL\n" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -44,7 +44,6 @@ app._COMMANDS |= {"models": models, "bench": bench, "convert": convert}
 sys.argv[0] = "teal"
 app.main()
 """
-ENDINGS = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
 
 Start = Callable[[str], Any]
 
@@ -85,8 +84,16 @@ def test_a_task_cannot_swallow_a_signal() -> None:
     assert left.value.code == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
-@pytest.mark.parametrize("command", ["models", "bench", "convert"], ids=["answer", "prompt", "bar"])
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        pytest.param("models", signal.SIGTERM, id="answer-SIGTERM"),
+        pytest.param("models", signal.SIGQUIT, id="answer-SIGQUIT"),
+        pytest.param("bench", signal.SIGHUP, id="prompt-SIGHUP"),
+        pytest.param("bench", signal.SIGTERM, id="prompt-SIGTERM"),
+        pytest.param("convert", signal.SIGQUIT, id="bar-SIGQUIT"),
+    ],
+)
 def test_a_signal_leaves_the_terminal_as_it_was(
     command: str, number: signal.Signals, start: Start, tmp_path: Path
 ) -> None:

@@ -19,7 +19,26 @@ _EVENTS = {
 } | {"open", "os.link", "os.symlink"}
 # A server that has imported what takes long, and has run nothing, forks the processes.
 _context = get_context("forkserver")
-_context.set_forkserver_preload(["teal_cli.app", "teal_cli.pipeline", "teal_cli.sparsified"])
+_context.set_forkserver_preload(
+    [
+        "teal_cli.app",
+        "teal_cli.commands.download",
+        "teal_cli.commands.eval",
+        "teal_cli.evaluation.text_tasks",
+        "teal_cli.model.convert",
+        "teal_cli.pipeline",
+        "teal_cli.sparsified",
+        "teal_cli.sparsity.stored",
+        "teal_cli.sparsity.streaming",
+        "teal_cli.store.hub",
+        "teal_cli.text.corpora",
+        "teal_cli.text.windows",
+        "jinja2.sandbox",
+        "pydantic.type_adapter",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.tokenization_utils_tokenizers",
+    ]
+)
 
 
 def run(

@@ -81,7 +81,7 @@ def _drafts(decoder: Decoder, deterministic: bool = False) -> Session:
 
 @pytest.mark.parametrize(
     ("name", "deterministic"),
-    [("greedy", False), ("greedy", True), ("temperature", False), ("all", True)],
+    [("greedy", False), ("temperature", False), ("all", True)],
 )
 def test_an_answer_is_the_dense_models(decoder: Decoder, name: str, deterministic: bool) -> None:
     sampling = SAMPLINGS[name]

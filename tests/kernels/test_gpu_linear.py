@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
 import torch
-from projection_cases import DTYPES, make_case, oracle
+from projection_cases import make_case, oracle
 
 pytest.importorskip("triton")
 
@@ -15,49 +15,38 @@ from teal_kernels.gpu import launch, linear
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = [
-    pytest.param(33, (0, 40, 48, 56), id="33x(40+8+8)"),
-    pytest.param(65, (0, 31, 62), id="65x(31+31)"),
-]
+SHAPES = [(33, (0, 40, 48, 56)), (65, (0, 31, 62))]
 
 
-@pytest.fixture(params=[None, launch.Launch(32, 64, 1, slots=16, more=8)], ids=["plain", "slots"])
-def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param is not None:
-        monkeypatch.setattr(
-            linear, "linear_launch", lambda *a: launch.fit(request.param, *a[:2], a[3])
-        )
+# Sides of six axes: of each two axes, all four pairs are among them.
+SIDES = [(a, b, c, a ^ b, a ^ c, b ^ c) for a, b, c in product((0, 1), repeat=3)]
 
 
-@pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize(("inputs", "offsets"), SHAPES)
-@pytest.mark.parametrize("sparsity", [0.0, 0.5])
-@pytest.mark.parametrize("with_factor", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("sides", SIDES, ids=lambda sides: "".join(map(str, sides)))
 def test_each_row_has_its_own_survivors(
-    device: str,
-    inputs: int,
-    offsets: tuple[int, ...],
-    sparsity: float,
-    dtype: torch.dtype,
-    with_factor: bool,
-    with_bias: bool,
+    device: str, sides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with_slots, with_factor, with_bias, *others = sides
+    dtype = (torch.float16, torch.bfloat16)[others[0]]
+    inputs, offsets = SHAPES[others[1]]
+    sparsity = (0.0, 0.5)[others[2]]
+    if with_slots:
+        tile = launch.Launch(32, 64, 1, slots=16, more=8)
+        monkeypatch.setattr(linear, "linear_launch", lambda *a: launch.fit(tile, *a[:2], a[3]))
     cases = [make_case(inputs, offsets, sparsity, dtype, seed=n) for n in range(3)]
     first = cases[0]
     cases = [case._replace(weight=first.weight, thresholds=first.thresholds) for case in cases]
     widths = [end - start for start, end in pairwise(offsets)]
     factor = 0.5 + torch.rand(inputs) if with_factor else None
     bias = torch.randn(offsets[-1]) if with_bias else None
-    product = linear.Linear(
+    multiply = linear.Linear(
         first.weight.to(device),
         widths,
         first.thresholds.to(device),
         factor=None if factor is None else factor.to(device),
         bias=None if bias is None else bias.to(device),
     )
-    y = product(torch.stack([case.x for case in cases]).to(device)).cpu()
+    y = multiply(torch.stack([case.x for case in cases]).to(device)).cpu()
     assert y.dtype == dtype
     if factor is not None:
         cases = [case._replace(x=case.x.float() * factor) for case in cases]
@@ -85,8 +74,8 @@ VLLM = {
 
 
 @pytest.mark.parametrize("layer", list(VLLM))
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_vllms_layers_as_a_graph_holds_them(layer: str, dtype: torch.dtype, device: str) -> None:
+def test_vllms_layers_as_a_graph_holds_them(layer: str, device: str) -> None:
+    dtype = torch.bfloat16 if layer.endswith("of two") else torch.float16
     inputs, widths = VLLM[layer]
     if device == "cpu":  # the interpreter is slow
         inputs, widths = inputs // 64, tuple(width // 64 for width in widths)
@@ -97,17 +86,17 @@ def test_vllms_layers_as_a_graph_holds_them(layer: str, dtype: torch.dtype, devi
     factor = 0.5 + torch.rand(inputs, generator=generator, device=device)
     if layer.startswith(("o", "down")):  # nothing that is learnt of their inputs
         factor = None
-    product = linear.Linear(weight, widths, thresholds, factor=factor, bias=bias)
+    multiply = linear.Linear(weight, widths, thresholds, factor=factor, bias=bias)
     for sequences in (1, 2, 8):
         x = torch.randn(sequences, inputs, generator=generator, device=device).to(dtype)
         if device == "cpu":
-            y = product(x)
+            y = multiply(x)
         else:
             held = torch.zeros_like(x)
-            product(held)  # compiles
+            multiply(held)  # compiles
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                y = product(held)
+                y = multiply(held)
             held.copy_(x)
             for _ in range(2):
                 graph.replay()
@@ -124,8 +113,8 @@ def test_vllms_layers_as_a_graph_holds_them(layer: str, dtype: torch.dtype, devi
 def test_dropped_rows_are_never_used(device: str) -> None:
     case: Any = make_case(40, (0, 24, 48), 0.5, torch.float16)
     case.weight[case.x.float().abs() <= case.thresholds.min()] = torch.nan
-    product = linear.Linear(case.weight.to(device), [24, 24], case.thresholds.to(device))
-    assert product(case.x[None].to(device)).isfinite().all()
+    multiply = linear.Linear(case.weight.to(device), [24, 24], case.thresholds.to(device))
+    assert multiply(case.x[None].to(device)).isfinite().all()
 
 
 def test_other_numbers_of_thresholds_are_refused(device: str) -> None:

@@ -143,7 +143,7 @@ def test_greedy_tokens_equal_transformers(decoder: Decoder, theirs: Any, tokeniz
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         expected = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
         )[0, ids.shape[1] :]
         assert greedy(decoder, ids[0], len(expected)) == expected.tolist()
 

@@ -57,6 +57,13 @@ class Notes(Silent):
                 raise KeyboardInterrupt
 
 
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three windows of the usual text where a user has 16."""
+    assert SampleSettings().seq_len == 512
+    monkeypatch.setattr(SampleSettings.__init__, "__defaults__", (None, None, 3, 512, 0))
+
+
 @pytest.fixture
 def calibrate(
     teal_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -201,7 +201,7 @@ def test_sparsity_is_realised_on_the_sparse_model(
 
 
 @pytest.mark.usefixtures("fast")
-@pytest.mark.parametrize("advances", [2, 5, 7, 11, 14, 18, 30, 44])
+@pytest.mark.parametrize("advances", [2, 7, 14, 30, 44])
 def test_interrupted_anywhere_it_ends_as_if_undisturbed(
     decoder: Decoder, tokens: torch.Tensor, tmp_path: Path, advances: int
 ) -> None:

@@ -142,8 +142,11 @@ def test_command_prints_the_same_as_data(show: Command, tiny_model: Path, teal_h
     assert [h["site"] for h in document["histograms"]] == list(SITES)
 
 
-@pytest.mark.parametrize("name", ["map.png", "map.pdf", "map.svg"])
-@pytest.mark.parametrize("more", [(), ("--layer", "0")], ids=["table", "histograms"])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("map.png", ()), ("map.pdf", ("--layer", "0")), ("map.svg", ())],
+    ids=["table", "histograms", "table-svg"],
+)
 def test_plot(
     show: Command, tiny_model: Path, tmp_path: Path, name: str, more: tuple[str, ...]
 ) -> None:
