@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 import numpy
@@ -113,9 +113,14 @@ class Drafting:
                 pace.guessed(len(made), seconds)
 
     def decode(
-        self, session: Session, token: int, sampler: Sampler, most: int
+        self,
+        session: Session,
+        token: int,
+        sampler: Sampler,
+        most: int,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> Generator[int, None, None]:
-        """What `Session.decode` yields, with the help of guesses."""
+        """What `Session.decode` yields, with the help of guesses; see `Guesser`."""
         seed = sampler.draw_seed()
         end = min(session.position + most, session.max_length)
         # In these, what a step would round otherwise is decided by steps.
@@ -126,7 +131,7 @@ class Drafting:
         most = end - session.position - 1
         for own, drafter in zip(self._paces, self.drafters, strict=True):
             if self._length or own.length(most):
-                drafter.read(session.tokens)
+                drafter.read(session.tokens, interrupted)
         while session.position < end:
             started = began = time.perf_counter()
             asked, by, guesses = self._guess(session, token, sampler, seed, end)
