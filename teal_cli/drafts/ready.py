@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from teal_cli import pipeline
-from teal_cli.benchmark.cost import cache_bytes, require_memory, weight_bytes
+from teal_cli.benchmark.cost import cache_bytes, require_memory, token_bytes, weight_bytes
 from teal_cli.drafts.names import Wanted
 from teal_cli.drafts.pairs import check_sizes, check_vocabularies
 from teal_cli.drafts.preview import preview
@@ -22,7 +22,7 @@ from teal_cli.inference.drafting import Drafting
 from teal_cli.inference.session import Session
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.decoder import Decoder
-from teal_cli.model.quantization import quantization
+from teal_cli.model.quantization import Quantization, quantization
 from teal_cli.progress import Reporter
 from teal_cli.sparsity.profile import Profile
 from teal_cli.sparsity.setting import DENSE, Setting
@@ -193,26 +193,32 @@ def _form(
     checkpoint = room.checkpoint
     dtype = str(checkpoint.dtype).removeprefix("torch.")
     kind = quantization(wanted.quantize)
+    most = _read_bytes(checkpoint, checkpoint.quantization)
     if kind is None:
         stored = (pipeline.stored_checkpoint(ref, dtype, form) for form in _FORMS)
-        smaller = (form for form in stored if form and form.nbytes < checkpoint.nbytes)
-        found = next((form for form in smaller if room.holds(form.nbytes)), checkpoint)
+        quicker = (f for f in stored if f and _read_bytes(checkpoint, f.quantization) < most)
+        found = next((form for form in quicker if room.holds(form.nbytes)), checkpoint)
         if found is not checkpoint:
             reporter.note(f"{found.folder.name} is here and guesses: --draft self")
         return found
     if kind == checkpoint.quantization:
         return checkpoint
-    nbytes = weight_bytes(checkpoint.config, checkpoint.dtype.itemsize, kind)
-    if nbytes > checkpoint.nbytes:
+    if (read := _read_bytes(checkpoint, kind)) > most:
         raise UsageError(
-            f"--draft {wanted.model_name} is {nbytes / 1e6:,.0f} MB and what checks"
-            f" {checkpoint.nbytes / 1e6:,.0f} MB: what guesses has to be the smaller one",
+            f"--draft {wanted.model_name} reads {read / 1e6:,.1f} MB a token, and what checks"
+            f" {most / 1e6:,.1f} MB: what guesses has to be the smaller one",
             hint="--draft self guesses with the same weights, sparse.",
         )
+    nbytes = weight_bytes(checkpoint.config, checkpoint.dtype.itemsize, kind)
     room.require(nbytes, f"{kind.name} of it")
     return pipeline.ensure_checkpoint(
         ref, dtype=dtype, quantize=wanted.quantize, reporter=reporter, **where
     )
+
+
+def _read_bytes(checkpoint: Checkpoint, kind: Quantization | None) -> int:
+    """Bytes that a dense token of a model's form reads."""
+    return token_bytes(checkpoint.config, itemsize=checkpoint.dtype.itemsize, kind=kind).total
 
 
 def _model(
