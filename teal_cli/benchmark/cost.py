@@ -10,6 +10,8 @@ from teal_cli.model.config import ModelConfig
 from teal_cli.model.quantization import Quantization
 from teal_cli.model.weights import has_head, tensor_shapes
 
+_LESS_MEMORY = "Choose a smaller model, a 16-bit --dtype, or a machine with more memory."
+
 
 @dataclass(frozen=True, slots=True)
 class TokenBytes:
@@ -86,8 +88,10 @@ def cache_bytes(config: ModelConfig, itemsize: int, length: int) -> int:
     return 2 * config.num_hidden_layers * config.kv_size * length * itemsize
 
 
-def require_memory(needed: int, available: int | None, what: str) -> None:
-    """Make sure that something fits before it is begun.
+def require_memory(
+    needed: int, available: int | None, what: str, *, hint: str = _LESS_MEMORY
+) -> None:
+    """Make sure that something fits before it is begun; `hint` says what takes less.
 
     Raises:
         TealError: `what` needs more bytes than are available.
@@ -95,5 +99,5 @@ def require_memory(needed: int, available: int | None, what: str) -> None:
     if available is not None and needed > available:
         raise TealError(
             f"{what} needs {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free",
-            hint="Choose a smaller model, a 16-bit --dtype, or a machine with more memory.",
+            hint=hint,
         )

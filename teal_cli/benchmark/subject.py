@@ -153,7 +153,7 @@ def random_model(
         UsageError: there is no such shape, or its context is too short.
         TealError: there is not enough memory.
     """
-    name, config = _shape(model)
+    name, config = shape_of(model)
     settings.check(config)
     require_memory_for(config, dtype, device, settings, name, kind)
     with reporter.task(f"making random weights at the shape of {name}"):
@@ -167,7 +167,7 @@ def weights_type(decoder: Decoder) -> dict[str, str | None]:
     return {"dtype": _name(decoder.dtype), "quantization": kind.name if kind else None}
 
 
-def _shape(model: str | None) -> tuple[str, ModelConfig]:
+def shape_of(model: str | None) -> tuple[str, ModelConfig]:
     """A built-in shape, or the one in a folder's config.json."""
     if model is not None and (folder := Path(model).expanduser()).is_dir():
         return folder.resolve().name, ModelConfig.from_file(folder / "config.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -165,12 +166,15 @@ def bench(
 
     import torch
 
-    from teal_cli import drafts, pipeline
+    from teal_cli import pipeline
     from teal_cli.benchmark import bench, run, subject
     from teal_cli.benchmark.plot import draw
     from teal_cli.benchmark.report import BenchReport, KernelReport
     from teal_cli.benchmark.tune import require_tunable
     from teal_cli.commands.results import deliver, deliver_figure
+    from teal_cli.drafts import measured
+    from teal_cli.drafts.names import Wanted
+    from teal_cli.drafts.ready import Draft, prepare
     from teal_cli.inference.device import pick_device
     from teal_cli.model.quantization import quantization
     from teal_cli.report import files
@@ -194,7 +198,8 @@ def bench(
         acceptance,
         copy,
     )
-    wanted = None if draft is None else drafts.Wanted.parse(draft)
+    highest = max(sparsities)
+    wanted = None if draft is None else Wanted.parse(draft, highest if sparsity else None)
     if tune:
         require_tunable(target_device)
     kind, floats = quantization(quantize), getattr(torch, dtype or "float16")
@@ -207,11 +212,15 @@ def bench(
         deliver(KernelReport(matrices), output, json=json)
         return
     if random_weights:
+        if wanted is not None:
+            measured.check_random(wanted, model, settings)
         tested = subject.random_subject(model, floats, settings, target_device, reporter, kind)
         if wanted is not None:
-            tested = drafts.on_random(wanted, tested, settings, reporter)
+            tested = measured.on_random(wanted, tested, settings, reporter)
     else:
         ref = models.resolve(model, revision)
+        if wanted is not None:
+            wanted = wanted.guessing_for(ref)
         where: Any = {"device": device, "offline": offline, "reporter": reporter}
         checkpoint = pipeline.ensure_checkpoint(
             ref,
@@ -240,15 +249,15 @@ def bench(
                 for value in sparsities
             }
         else:
-            highest = max(sparsities) if wanted.model else None
-            guesser = drafts.prepare(
+            guesser = prepare(
                 wanted, ref, checkpoint, highest, context=settings.length, on=target_device,
                 quick=False, token=token, **where,
             )  # fmt: skip
         gguf = hub.gguf_of(ref) if BaselineName.llama_cpp.value in baselines else None
         tested = subject.model_subject(checkpoint, profile, made, prompt, target_device, gguf)
         if guesser is not None:
-            tested = drafts.on_model(guesser, tested, settings, method, reporter)
+            setting = partial(Draft.setting, method=method, recover=not no_recover)
+            tested = measured.on_model(guesser, tested, settings, setting, reporter)
     found = run.decoding(tested, settings, reporter)
     deliver(BenchReport(found), output, json=json)
     deliver_figure(draw, found, plot)

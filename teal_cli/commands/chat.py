@@ -205,10 +205,12 @@ def chat(
     reporter = console.reporter()
 
     with process.uncollected():
-        from teal_cli import drafts, pipeline
+        from teal_cli import pipeline
         from teal_cli.chat.answers import answer, document
         from teal_cli.chat.loop import talk
         from teal_cli.chat.state import Chat
+        from teal_cli.drafts.names import Wanted
+        from teal_cli.drafts.ready import prepare
         from teal_cli.inference.defaults import (
             chat_defaults,
             left_out,
@@ -232,8 +234,8 @@ def chat(
     Sampling(**given)  # refuse a bad value before anything is downloaded
     target_device = pick_device(device)
     use_threads(threads)
-    wanted = None if draft is None else drafts.Wanted.parse(draft)
     ref = models.resolve(model, revision)
+    wanted = None if draft is None else Wanted.parse(draft, sparsity).guessing_for(ref)
     where: Any = {"device": device, "token": token, "offline": offline, "reporter": reporter}
     quick = method in (None, "uniform")  # an answer first; another method takes a calibration
     checkpoint = pipeline.ensure_checkpoint(
@@ -268,7 +270,7 @@ def chat(
     room = context or min(limit, DEFAULT_CONTEXT)
     guesser = None
     if wanted is not None:
-        guesser = drafts.prepare(
+        guesser = prepare(
             wanted, ref, checkpoint, sparsity, context=room, on=target_device, quick=quick, **where
         )
     elif target > 0:
@@ -281,7 +283,8 @@ def chat(
             reporter=reporter,
         )
         if guesser is not None:
-            guesser.attach(session, guesser.setting(method), reporter=reporter)
+            setting = guesser.setting(method, recover=not no_recover)
+            guesser.attach(session, setting, reporter=reporter)
     chat = Chat(
         model=checkpoint.name,
         weights=checkpoint.folder.name,

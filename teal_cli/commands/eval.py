@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from teal_cli.sparsity.profile import Profile
     from teal_cli.sparsity.setting import Setting
 
+_T = TypeVar("_T")
 _SPARSITIES = "0.25,0.4,0.5"
 MethodsOption = Annotated[
     str | None,
@@ -166,8 +167,10 @@ def evaluate(
     )
     reporter = console.reporter()
 
-    from teal_cli import drafts, pipeline
+    from teal_cli import pipeline
     from teal_cli.commands.results import deliver, deliver_figure
+    from teal_cli.drafts.names import Wanted
+    from teal_cli.drafts.ready import prepare
     from teal_cli.evaluation.plot import draw
     from teal_cli.evaluation.run import Form, Run
     from teal_cli.evaluation.task_files import check_specs
@@ -188,13 +191,17 @@ def evaluate(
     ref = models.resolve(model, revision)
     checkpoint = partial(pipeline.ensure_checkpoint, ref, dtype=dtype, token=token)
     if specs and draft is not None:
-        wanted, dense = drafts.Wanted.parse(draft), checkpoint(quantize=kinds[0], **where)
+        target = None if sparsity == _SPARSITIES else _one(sparsities, "sparsity")
+        name = None if methods is None else _one(methods, "method")
+        wanted = Wanted.parse(draft, target).guessing_for(ref)
+        dense = checkpoint(quantize=kinds[0], **where)
         room = context or dense.config.context_length
-        guesser = drafts.prepare(
-            wanted, ref, dense, _one(sparsities) if sparsity != _SPARSITIES else None,
+        guesser = prepare(
+            wanted, ref, dense, target,
             context=room, on=target_device, quick=False, token=token, **where,
         )  # fmt: skip
-        attach = partial(guesser.attach, setting=guesser.setting(), reporter=reporter)
+        setting = guesser.setting(name, recover=not no_recover)
+        attach = partial(guesser.attach, setting=setting, reporter=reporter)
         run = Run(dense, (Form(dense, None, ()),), target_device, offline, reporter)
         told = wanted.name, attach
         tasks_report = run.on_tasks(
@@ -245,10 +252,11 @@ def _check(
         raise UsageError("--tasks runs one model: name one quantization")
 
 
-def _one(sparsities: tuple[float, ...]) -> float:
-    if len(sparsities) > 1:
-        raise UsageError("--draft guesses at one sparsity: name one")
-    return sparsities[0]
+def _one(given: tuple[_T, ...], what: str) -> _T:
+    """The only one of a list, as guesses have it."""
+    if len(given) > 1:
+        raise UsageError(f"--draft guesses at one {what}: name one")
+    return given[0]
 
 
 def _form(

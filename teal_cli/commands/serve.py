@@ -132,7 +132,9 @@ def serve(
     reporter = console.reporter()
     sock = bound(host, port)  # a port that is taken is told before a model is made
 
-    from teal_cli import drafts, pipeline
+    from teal_cli import pipeline
+    from teal_cli.drafts.names import Wanted
+    from teal_cli.drafts.ready import prepare
     from teal_cli.inference.chat_template import ChatTemplate
     from teal_cli.inference.defaults import chat_defaults, left_out, sampling_defaults, stop_texts
     from teal_cli.inference.device import pick_device
@@ -145,8 +147,8 @@ def serve(
     from teal_cli.store import models
 
     target_device = pick_device(device)
-    wanted = None if draft is None else drafts.Wanted.parse(draft)
     ref = models.resolve(model, revision)
+    wanted = None if draft is None else Wanted.parse(draft, sparsity).guessing_for(ref)
     quick = method in (None, "uniform")
     checkpoint = pipeline.ensure_checkpoint(
         ref,
@@ -171,7 +173,7 @@ def serve(
     room = context or min(limit, DEFAULT_CONTEXT)
     guesser = None
     if wanted is not None:
-        guesser = drafts.prepare(
+        guesser = prepare(
             wanted,
             ref,
             checkpoint,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import takewhile
 from typing import Protocol
@@ -23,8 +23,12 @@ class Drafter(Protocol):
 
     name: str
 
-    def read(self, tokens: Sequence[int]) -> None:
-        """Get to know a prompt, so that no guess takes that time."""
+    def read(self, tokens: Sequence[int], interrupted: Callable[[], bool] = lambda: False) -> None:
+        """Get to know a prompt, so that no guess takes that time.
+
+        Raises:
+            Interrupted: `interrupted` said True.
+        """
 
     def propose(
         self, tokens: Sequence[int], token: int, most: int, sampler: Sampler, seed: int
@@ -75,7 +79,7 @@ class Lookup:
         self._text: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # where each n-gram was followed last
 
-    def read(self, tokens: Sequence[int]) -> None:
+    def read(self, tokens: Sequence[int], interrupted: Callable[[], bool] = lambda: False) -> None:
         """Note what followed what in the prompt."""
         text = [*tokens]
         if text[: len(self._text)] != self._text:
@@ -134,7 +138,7 @@ class ModelDrafter:
         self._vocab_size = min(vocab_size, session.decoder.config.vocab_size)
         self._shares_cache = shares_cache
 
-    def read(self, tokens: Sequence[int]) -> None:
+    def read(self, tokens: Sequence[int], interrupted: Callable[[], bool] = lambda: False) -> None:
         """Compute the keys and values of a prompt, unless they are shared."""
         own = self.session
         own.rewind(common_prefix(own.tokens, tokens))
@@ -143,7 +147,7 @@ class ModelDrafter:
         if self._shares_cache:
             own.tokens += unread
         elif len(unread) > LENGTHS[-1] and fits:
-            own.prefill(unread)
+            own.prefill(unread, interrupted)
 
     def propose(
         self, tokens: Sequence[int], token: int, most: int, sampler: Sampler, seed: int

@@ -120,9 +120,14 @@ class Drafting:
                 pace.guessed(count, seconds)
 
     def decode(
-        self, session: Session, token: int, sampler: Sampler, most: int
+        self,
+        session: Session,
+        token: int,
+        sampler: Sampler,
+        most: int,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> Generator[int, None, None]:
-        """What `Session.decode` yields, with the help of guesses."""
+        """What `Session.decode` yields, with the help of guesses; see `Guesser`."""
         seed = sampler.draw_seed()
         end = min(session.position + most, session.max_length)
         # In these, what a step would round otherwise is decided by steps.
@@ -133,7 +138,7 @@ class Drafting:
         self._ahead = None
         for index, drafter in enumerate(self.drafters):
             if self._wanted(index, end - session.position - 1):
-                drafter.read(session.tokens)
+                drafter.read(session.tokens, interrupted)
         while session.position < end:
             started = began = time.perf_counter()
             asked, by, guesses = self._guess(session, token, sampler, seed, end)

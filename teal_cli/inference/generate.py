@@ -111,7 +111,9 @@ def generate(
     token = sampler.sample(logits, session.tokens)
     first = last = time.perf_counter()
     count = 0
-    decode = session.decode if drafting is None else partial(drafting.decode, session)
+    decode = session.decode
+    if drafting is not None:
+        decode = partial(drafting.decode, session, interrupted=interrupted)
     with closing(decode(token, sampler, max_new_tokens - 1)) as following:
         while True:
             if token in stop_token_ids:
@@ -129,7 +131,11 @@ def generate(
             if session.position >= session.max_length:
                 reason = "context"
                 break
-            token = next(following)
+            try:
+                token = next(following)
+            except Interrupted:
+                reason = "interrupted"
+                break
     stats = Stats(
         prompt_tokens=len(prompt_tokens),
         reused_tokens=reused,

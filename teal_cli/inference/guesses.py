@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -62,6 +62,15 @@ class Guesser(Protocol):
         """Compile and time what checks and guesses, before the session's first prompt."""
 
     def decode(
-        self, session: Any, token: int, sampler: Sampler, most: int
+        self,
+        session: Any,
+        token: int,
+        sampler: Sampler,
+        most: int,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> Generator[int, None, None]:
-        """What the session's own `decode` yields."""
+        """What the session's own `decode` yields; `interrupted` is asked where guessing reads.
+
+        Raises:
+            Interrupted: it said True; what was yielded holds.
+        """

@@ -5,16 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 from benchmark.commands import Command, is_refused, prepare, runner
 
-from teal_cli import drafts
+from teal_cli import pipeline
+from teal_cli.benchmark import subject
 from teal_cli.benchmark.bench import Settings
+from teal_cli.benchmark.cost import weight_bytes
 from teal_cli.benchmark.subject import text_prompt
+from teal_cli.drafts import ready
+from teal_cli.drafts.names import Wanted
+from teal_cli.drafts.pairs import check_vocabularies
+from teal_cli.errors import UsageError
 from teal_cli.inference.chat_template import ChatTemplate
 from teal_cli.inference.pace import Pace
+from teal_cli.model.quantization import quantization
+from teal_cli.progress import Silent
+from teal_cli.sparsity.profile import Profile
+from teal_cli.store import models
 
 Folder = Callable[..., Path]
 
@@ -83,6 +94,11 @@ def test_statistics_say_what_guesses_brought(command: Command, tiny_model: Path)
         (("--draft", ""), "--draft names nothing"),
         (("--draft", "self,other"), "takes one model"),
         (("--draft", "no such model"), "there is no model"),
+        (("--draft", "lokup"), "there is no model 'lokup' Did you mean lookup?"),
+        (("--draft", "lookup:int8"), "lookup is text, which no integers make smaller"),
+        (("--draft", ":int8"), "names no model before :int8"),
+        (("--draft", "self", "--quantize", "int8", "-s", "0"), "nothing would be faster"),
+        (("--draft", "self:int8", "--quantize", "int8+head"), "has to be the smaller one"),
         (("--draft", "self:int3"), "there is no quantization 'int3'"),
         (("--draft", "lookup", "-s", "0.4"), "model that checks guesses is dense"),
         (("--draft", "self", "-s", "0", "--dtype", "float32"), "nothing would be faster"),
@@ -108,15 +124,120 @@ def test_a_larger_model_and_another_vocabulary_are_refused(
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     outcome = command("chat", tiny_model, "-p", "Hi", "--draft", other, "-s", "0")
-    is_refused(outcome, 2, "vocabularies are not the same (2 of 259 tokens differ)")
+    is_refused(outcome, 2, "vocabularies are not the same (2 of 259 tokens differ, as 'A')")
+    # Told before rounding takes its time, and the next chat is not with what was refused.
+    command("chat", tiny_model, "-p", "Hi", "-n", "2", "-s", "0")
+    outcome = command("chat", tiny_model, "-p", "Hi", "--draft", f"{other}:int4")
+    is_refused(outcome, 2, "vocabularies are not the same")
+    assert pipeline.stored_checkpoint(models.resolve(str(other)), None, "int4") is None
+    assert models.last_used() == models.resolve(str(tiny_model))
 
 
-def test_memory_that_is_not_there_is_said_with_the_figure(
+@pytest.mark.parametrize("draft", ["self:int4", "small:int4"])
+def test_memory_that_is_not_there_is_said_with_the_figure_and_nothing_made(
+    command: Command,
+    tiny_model: Path,
+    small: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    draft: str,
+) -> None:
+    monkeypatch.setattr(ready, "available_memory", lambda device: 1000)
+    named = draft.replace("small", str(small))
+    outcome = command("chat", tiny_model, "-p", "Hi", "--draft", named)
+    is_refused(outcome, 1, "to guess for it needs 0.0 GB of memory, and 0.0 GB are free")
+    ref = models.resolve(str(small if draft.startswith("small") else tiny_model))
+    assert pipeline.stored_checkpoint(ref, None, "int4") is None
+
+
+def test_what_memory_is_reckoned_is_what_a_form_takes(tiny_model: Path, home: Path) -> None:
+    ref = models.resolve(str(tiny_model))
+    floats = pipeline.ensure_checkpoint(ref, reporter=Silent())
+    for form in (None, "int8", "int8+head"):
+        made = pipeline.ensure_checkpoint(ref, quantize=form, reporter=Silent())
+        reckoned = weight_bytes(made.config, floats.dtype.itemsize, quantization(form))
+        assert reckoned == pytest.approx(made.nbytes, rel=0.02)
+
+
+def test_a_form_that_does_not_fit_leaves_guessing_to_the_weights_that_check(
     command: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drafts, "available_memory", lambda device: 1000)
-    outcome = command("chat", tiny_model, "-p", "Hi", "--draft", "self:int8")
-    is_refused(outcome, 1, "to guess for it needs 0.0 GB of memory, and 0.0 GB are free")
+    ref = models.resolve(str(tiny_model))
+    pipeline.ensure_checkpoint(ref, quantize="int8+head", reporter=Silent())
+    options, told = ("-p", "Hi", "-n", "8", "--draft", "self"), "is here and guesses"
+    assert told in command("chat", tiny_model, *options)[2]
+    monkeypatch.setattr(ready, "available_memory", lambda device: 1000)
+    code, _, said = command("chat", tiny_model, *options)
+    assert code == 0
+    assert told not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (" Lookup , SELF ", "lookup,self"),
+        ("self:int8,lookup,lookup", "lookup,self:int8"),
+        ("Org/Self", "Org/Self"),
+        ("a/b:int4-128+head", "a/b:int4-128+head"),
+        ("a:b", "a:b"),
+    ],
+)
+def test_a_list_names_what_guesses(text: str, name: str) -> None:
+    assert Wanted.parse(text).name == name
+
+
+def test_a_models_own_name_is_self(command: Command, tiny_model: Path) -> None:
+    options = (tiny_model, "-p", "Hi", "-n", "8", "--json", "--draft")
+    for form in ("", ":int8"):
+        said = json.loads(command("chat", *options, f"{tiny_model}{form}")[1])
+        assert said["draft"]["name"] == f"self{form}"
+
+
+@pytest.mark.parametrize("name", ["chat", "bench"])
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [(("--draft", "no/such/model"), 3), (("--draft", "lookup", "-s", "0.4"), 2)],
+    ids=["missing", "text"],
+)
+def test_what_cannot_guess_is_told_before_a_model_is_made(
+    command: Command,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    options: tuple[str, ...],
+    code: int,
+) -> None:
+    monkeypatch.setattr(pipeline, "ensure_checkpoint", pytest.fail)
+    prompt = ("-p", "Hi") if name == "chat" else ()
+    assert command(name, tiny_model, *prompt, *options)[0] == code
+
+
+def test_tokens_that_fill_up_a_vocabulary_do_not_count(tiny_model: Path) -> None:
+    """A GGUF file has one for every row of the embedding, which families pad differently."""
+    from transformers import AutoTokenizer
+
+    plain, filled, other = (AutoTokenizer.from_pretrained(tiny_model) for _ in range(3))
+    filled.add_tokens(["[PAD259]", "[PAD260]"])
+    check_vocabularies(filled, plain, "small", "large")
+    other.add_tokens(["<tool>"])
+    with pytest.raises(UsageError, match=r"it has 260 tokens, not 259, as '<tool>'"):
+        check_vocabularies(other, filled, "small", "large")
+
+
+@pytest.mark.parametrize("name", ["chat", "bench"])
+def test_guesses_go_without_vectors_where_asked(
+    command: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    seen, setting = [], Profile.setting
+
+    def noted(profile: Profile, *arguments: Any, **more: Any) -> Any:
+        seen.append(more.get("recover", True))
+        return setting(profile, *arguments, **more)
+
+    monkeypatch.setattr(Profile, "setting", noted)
+    options = ("-p", "Hi") if name == "chat" else ("--repeats", "1")
+    for more in ((), ("--no-recover",)):
+        command(name, tiny_model, *options, "-n", "4", "--draft", "self", "-s", "0.3", *more)
+    assert seen == [True, False]
 
 
 def test_the_guesser_is_not_the_last_model_used(
@@ -160,9 +281,16 @@ def test_bench_asks_for_a_copy_as_a_chat_does(tiny_model: Path, tmp_path: Path) 
     assert len(text_prompt(tokenizer, Settings(prompt_tokens=500))) == 500
 
 
-def test_bench_wants_to_know_what_random_weights_guess(command: Command, tiny_model: Path) -> None:
-    outcome = command("bench", tiny_model, "--random-weights", "--draft", "self")
-    is_refused(outcome, 2, "with random weights no guess is right")
+def test_bench_wants_to_know_what_random_weights_guess(
+    command: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "random_decoder", pytest.fail)  # told before they are made
+    options = (tiny_model, "--random-weights", "--draft")
+    is_refused(command("bench", *options, "self"), 2, "with random weights no guess is right")
+    known = ("--acceptance", "0.8")
+    is_refused(command("bench", *options, "no-shape", *known), 2, "'no-shape' is none")
+    is_refused(command("bench", *options, "llama-3.2-1b", *known), 2, "has to be the smaller one")
+    is_refused(command("bench", *options, "lookup", "-s", "0.4"), 2, "nothing to make sparse")
     outcome = command("bench", tiny_model, "--acceptance", "0.8")
     is_refused(outcome, 2, "--acceptance is of guesses")
     outcome = command("bench", tiny_model, "--random-weights", "--copy")

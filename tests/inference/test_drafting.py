@@ -104,6 +104,20 @@ def test_an_answer_is_the_dense_models(family: str, drafter: str) -> None:
         assert 40 < guessed.accepted < guessed.guessed
 
 
+def test_an_answer_that_is_interrupted_while_a_guesser_reads_ends(decoder: Decoder) -> None:
+    session, dense = drafted(decoder, DRAFTERS["model"]), Session(decoder, max_length=120)
+    asked: list[int] = []
+
+    def interrupted() -> bool:
+        asked.append(session.position)
+        return asked.count(len(PROMPT)) > 1  # not behind the first token, but right after that
+
+    said, finish = answer(session, PROMPT, interrupted=interrupted)
+    assert (finish.reason, len(said), session.tokens) == ("interrupted", 1, PROMPT)
+    again = [*PROMPT, *said, 5]
+    assert answer(session, again)[0] == answer(dense, again)[0]
+
+
 def test_text_that_repeats_is_looked_up() -> None:
     lookup, sampler = Lookup(), Sampler(Sampling())
     text = [1, 2, 3, 4, 5, 6, 9, 9, 9, 9, 1, 2]
@@ -164,7 +178,7 @@ class Wrong:
 
     name = "wrong"
 
-    def read(self, tokens: Any) -> None:
+    def read(self, tokens: Any, *_: Any) -> None:
         pass
 
     def propose(self, tokens: Any, token: int, most: int, *_: Any) -> list[int]:

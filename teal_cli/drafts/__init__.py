@@ -1,0 +1,1 @@
+"""What `--draft` names: read, found or made, and bound to a session."""
