@@ -387,6 +387,27 @@ def test_passes_that_cannot_be_compiled_are_the_decoders(decoder: Decoder) -> No
     assert verification.logits([1, 2], 0).shape == (2, decoder.config.vocab_size)
 
 
+def test_what_ties_take_is_counted(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what guesses have lost, and not as the time of the round that it fell in."""
+    session = drafted(decoder, DRAFTERS["self"], length=2)
+    settle, counted = drafting_module._settled, []
+
+    def slow(session: Session, start: int) -> Tensor:
+        time.sleep(0.3)
+        return settle(session, start)
+
+    def ended(self: pace.Pace, guesses: int, right: int, seconds: float, *_: Any) -> None:
+        counted.append(seconds)
+
+    monkeypatch.setattr(drafting_module, "_settled", slow)
+    monkeypatch.setattr(drafting_module, "_is_tie", lambda *_: True)
+    monkeypatch.setattr(pace.Pace, "round_ended", ended)
+    assert isinstance(session.drafting, Drafting)
+    list(generate(session, PROMPT, Sampler(Sampling()), max_new_tokens=12))
+    assert session.drafting._costs._lost > 0.3
+    assert min(counted) < 0.3
+
+
 @pytest.mark.parametrize(("acceptance", "guesses"), [(0.9, [4, 4]), (None, [])])
 def test_where_nothing_repeats_assumed_guesses_are_made(
     decoder: Decoder, acceptance: float | None, guesses: list[int]
