@@ -75,7 +75,11 @@ class Draft:
             acceptance: what to assume of them, where weights are random.
             reporter: told what the guesser's own session has to say.
         """
-        drafters: list[Drafter] = [Lookup()] if self.wanted.lookup else []
+        drafters: list[Drafter] = []
+        if self.wanted.lookup:
+            # Text of random weights never repeats; where nobody else does, this guesses all of it.
+            assumed = acceptance is not None and self.wanted.model is None
+            drafters.append(Lookup(everywhere=assumed))
         if self.wanted.model is not None:
             decoder = self.load(session.decoder)
             shared = self.wanted.is_self

@@ -169,8 +169,13 @@ class Drafting:
             for row, guess, count in zip(rows, [*guesses, None], [*counts, None], strict=True):
                 session.accept(token)
                 if careful and exact < session.position and _is_tie(row, sampler, session):
+                    settling = time.perf_counter()
                     row = _settled(session, exact)
                     exact = session.position
+                    # Of all rounds since `exact`: in this one it would pass for a disturbance.
+                    settling = time.perf_counter() - settling
+                    self._costs.settled(settling)
+                    started += settling
                 token = self._choice(row, guess, count, sampler, seed, session)
                 spent += time.perf_counter() - started
                 self.counts.guessed += guess is not None

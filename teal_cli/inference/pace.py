@@ -49,6 +49,11 @@ class Costs:
         lost = self._lost + seconds - tokens * self.token_s
         self._lost_s = max(lost, -_BANK * self.token_s)
 
+    def settled(self, seconds: float) -> None:
+        """Tokens that guesses had given were decoded again, alone, which took so long."""
+        self._spent_s += seconds
+        self._lost_s = self._lost + seconds
+
     @property
     def may_lose(self) -> bool:
         """Whether a round may be tried that perhaps does not pay."""

@@ -15,6 +15,8 @@ from model.families import FAMILIES, hf_model, our_decoder
 from reporters import Notes
 from torch import Tensor
 
+from teal_cli.drafts import Draft as ModelDraft
+from teal_cli.drafts import Wanted
 from teal_cli.inference import drafting as drafting_module
 from teal_cli.inference import pace
 from teal_cli.inference import session as session_module
@@ -28,7 +30,8 @@ from teal_cli.inference.step import DecoderPrefill
 from teal_cli.inference.verification import Verification
 from teal_cli.model.decoder import Decoder
 from teal_cli.model.random_weights import random_decoder
-from teal_cli.sparsity.setting import Setting
+from teal_cli.progress import Silent
+from teal_cli.sparsity.setting import DENSE, Setting
 
 PROMPT = torch.randint(0, 97, (21,), generator=torch.Generator().manual_seed(5)).tolist()
 SAMPLINGS = {
@@ -396,6 +399,41 @@ def test_passes_that_cannot_be_compiled_are_the_decoders(decoder: Decoder) -> No
     assert "no such instruction" in reporter.notes[0]
     assert verification.short_prompt == 0
     assert verification.logits([1, 2], 0).shape == (2, decoder.config.vocab_size)
+
+
+def test_what_ties_take_is_counted(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what guesses have lost, and not as the time of the round that it fell in."""
+    session = drafted(decoder, DRAFTERS["self"], length=2)
+    settle, counted = drafting_module._settled, []
+
+    def slow(session: Session, start: int) -> Tensor:
+        time.sleep(0.3)
+        return settle(session, start)
+
+    def ended(self: pace.Pace, guesses: int, right: int, seconds: float, *_: Any) -> None:
+        counted.append(seconds)
+
+    monkeypatch.setattr(drafting_module, "_settled", slow)
+    monkeypatch.setattr(drafting_module, "_is_tie", lambda *_: True)
+    monkeypatch.setattr(pace.Pace, "round_ended", ended)
+    assert isinstance(session.drafting, Drafting)
+    list(generate(session, PROMPT, Sampler(Sampling()), max_new_tokens=12))
+    assert session.drafting._costs._lost > 0.3
+    assert min(counted) < 0.3
+
+
+@pytest.mark.parametrize(("acceptance", "guesses"), [(0.9, [4, 4]), (None, [])])
+def test_where_nothing_repeats_assumed_guesses_are_made(
+    decoder: Decoder, acceptance: float | None, guesses: list[int]
+) -> None:
+    """Text of random weights does not, and lookup's speed there would be that of no guesses."""
+    session = Session(decoder, max_length=40)
+    draft = ModelDraft(Wanted.parse("lookup"), 0.0, None, lambda own: own)
+    draft.attach(session, DENSE, acceptance=acceptance, reporter=Silent())
+    assert isinstance(session.drafting, Drafting)
+    (lookup,) = session.drafting.drafters
+    assert lookup.propose([1, 2, 3], 4, 2, Sampler(Sampling()), 0) == guesses
+    assert lookup.propose([1, 2, 3, 5, 1, 2], 3, 2, Sampler(Sampling()), 0) == [5, 1]
 
 
 def test_assumed_acceptance_is_what_is_met(decoder: Decoder) -> None:

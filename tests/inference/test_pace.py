@@ -108,3 +108,16 @@ def test_what_disturbs_a_round_does_not_stop_those_that_follow() -> None:
         for _ in range(5):
             assert pace.length(7) > 0
             pace.round_ended(4, 4, 1.5 * TOKEN_S, 0.4 * TOKEN_S)
+
+
+def test_tokens_that_are_decoded_again_are_lost() -> None:
+    """All of them, however long it took: it is no disturbance of the round that they fell in."""
+    costs = Costs()
+    costs.decoded(TOKEN_S)
+    pace = Pace(costs)
+    for _ in range(3):
+        pace.round_ended(4, 4, 2 * TOKEN_S)
+    costs.settled(10 * TOKEN_S)
+    assert costs.may_lose  # they have gained nine
+    costs.settled(10 * TOKEN_S)
+    assert pace.length(7) == 0
