@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,11 @@ def lighten_interpreter() -> None:
     from triton.runtime import interpreter
 
     patch = functools.cache(interpreter._patch_lang)
+    nothing_to_restore = SimpleNamespace(restore=lambda: None)
 
     def patch_for_good(function: Any) -> Any:
         patch(function)
-        return interpreter._LangPatchScope()  # with nothing to put back
+        return nothing_to_restore
 
     def call(helper: Any, *args: Any, **kwargs: Any) -> Any:
         patch(helper.fn)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from benchmark.commands import is_refused, runner
 
 from teal_cli.errors import MissingError, UsageError
 from teal_cli.report import files
@@ -64,30 +63,16 @@ def test_rights_are_looked_at(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["bench", "eval"])
-def test_commands_refuse_it_before_any_model_is_looked_for(command: str, tmp_path: Path) -> None:
-    for options in (
-        ["--output", tmp_path / "none" / "x.json"],
-        ["--plot", tmp_path / "n" / "x.svg"],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "teal_cli", command, "org/none", "--offline", *options],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 2, done.stderr
-        assert "there is no folder" in done.stderr
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "teal_cli",
-            command,
-            "org/none",
-            "--offline",
-            "--output",
-            tmp_path / "x.json",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 3, done.stderr
+def test_commands_refuse_it_before_any_model_is_looked_for(
+    command: str,
+    tmp_path: Path,
+    teal_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    teal = runner(command, monkeypatch, capsys)
+    for option, name in (("--output", "x.json"), ("--plot", "x.svg")):
+        found = teal("org/none", "--offline", option, tmp_path / "none" / name)
+        is_refused(found, 2, "there is no folder")
+    code, _, said = teal("org/none", "--offline", "--output", tmp_path / "x.json")
+    assert code == 3, said

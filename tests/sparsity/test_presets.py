@@ -186,7 +186,7 @@ def test_the_demo_model_is_better_with_its_vectors(
 ) -> None:
     """As a user has it: on text of another kind than they were learnt from."""
     evaluate = runner("eval", monkeypatch, capsys)
-    options = ("--dataset", "pydoc", "--context", "256", "--samples", "2", "-s", "0.5")
+    options = ("--dataset", "pydoc", "--context", "384", "--samples", "3", "-s", "0.5")
     rows = {}
     for flags in ((), ("--no-recover",)):
         code, out, said = evaluate(demo_gguf, *options, *flags, "--offline", "--json")

@@ -93,7 +93,11 @@ def test_a_token_file_that_cannot_be_read(
 
 COMMANDS = """
 import os, sys
+import huggingface_hub.hf_api, pydantic.type_adapter
+from huggingface_hub import constants, get_token, snapshot_download
 from teal_cli import app
+from teal_cli.commands import download
+from teal_cli.store import hub
 for arguments in (
     ["download", "org/model"], ["download", "org/model", "-v"],
 ):
@@ -111,7 +115,8 @@ for arguments in (
     [("GIVEN", "0"), ("GIVEN", "1"), ("HF_TOKEN", "1"), ("HF_TOKEN_PATH", "0")],
 )
 def test_no_command_shows_a_token(where: str, debug: str, tmp_path: Path) -> None:
-    for token in (MALFORMED[3], MALFORMED[6], SURROUNDED[1], SURROUNDED[6]):
+    tokens = (MALFORMED[3], SURROUNDED[1]) if debug == "0" else (MALFORMED[6], SURROUNDED[6])
+    for token in tokens:
         value = token
         if where == "HF_TOKEN_PATH":
             value = str(tmp_path / "token")
