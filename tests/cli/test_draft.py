@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 from benchmark.commands import Command, is_refused, prepare, runner
+from evaluation.tasks_data import write_task
 
 from teal_cli import pipeline
 from teal_cli.benchmark import subject
@@ -325,3 +326,18 @@ def test_tasks_have_guesses_of_one_kind(
     pytest.importorskip("lm_eval")
     outcome = command("eval", tiny_model, "--tasks", "text", "--draft", "self", *options)
     is_refused(outcome, 2, message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("choice", "self guessed nothing: "), ("answer", "Answers were guessed by self: ")],
+)
+def test_eval_says_what_was_guessed(
+    command: Command, tiny_model: Path, tmp_path: Path, kind: str, told: str
+) -> None:
+    pytest.importorskip("lm_eval")
+    task = write_task(tmp_path, kind)
+    options = ("--tasks", str(task), "--draft", "self", "-s", "0.3", "--limit", "2")
+    code, out, said = command("eval", tiny_model, *options)
+    assert code == 0, said
+    assert told in out
