@@ -107,6 +107,7 @@ def ensure_recovery(
             f"{corpus.name} ({corpus.part}): {len(windows)} windows of {windows.shape[1]} tokens → "
             f"{path}"
         )
+        stored.note_replacing(checkpoint, reporter)
         reporter.expect([steps] * len(wanted))
         lesson = Lesson(
             decoder=decoder,

@@ -228,7 +228,7 @@ def _learn(
         reporter.expect(())
         return found
     before = found.provenance.get("settings", {}) if found is not None else {}
-    _note_built_in(checkpoint, reporter)
+    stored.note_replacing(checkpoint, reporter)
     return pipeline.make_profile(
         checkpoint,
         SampleSettings(**(before | given)) if before or given else None,
@@ -238,19 +238,6 @@ def _learn(
         offline=offline,
         reporter=reporter,
     )
-
-
-def _note_built_in(checkpoint: Checkpoint, reporter: Reporter) -> None:
-    """Say that a built-in profile, where it counts now, will count no more."""
-    from teal_cli.sparsity import stored
-
-    own, present = stored.usable_profile(checkpoint), stored.usable_or_built_in(checkpoint)
-    if present is not None and not present.quick and (own is None or own.quick):
-        vectors = " and its vectors" if present.recovery else ""
-        reporter.note(
-            f"takes the place of the built-in profile{vectors}; "
-            f"to have that again, remove {stored.profile_path(checkpoint)}"
-        )
 
 
 def _import(checkpoint: Checkpoint, folder: Path, reporter: Reporter, *, force: bool) -> Profile:
@@ -267,7 +254,7 @@ def _import(checkpoint: Checkpoint, folder: Path, reporter: Reporter, *, force: 
         own = stored.usable_profile(checkpoint)
         if not force and own is not None and own.provenance != profile.provenance:
             stored.check_replaceable(checkpoint, own)
-        _note_built_in(checkpoint, reporter)
+        stored.note_replacing(checkpoint, reporter)
         profile.save(path)
     reporter.expect(())
     return profile

@@ -48,12 +48,14 @@ def show_profile(
     from teal_cli.commands import profile_view
     from teal_cli.commands.results import deliver_figure
     from teal_cli.report import files
+    from teal_cli.sparsity import stored
     from teal_cli.sparsity.plot import draw
     from teal_cli.sparsity.summary import summarise
     from teal_cli.store import models
 
     files.check_figure(look.plot)
-    profile, path = pipeline.stored_profile(models.resolve(model, revision), dtype, quantize)
+    ref = models.resolve(model, revision)
+    profile, path = pipeline.stored_profile(ref, dtype, quantize)
     (target,) = look.sparsity or (0.5,)
     summary = summarise(profile, target, method, layer=look.layer, site=look.site)
     if json:
@@ -61,4 +63,8 @@ def show_profile(
     else:
         profile_view.print_summary(summary)
         console.reporter().note(f"profile: {path or 'built into teal'}")
+        checkpoint = pipeline.stored_checkpoint(ref, dtype, quantize)
+        preset = None if path is None or checkpoint is None else stored.built_in(checkpoint)
+        if path is not None and preset is not None:
+            console.reporter().note(f"in {stored.instead_of(preset, path)}")
     deliver_figure(draw, summary, look.plot)

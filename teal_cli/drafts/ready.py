@@ -92,9 +92,10 @@ class Draft:
             )
             own.use(setting if isinstance(setting, Setting) else setting(own))
             vocab_size = session.decoder.config.vocab_size
-            drafters.append(
-                ModelDrafter(self.wanted.model_name, own, vocab_size, shares_cache=shared)
-            )
+            name, kind = self.wanted.model_name, decoder.weights.quantization
+            if kind is not None and not self.wanted.quantize and decoder is not session.decoder:
+                name = f"{name}:{kind.name}"  # a form of it that was found
+            drafters.append(ModelDrafter(name, own, vocab_size, shares_cache=shared))
         session.drafting = Drafting(drafters, acceptance=acceptance)
         session.drafting.warm_up(session)
 

@@ -99,7 +99,13 @@ class TasksReport:
                 columns.append((score.metric, partial(_value, number)))
                 columns.append(("to dense", partial(_to_dense, number)))
             yield Table.of(rows, columns, title=[self._title(name)])
-        if (guesses := self.inputs.get("guesses")) and guesses["rounds"]:
+        guesses = self.inputs.get("guesses")
+        if guesses and not guesses["rounds"]:
+            yield (
+                f"{self.inputs['draft']} guessed nothing: a task that scores texts asks for no"
+                " answer, and a short one may not pay."
+            )
+        elif guesses:
             right = f"{guesses['accepted'] / guesses['guessed']:.0%} of {guesses['guessed']}"
             rate = f"{1 + guesses['accepted'] / guesses['rounds']:.1f} tokens a round"
             yield f"Answers were guessed by {self.inputs['draft']}: {right} right, {rate}."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from teal_cli.errors import MissingError, TealError, UsageError
 from teal_cli.model.checkpoint import Checkpoint
-from teal_cli.progress import Silent
+from teal_cli.progress import Reporter, Silent
 from teal_cli.sparsity import presets
 from teal_cli.sparsity.profile import Profile
 from teal_cli.store import artifacts, paths
@@ -63,10 +63,9 @@ def profile_of(checkpoint: Checkpoint) -> tuple[Profile, Path | None] | None:
     """
     own = own_profile(checkpoint)
     if own is None or own.quick:
-        built_in = _built_in(checkpoint)
-        # Rounding changes the activations, and the built-in thresholds are of float weights.
-        if built_in is not None and checkpoint.quantization is None:
-            return built_in, None
+        preset = built_in(checkpoint)
+        if preset is not None:
+            return preset, None
     return None if own is None else (own, profile_path(checkpoint))
 
 
@@ -88,7 +87,7 @@ def of_floats(checkpoint: Checkpoint) -> Profile | None:
         own = usable_profile(floats)
         if own is not None and not own.quick:
             return own
-    return _built_in(checkpoint)
+    return _of_source(checkpoint)
 
 
 def unquantized(checkpoint: Checkpoint) -> Checkpoint | None:
@@ -146,6 +145,19 @@ def check_replaceable(checkpoint: Checkpoint, profile: Profile | None) -> None:
     )
 
 
+def note_replacing(checkpoint: Checkpoint, reporter: Reporter) -> None:
+    """Say that a built-in profile, where it counts now, will count no more."""
+    own, present = usable_profile(checkpoint), usable_or_built_in(checkpoint)
+    if present is not None and not present.quick and (own is None or own.quick):
+        reporter.note(f"takes {instead_of(present, profile_path(checkpoint))}")
+
+
+def instead_of(preset: Profile, path: Path) -> str:
+    """What a profile in a file does with the built-in one, and how to have that again."""
+    vectors = " and its vectors" if preset.recovery else ""
+    return f"the place of the built-in profile{vectors}; to have that again, remove {path}"
+
+
 def arguments(checkpoint: Checkpoint) -> str:
     """How the checkpoint is named on a command line."""
     words = [checkpoint.name]
@@ -163,7 +175,18 @@ def no_profile(named: str) -> MissingError:
     )
 
 
-def _built_in(checkpoint: Checkpoint) -> Profile | None:
+def built_in(checkpoint: Checkpoint) -> Profile | None:
+    """The profile that teal brings for a checkpoint, where it is not quantized.
+
+    Rounding changes the activations, and the built-in thresholds are of float weights.
+
+    Raises:
+        TealError: it is for a model of another shape.
+    """
+    return None if checkpoint.quantization is not None else _of_source(checkpoint)
+
+
+def _of_source(checkpoint: Checkpoint) -> Profile | None:
     """The profile that teal brings for the weights that a checkpoint was made of.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 from benchmark.commands import Command, is_refused, prepare, runner
+from evaluation.tasks_data import write_task
 
 from teal_cli import pipeline
 from teal_cli.benchmark import subject
@@ -163,12 +164,14 @@ def test_a_form_that_does_not_fit_leaves_guessing_to_the_weights_that_check(
 ) -> None:
     ref = models.resolve(str(tiny_model))
     pipeline.ensure_checkpoint(ref, quantize="int8+head", reporter=Silent())
-    options, told = ("-p", "Hi", "-n", "8", "--draft", "self"), "is here and guesses"
-    assert told in command("chat", tiny_model, *options)[2]
+    options = ("-p", "Hi", "-n", "8", "--json", "--draft", "self")
+    code, out, said = command("chat", tiny_model, *options)
+    assert "is here and guesses" in said
+    assert json.loads(out)["draft"]["name"] == "self:int8+head"
     monkeypatch.setattr(ready, "available_memory", lambda device: 1000)
-    code, _, said = command("chat", tiny_model, *options)
-    assert code == 0
-    assert told not in said
+    code, out, said = command("chat", tiny_model, *options)
+    assert code == 0, said
+    assert json.loads(out)["draft"]["name"] == "self"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,7 @@ def test_a_models_own_name_is_self(command: Command, tiny_model: Path) -> None:
     options = (tiny_model, "-p", "Hi", "-n", "8", "--json", "--draft")
     for form in ("", ":int8"):
         said = json.loads(command("chat", *options, f"{tiny_model}{form}")[1])
-        assert said["draft"]["name"] == f"self{form}"
+        assert said["draft"]["name"].startswith(f"self{form}")
 
 
 @pytest.mark.parametrize("name", ["chat", "bench"])
@@ -308,3 +311,33 @@ def test_bench_measures_copies(command: Command, tiny_model: Path) -> None:
 
 def test_eval_of_text_has_nothing_to_guess(command: Command, tiny_model: Path) -> None:
     is_refused(command("eval", tiny_model, "--draft", "self"), 2, "--draft is about tasks")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--sparsity", "0.3,0.4"), "--draft guesses at one sparsity: name one"),
+        (("--method", "uniform,greedy"), "--draft guesses at one method: name one"),
+    ],
+)
+def test_tasks_have_guesses_of_one_kind(
+    command: Command, tiny_model: Path, options: tuple[str, ...], message: str
+) -> None:
+    pytest.importorskip("lm_eval")
+    outcome = command("eval", tiny_model, "--tasks", "text", "--draft", "self", *options)
+    is_refused(outcome, 2, message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("choice", "self guessed nothing: "), ("answer", "Answers were guessed by self: ")],
+)
+def test_eval_says_what_was_guessed(
+    command: Command, tiny_model: Path, tmp_path: Path, kind: str, told: str
+) -> None:
+    pytest.importorskip("lm_eval")
+    task = write_task(tmp_path, kind)
+    options = ("--tasks", str(task), "--draft", "self", "-s", "0.3", "--limit", "2")
+    code, out, said = command("eval", tiny_model, *options)
+    assert code == 0, said
+    assert told in out

@@ -12,7 +12,7 @@ from benchmark.commands import runner
 from sparsity.preset_files import pack
 from teal_kernels.tensors import RecoveryVectors
 
-from teal_cli import pipeline
+from teal_cli import pipeline, recovering
 from teal_cli.errors import TealError
 from teal_cli.model.checkpoint import Checkpoint
 from teal_cli.model.decoder import Decoder
@@ -217,9 +217,17 @@ def test_it_is_said_that_a_profile_takes_the_built_in_ones_place(
     code, _, said = calibrate(demo_gguf, *options, "--offline")
     assert code == 0, said
     path = next((teal_home / "data" / "profiles").rglob("*.safetensors"))
-    assert "takes the place of the built-in profile and its vectors" in said
-    assert f"to have that again, remove {path}" in said
+    place = f"the place of the built-in profile and its vectors; to have that again, remove {path}"
+    assert f"takes {place}" in said
     assert "takes the place" not in calibrate(demo_gguf, *options, "--force", "--offline")[2]
+    assert f"in {place}" in calibrate(demo_gguf, "--show")[2]
+    path.unlink()
+    assert "the place of" not in calibrate(demo_gguf, "--show")[2]
+    monkeypatch.setitem(recovering.EFFORT, "cpu", (1, 32))
+    more = ("--recover", "--force", "--dataset", text, "--samples", "16", "--seq-len", "32")
+    code, _, said = calibrate(demo_gguf, *more, "-s", "0.4", "--offline")
+    assert code == 0, said
+    assert f"takes {place}" in said
 
 
 def test_other_weights_of_the_demo_model_have_none() -> None:
