@@ -15,8 +15,8 @@ from model.families import FAMILIES, hf_model, our_decoder
 from reporters import Notes
 from torch import Tensor
 
-from teal_cli.drafts import Draft as ModelDraft
-from teal_cli.drafts import Wanted
+from teal_cli.drafts.names import Wanted
+from teal_cli.drafts.ready import Draft as ModelDraft
 from teal_cli.inference import drafting as drafting_module
 from teal_cli.inference import pace
 from teal_cli.inference import session as session_module
