@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +126,26 @@ def test_an_answer_that_is_interrupted_while_a_guesser_reads_ends(decoder: Decod
     assert (finish.reason, len(said), session.tokens) == ("interrupted", 1, PROMPT)
     again = [*PROMPT, *said, 5]
     assert answer(session, again)[0] == answer(dense, again)[0]
+
+
+@pytest.mark.demo
+def test_what_counts_as_a_tie_is_more_than_passes_round(demo_checkpoint: Any) -> None:
+    """The likeliest of a real model's tokens, after passes whose keys are passes' own."""
+    decoder = demo_checkpoint.load("cpu")
+    text = (Path(__file__).parents[2] / "LICENSE").read_text()
+    tokens = demo_checkpoint.tokenizer()(text)["input_ids"][600:840]
+    session = Session(decoder, max_length=len(tokens))
+    session.prefill(tokens[:20])
+    steps = torch.stack([session.step(token).clone() for token in tokens[20:]])
+    session.rewind(20)
+    rows = []
+    for start in range(20, len(tokens), 5):
+        rows.append(session.verify(tokens[start : start + 5]).clone())
+        session.tokens += tokens[start : start + 5]
+    likeliest = steps.topk(5).indices
+    errors = (torch.cat(rows) - steps).gather(1, likeliest) / steps.std(dim=1, keepdim=True)
+    worst = (errors.amax(1) - errors.amin(1)).max().item()
+    assert 0 < worst < drafting_module._ROUNDING[decoder.compute_dtype]
 
 
 def test_text_that_repeats_is_looked_up() -> None:
