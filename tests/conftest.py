@@ -16,9 +16,11 @@ from teal_cli.progress import Silent
 def pytest_configure(config: pytest.Config) -> None:
     """Let the programs under test hear Ctrl-C, even where a shell runs this in the background.
 
-    Such a shell ignores SIGINT, and what it starts inherits that.
+    Such a shell ignores SIGINT and SIGQUIT, and what it starts inherits that.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGQUIT"):
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     config.option.loadscopereorder = False  # xdist would begin with the files of the most tests
     if os.environ.get("TRITON_INTERPRET") == "1":
         import interpreted
