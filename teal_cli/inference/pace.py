@@ -84,7 +84,7 @@ class Pace:
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
         self._guess_s = 0.0  # of one token
-        self._right, self._wrong = 3.0, 1.0
+        self._right, self._wrong = 1.0, 1.0  # so that the first rounds are short, and lose little
 
     @property
     def acceptance(self) -> float:

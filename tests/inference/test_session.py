@@ -110,7 +110,7 @@ def test_the_kernels_are_told_the_target(
     told: list[float] = []
 
     class Choosing(DecoderStep):
-        start = advance = chosen = next_token = take_back = DecoderStep.__call__
+        start = follow = advance = chosen = next_token = take_back = DecoderStep.__call__
 
         def expect(self, sparsity: float) -> None:
             told.append(sparsity)
