@@ -29,6 +29,9 @@ from teal_cli.inference.session import Session
 _STRETCH = 16
 # Tokens that are decoded alone to learn what one takes: at first, and later.
 _ALONE, _AGAIN = 6, 2
+# Tokens of passes that are decoded by steps at once where no guess follows: a tie would ask for it
+# later, and for all that came after them.
+_FEW = 4
 # Two logits count as equal where they are nearer than this share of all logits' spread: a pass over
 # several tokens sums in another order than a step, and rounds to the compute dtype.
 _SAMPLED = 16  # the spread is that of every sixteenth
@@ -144,6 +147,10 @@ class Drafting:
         while session.position < end:
             started = began = time.perf_counter()
             asked, by, guesses = self._guess(session, token, sampler, seed, end)
+            if careful and by is None and 0 < session.position - exact <= _FEW:
+                self._settle(session, exact)
+                exact = session.position
+                started = time.perf_counter()
             steady = not careful or exact == session.position
             if by is None and steady and (session.decodes_ahead or not asked):
                 stretch = 1 if asked else _AGAIN if self._costs.stale() else _STRETCH
@@ -172,12 +179,10 @@ class Drafting:
                 session.accept(token)
                 if careful and exact < session.position and _is_tie(row, sampler, session):
                     settling = time.perf_counter()
-                    row = _settled(session, exact)
+                    row = self._settle(session, exact)
                     exact = session.position
                     # Of all rounds since `exact`: in this one it would pass for a disturbance.
-                    settling = time.perf_counter() - settling
-                    self._costs.settled(settling)
-                    started += settling
+                    started += time.perf_counter() - settling
                 token = self._choice(row, guess, count, sampler, seed, session)
                 spent += time.perf_counter() - started
                 self.counts.guessed += guess is not None
@@ -194,6 +199,14 @@ class Drafting:
                 guessing_s = None if on_device else guessed - began
                 self._paces[by].round_ended(len(guesses), right, spent, guessing_s)
             yield token
+
+    def _settle(self, session: Session, start: int) -> Tensor:
+        """The logits after the session's last token, with all from `start` on decoded by steps."""
+        began, tokens = time.perf_counter(), session.tokens[start:]
+        session.rewind(start)
+        logits = [session.step(token) for token in tokens][-1]
+        self._costs.settled(time.perf_counter() - began)
+        return logits
 
     def _guess(
         self, session: Session, token: int, sampler: Sampler, seed: int, end: int
@@ -321,10 +334,3 @@ def _is_tie(row: Tensor | int, sampler: Sampler, session: Session) -> bool:
         spread = values[numpy.isfinite(values)].std()
     least = values.max() - _ROUNDING[session.decoder.compute_dtype] * spread
     return bool(numpy.count_nonzero(values > least) > 1)
-
-
-def _settled(session: Session, start: int) -> Tensor:
-    """The logits after the session's last token, with all from `start` on decoded by steps."""
-    tokens = session.tokens[start:]
-    session.rewind(start)
-    return [session.step(token) for token in tokens][-1]

@@ -431,22 +431,49 @@ def test_passes_that_cannot_be_compiled_are_the_decoders(decoder: Decoder) -> No
 def test_what_ties_take_is_counted(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """As what guesses have lost, and not as the time of the round that it fell in."""
     session = drafted(decoder, DRAFTERS["self"], length=2)
-    settle, counted = drafting_module._settled, []
+    counted: list[float] = []
 
-    def slow(session: Session, start: int) -> Tensor:
+    def slow(position: int) -> None:
         time.sleep(0.3)
-        return settle(session, start)
+        Session.rewind(session, position)
 
     def ended(self: pace.Pace, guesses: int, right: int, seconds: float, *_: Any) -> None:
         counted.append(seconds)
 
-    monkeypatch.setattr(drafting_module, "_settled", slow)
+    monkeypatch.setattr(session, "rewind", slow)
     monkeypatch.setattr(drafting_module, "_is_tie", lambda *_: True)
     monkeypatch.setattr(pace.Pace, "round_ended", ended)
     assert isinstance(session.drafting, Drafting)
     list(generate(session, PROMPT, Sampler(Sampling()), max_new_tokens=12))
     assert session.drafting._costs._lost > 0.3
     assert min(counted) < 0.3
+
+
+def test_after_a_wrong_guess_few_tokens_are_decoded_anew(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tie later on asks for all that came after what a pass has cached."""
+
+    class Wrong(Lookup):
+        def propose(self, tokens: Sequence[int], token: int, *_: Any) -> list[int]:
+            guess, self.wrong = self.wrong, []
+            return guess
+
+    expected, _ = answer(Session(decoder, max_length=120), PROMPT)
+    session, drafter, anew = Session(decoder, max_length=120), Wrong(), []
+    drafter.wrong = [(expected[1] + 1) % decoder.config.vocab_size]
+    settle = Drafting._settle
+
+    def settled(own: Drafting, session: Session, start: int) -> Tensor:
+        anew.append(session.position - start)
+        return settle(own, session, start)
+
+    monkeypatch.setattr(Drafting, "_settle", settled)
+    late = len(PROMPT) + 10
+    monkeypatch.setattr(drafting_module, "_is_tie", lambda *_: session.position > late)
+    session.drafting = Drafting([drafter], length=1)
+    assert answer(session, PROMPT)[0] == expected
+    assert anew == [1]
 
 
 @pytest.mark.parametrize(("acceptance", "guesses"), [(0.9, [4, 4]), (None, [])])
