@@ -63,8 +63,7 @@ def show_profile(
     else:
         profile_view.print_summary(summary)
         console.reporter().note(f"profile: {path or 'built into teal'}")
-        checkpoint = pipeline.stored_checkpoint(ref, dtype, quantize)
-        preset = None if path is None or checkpoint is None else stored.built_in(checkpoint)
-        if path is not None and preset is not None:
+        checkpoint = path and pipeline.stored_checkpoint(ref, dtype, quantize)
+        if path and checkpoint and (preset := stored.built_in(checkpoint)):
             console.reporter().note(f"in {stored.instead_of(preset, path)}")
     deliver_figure(draw, summary, look.plot)

@@ -43,32 +43,6 @@ class Drafter(Protocol):
             seed: with the position it makes the noise of their choices.
         """
 
-    def made(self, token: int, guesses: list[int]) -> None:
-        """What was guessed after `token`, where `propose` did not wait for it."""
-
-    def go_on(
-        self,
-        guesses: Tensor,
-        choices: Tensor,
-        most: int,
-        sampler: Sampler,
-        seed: int,
-        assumed: int,
-    ) -> Tensor | None:
-        """Guesses behind those of its last ones that are right, before the host knows which.
-
-        None where it has to wait for the host. As `propose` otherwise.
-
-        Args:
-            guesses: the last ones, [n] int32.
-            choices: [n + 1] int32, what the model chooses before and after each of them.
-            most: guesses to make.
-            sampler: how the model's tokens are chosen.
-            seed: with the position it makes the noise of their choices.
-            assumed: a bit for each guess, whether it counts as right whatever was chosen; -1
-                assumes nothing.
-        """
-
 
 class Lookup:
     """Guesses that the text goes on as it did after the same words before."""
@@ -101,20 +75,6 @@ class Lookup:
             return [token] * most if self._everywhere else []
         period = len(text) - start  # what repeats right behind itself goes on doing so
         return [text[start + i % period] for i in range(most)]
-
-    def made(self, token: int, guesses: list[int]) -> None:
-        """There was nothing to wait for."""
-
-    def go_on(
-        self,
-        guesses: Tensor,
-        choices: Tensor,
-        most: int,
-        sampler: Sampler,
-        seed: int,
-        assumed: int,
-    ) -> None:
-        """The host looks up; see `Drafter`."""
 
 
 class ModelDrafter:
@@ -169,7 +129,7 @@ class ModelDrafter:
             return list(takewhile(lambda guess: guess < self._vocab_size, guesses))
 
     def made(self, token: int, guesses: list[int]) -> None:
-        """Note what the session has decoded; the last guess is not read yet."""
+        """Note what `propose`, which did not wait, has decoded; the last guess is not read yet."""
         self.session.tokens += [token, *guesses[:-1]]
 
     def go_on(
@@ -181,9 +141,19 @@ class ModelDrafter:
         seed: int,
         assumed: int,
     ) -> Tensor | None:
-        """What the cheaper model says next; see `Drafter`.
+        """Guesses behind those of its last ones that are right, before the host knows which.
 
-        With a cache of its own it would have to read the last guess first, if that is right.
+        None where it has to wait for the host: to tell it what a repetition penalty counts, or,
+        with a cache of its own, to have it read the last guess where that is right.
+
+        Args:
+            guesses: the last ones, [n] int32.
+            choices: [n + 1] int32, what the model chooses before and after each of them.
+            most: guesses to make.
+            sampler: how the model's tokens are chosen.
+            seed: with the position it makes the noise of their choices.
+            assumed: a bit for each guess, whether it counts as right whatever was chosen; -1
+                assumes nothing.
         """
         if not self._shares_cache or sampler.sampling.repetition_penalty != 1:
             return None

@@ -107,7 +107,7 @@ class Drafting:
             for _ in range(2):  # the first compiles
                 started = time.perf_counter()
                 rows = self._judge(session, 0, [0] * length, sampler, 0, careful=False)[1]
-                self._choice(rows[-1], None, None, sampler, 0, session)
+                self._choice(rows[-1], None, -1, sampler, 0, session)
                 seconds = time.perf_counter() - started
             self._costs.checked(length + 1, seconds)
         for pace, drafter in zip(self._paces, self.drafters, strict=True):
@@ -118,7 +118,8 @@ class Drafting:
                 made = drafter.propose(said, 0, min(4, room - 3), sampler, 0)
                 count = len(known(made))
                 seconds = time.perf_counter() - started
-            if isinstance(made, Tensor):  # what goes on from them is compiled too
+            if isinstance(drafter, ModelDrafter) and isinstance(made, Tensor):
+                # What goes on from them is compiled too.
                 chosen = torch.zeros(count + 1, dtype=torch.int32, device=made.device)
                 drafter.go_on(made, chosen, 1, sampler, 0, -1)
             if count:
@@ -155,27 +156,23 @@ class Drafting:
             if by is None and steady and (session.decodes_ahead or not asked):
                 stretch = 1 if asked else _AGAIN if self._costs.stale() else _STRETCH
                 stretch = min(stretch, end - session.position)
-                with closing(session.decode(token, sampler, stretch, seed)) as alone:
-                    for token in alone:
-                        self._costs.decoded(time.perf_counter() - started)
-                        yield token
-                        started = time.perf_counter()
+                token = yield from self._alone(session, token, sampler, stretch, seed, started)
                 exact = session.position
                 continue
             guessed = time.perf_counter()
-            on_device = isinstance(guesses, Tensor)
-            counts = [None if self.acceptance is None else self._assume() for _ in guesses]
-            go_on = partial(self._go_on, session, by, guesses, counts, sampler, seed, end)
+            assumed, on_device = self._assume(guesses), isinstance(guesses, Tensor)
+            made_by = None if by is None or not on_device else self.drafters[by]
+            go_on = partial(self._go_on, session, by, guesses, assumed, sampler, seed, end)
             guesses, rows = self._judge(
                 session, token, guesses, sampler, seed, careful=careful, meanwhile=go_on
             )
-            if by is not None and on_device:
-                self.drafters[by].made(token, guesses)
+            if isinstance(made_by, ModelDrafter):
+                made_by.made(token, guesses)
             if not guesses and exact == session.position:
                 exact += 1
             self.counts.rounds += bool(guesses)
             spent, right = 0.0, 0
-            for row, guess, count in zip(rows, [*guesses, None], [*counts, None], strict=True):
+            for row, guess in zip(rows, [*guesses, None], strict=True):
                 session.accept(token)
                 if careful and exact < session.position and _is_tie(row, sampler, session):
                     settling = time.perf_counter()
@@ -183,7 +180,7 @@ class Drafting:
                     exact = session.position
                     # Of all rounds since `exact`: in this one it would pass for a disturbance.
                     started += time.perf_counter() - settling
-                token = self._choice(row, guess, count, sampler, seed, session)
+                token = self._choice(row, guess, assumed >> right, sampler, seed, session)
                 spent += time.perf_counter() - started
                 self.counts.guessed += guess is not None
                 if token != guess:
@@ -199,6 +196,26 @@ class Drafting:
                 guessing_s = None if on_device else guessed - began
                 self._paces[by].round_ended(len(guesses), right, spent, guessing_s)
             yield token
+
+    def _alone(
+        self,
+        session: Session,
+        token: int,
+        sampler: Sampler,
+        most: int,
+        seed: int,
+        started: float,
+    ) -> Generator[int, None, int]:
+        """Yield what the session decodes without guesses, and return the last of it.
+
+        The first of them has taken the time since `started`.
+        """
+        with closing(session.decode(token, sampler, most, seed)) as alone:
+            for token in alone:
+                self._costs.decoded(time.perf_counter() - started)
+                yield token
+                started = time.perf_counter()
+        return token
 
     def _settle(self, session: Session, start: int) -> Tensor:
         """The logits after the session's last token, with all from `start` on decoded by steps."""
@@ -238,7 +255,7 @@ class Drafting:
         session: Session,
         by: int | None,
         guesses: Guesses,
-        counts: Sequence[bool | None],
+        assumed: int,
         sampler: Sampler,
         seed: int,
         end: int,
@@ -251,12 +268,9 @@ class Drafting:
         stale = self._length is None and self._costs.stale(1)
         if by is None or not isinstance(guesses, Tensor) or stale:
             return
-        length = self._wanted(by, end - session.position - len(choices) - 1)
-        assumed = -1
-        if self.acceptance is not None:
-            assumed = sum(bool(count) << i for i, count in enumerate(counts))
-        if length > 0:
-            made = self.drafters[by].go_on(guesses, choices, length, sampler, seed, assumed)
+        drafter, room = self.drafters[by], end - session.position - len(choices) - 1
+        if isinstance(drafter, ModelDrafter) and (length := self._wanted(by, room)):
+            made = drafter.go_on(guesses, choices, length, sampler, seed, assumed)
             self._ahead = None if made is None else (by, made)
 
     def _judge(
@@ -282,28 +296,30 @@ class Drafting:
         self,
         row: Tensor | int,
         guess: int | None,
-        counts: bool | None,
+        assumed: int,
         sampler: Sampler,
         seed: int,
         session: Session,
     ) -> int:
         """The token after the session's last, from its logits [vocab_size] where not chosen yet.
 
-        `counts` is whether the guess is to count as right; None goes by what it is.
+        Whether the guess counts as right is the lowest bit of `assumed`; where that is negative,
+        it is what the guess is.
         """
         token = row
         if isinstance(token, Tensor):
             token = sampler.sample(token, session.tokens, at_position(seed, session.position))
-        if counts is None or guess is None:
+        if assumed < 0 or guess is None:
             return token
-        if counts:
+        if assumed & 1:
             return guess
         return token if token != guess else (token + 1) % session.decoder.config.vocab_size
 
-    def _assume(self) -> bool:
-        """Whether a guess is to count as right."""
-        assert self.acceptance is not None
-        return self._assumed.random() < self.acceptance
+    def _assume(self, guesses: Guesses) -> int:
+        """A bit for each guess, whether it counts as right whatever was chosen; -1: none is set."""
+        if self.acceptance is None:
+            return -1
+        return sum((self._assumed.random() < self.acceptance) << i for i in range(len(guesses)))
 
 
 def _length(most: int) -> int:

@@ -24,7 +24,7 @@ from teal_kernels.gpu.draw import (
 from teal_kernels.gpu.radix import BINS, LEVELS, peak_kernel, select_kernel
 
 _BLOCK = 256  # logits a program
-_GUESSES = 8  # that are followed at once, less one
+_CHOICES = 8  # of a round that is followed, at most
 
 # Temperatures and penalties are held between this and its inverse, so that no product with a logit
 # leaves float32; a temperature below it counts as 0.
@@ -178,7 +178,7 @@ class Chooser:
             assumed=assumed,
             vocab=self.vocab,
             kept_size=self.kept.numel(),
-            BLOCK=_GUESSES,
+            BLOCK=_CHOICES,
             KEPT=triton.next_power_of_2(self.kept.numel()),
         )
 
