@@ -121,3 +121,13 @@ def test_tokens_that_are_decoded_again_are_lost() -> None:
     assert costs.may_lose  # they have gained nine
     costs.settled(10 * TOKEN_S)
     assert pace.length(7) == 0
+
+
+def test_the_first_rounds_are_short() -> None:
+    """A failed round of many guesses would use up what may be lost, and more are not tried.
+
+    Costs are a CPU's, where guesses of text cost nothing.
+    """
+    lengths = run(1.0, guess=0.0, further=0.12)[1]
+    assert lengths[0] < 4
+    assert max(lengths) == 7
